@@ -1,0 +1,236 @@
+"""The UNet of ADM (Dhariwal & Nichol 2021), as EDM and consistency checkpoints use it.
+
+Module names are a contract: the state dict has the keys and shapes of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ray_sampler.config import Architecture
+
+GROUPS = 32
+MAX_PERIOD = 10_000.0
+
+
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding: (B,) float times -> (B, dim) float32, cosines first, then sines."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * exponents)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+class GroupNorm(nn.GroupNorm):
+    """32 groups, computed in float32 whatever the input's type, which the output keeps."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(GROUPS, channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.float()).to(input.dtype)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(double(x))
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+def double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def halve(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2)
+
+
+class ResBlock(nn.Module):
+    """Residual block, conditioned on an embedding of (B, embedding_channels).
+
+    `resample` (double or halve), if given, acts on both branches: on the residual one after the
+    first normalisation and SiLU and before its convolution.
+    """
+
+    def __init__(self, channels: int, out_channels: int, arch: Architecture, resample=None) -> None:
+        super().__init__()
+        self.resample = resample
+        self.scale_shift = arch.use_scale_shift_norm
+        self.in_layers = nn.Sequential(
+            GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(arch.embedding_channels, out_channels * (2 if self.scale_shift else 1))
+        )
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels),
+            nn.SiLU(),
+            nn.Dropout(arch.dropout),
+            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm_in, silu_in, conv_in = self.in_layers
+        h = silu_in(norm_in(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv_in(h)
+        shift = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
+        norm_out, *activate_and_convolve = self.out_layers
+        if self.scale_shift:
+            scale, shift = shift.chunk(2, dim=1)
+            h = norm_out(h) * (1 + scale) + shift
+        else:
+            h = norm_out(h + shift)
+        for layer in activate_and_convolve:
+            h = layer(h)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all pixels, residual. The channels of qkv are ordered (3, heads, head_dim)."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv2d(channels, channels * 3, 1)
+        self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, h * w, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        a = F.scaled_dot_product_attention(q, k, v)
+        a = a.transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2)
+        return x + self.proj_out(a)
+
+
+class Block(nn.Sequential):
+    """Layers in a row, of which the residual blocks take the embedding as well."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """F(x, time, y) of an `Architecture`: (B, 3, H, W) float32, (B,) times, (B,) int64 labels or None
+    -> (B, out_channels, H, W) float32."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.arch = arch
+        self.dtype = torch.float32
+        width, multipliers = arch.num_channels, arch.channel_multipliers
+        self.time_embed = nn.Sequential(
+            nn.Linear(width, arch.embedding_channels),
+            nn.SiLU(),
+            nn.Linear(arch.embedding_channels, arch.embedding_channels),
+        )
+        if arch.class_cond:
+            self.label_emb = nn.Embedding(arch.num_classes, arch.embedding_channels)
+
+        def attention(channels: int, heads: int) -> AttentionBlock:
+            return AttentionBlock(channels, arch.heads_at(channels, heads))
+
+        first = channels = int(multipliers[0] * width)
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(arch.in_channels, channels, 3, padding=1))])
+        skips = [channels]
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(arch.num_res_blocks):
+                layers: list[nn.Module] = [ResBlock(channels, channels := int(multiplier * width), arch)]
+                if arch.attends_at(level):
+                    layers.append(attention(channels, arch.num_heads))
+                self.input_blocks.append(Block(*layers))
+                skips.append(channels)
+            if level != len(multipliers) - 1:
+                down = (
+                    ResBlock(channels, channels, arch, halve) if arch.resblock_updown else Downsample(channels)
+                )
+                self.input_blocks.append(Block(down))
+                skips.append(channels)
+
+        self.middle_block = Block(
+            ResBlock(channels, channels, arch),
+            attention(channels, arch.num_heads),
+            ResBlock(channels, channels, arch),
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for i in range(arch.num_res_blocks + 1):
+                layers = [ResBlock(channels + skips.pop(), channels := int(multiplier * width), arch)]
+                if arch.attends_at(level):
+                    layers.append(attention(channels, arch.heads_upsample))
+                if level and i == arch.num_res_blocks:
+                    layers.append(
+                        ResBlock(channels, channels, arch, double) if arch.resblock_updown else Upsample(channels)
+                    )
+                self.output_blocks.append(Block(*layers))
+
+        self.out = nn.Sequential(
+            GroupNorm(channels), nn.SiLU(), zeroed(nn.Conv2d(first, arch.out_channels, 3, padding=1))
+        )
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        emb = self.time_embed(timestep_embedding(timesteps, self.arch.num_channels))
+        if (y is not None) != self.arch.class_cond:
+            raise ValueError("labels y are needed if and only if the model is class-conditional")
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h = x.to(self.dtype)
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h.to(x.dtype))
+
+    def convert_torso(self, dtype: torch.dtype) -> UNet:
+        """Compute the convolutions between the embeddings and the output in `dtype`; the rest stays float32."""
+        for torso in (self.input_blocks, self.middle_block, self.output_blocks):
+            for module in torso.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.to(dtype)
+        self.dtype = dtype
+        return self
+
+    def convert_to_fp16(self) -> None:
+        self.convert_torso(torch.float16)
+
+    def convert_to_fp32(self) -> None:
+        self.convert_torso(torch.float32)
+
+
+def zeroed(conv: nn.Conv2d) -> nn.Conv2d:
+    """`conv` with all parameters 0: each residual branch of a new network begins as the identity."""
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
