@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 SIGMA_DATA = 0.5
 """Standard deviation of the training images, the same for all models of the family."""
 
+Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Scalings = tuple[Tensor, Tensor, Tensor]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""D(x, sigma): (B, C, H, W) images at a noise level, given as 0-d or (B,), -> the images expected without noise."""
+"""D(x, sigma): (B, C, H, W) images at a noise level -> the images expected without noise. The level is one
+for all, 0-d on the host, so that no copy to the device is needed, or one for each, (B,) beside x."""
 
 
 def edm_scalings(sigma: Tensor) -> Scalings:
@@ -38,7 +40,7 @@ def network_time(sigma: Tensor) -> Tensor:
 
 
 def make_denoiser(
-    network: nn.Module, labels: Tensor | None, *, consistency: bool, sigma_min: float, clip: bool
+    network: Network, labels: Tensor | None, *, consistency: bool, sigma_min: float, clip: bool
 ) -> Denoiser:
     """D(x, sigma) = c_skip x + c_out F(c_in x, 250 ln sigma, y), clamped to [-1, 1] if `clip`.
 
@@ -49,10 +51,11 @@ def make_denoiser(
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        sigma = sigma.expand(len(x))
         scalings = consistency_scalings(sigma, sigma_min) if consistency else edm_scalings(sigma)
-        c_skip, c_out, c_in = (s[:, None, None, None] for s in scalings)
-        denoised = c_skip * x + c_out * network(c_in * x, network_time(sigma), labels)
+        c_skip, c_out, c_in = scalings if sigma.ndim == 0 else (s[:, None, None, None] for s in scalings)
+        time = network_time(sigma)
+        times = time if time.ndim else x.new_full((len(x),), time.item())
+        denoised = c_skip * x + c_out * network(c_in * x, times, labels)
         return denoised.clamp(-1, 1) if clip else denoised
 
     return denoise
