@@ -1,0 +1,41 @@
+# A virtual environment with pinned packages, and everything that runs in it. `make help` lists the targets.
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+# `make sample ARGS="--model ..."` is another run, so it gets its own folder, runs/<model>-<fingerprint>.
+OUTPUT := $(if $(filter --model% --preset%,$(ARGS)),,--output runs/digits)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv sample test lint system clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: .venv/installed ## .venv, with the packages that constraints.txt pins
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("the pinned packages need Python 3.11 or newer, and $(PYTHON) is %d.%d; name another, as in make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,examples,s3]"
+	@touch $@
+
+sample: venv ## 1,000 handwritten digits into runs/digits; ARGS="--num_samples 2000" passes flags on
+	$(BIN)/python jobs/sample.py $(OUTPUT) --num_samples 1000 --batch_size 50 --shard_size 50 $(ARGS)
+
+test: lint ## linter, type checker and all tests
+	$(BIN)/python -m pytest
+
+lint: venv ## linter, formatter (as a check) and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+system: ## what the tests can use beside Python packages (Chromium); does nothing without apt-get and root
+	@if command -v chromium >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ]; then exit 0; fi; \
+	apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium \
+		|| echo "make system: Chromium was not installed; the tests that open a page in it will be skipped"
+
+clean: ## remove the environment and caches, but no runs
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
