@@ -1,0 +1,59 @@
+"""From a URL to the store behind it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from ray_sampler.config import RequestError, redact
+from ray_sampler.storage.local_store import LocalStore
+from ray_sampler.storage.object_store import ObjectStore
+
+EXTRAS = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "abfs": "azure",
+    "abfss": "azure",
+    "az": "azure",
+    "adl": "azure",
+}
+"""The extra of this package that a protocol needs."""
+
+CONNECTION_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {
+        "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 5}, "read_timeout": 60},
+        # Parts of equal size, which some stores beside S3 itself insist on.
+        "fixed_upload_size": True,
+    }
+}
+
+
+def open_store(url: str) -> LocalStore | ObjectStore:
+    """The folder at a local path or any fsspec URL; nothing is read or written yet.
+
+    Raises:
+        RequestError: its protocol is unknown, or needs a package that is not installed.
+    """
+    protocol, _ = fsspec.core.split_protocol(url)
+    if "::" in url:
+        raise RequestError(f"{redact(url)} chains filesystems; give the URL of one folder")
+    if protocol in (None, "file", "local"):
+        return LocalStore(Path(os.path.abspath(os.path.expanduser(url.partition("://")[2] if protocol else url))))
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False, **CONNECTION_OPTIONS.get(protocol, {}))
+    except ImportError:
+        extra = EXTRAS.get(protocol)
+        remedy = f"pip install 'ray-sampler[{extra}]'" if extra else f"install fsspec's package for {protocol}"
+        raise RequestError(f"{redact(url)} needs a package that is not installed: {remedy}") from None
+    except ValueError as error:
+        if protocol in fsspec.available_protocols():
+            raise RequestError(f"{redact(url)} cannot be opened ({type(error).__name__}); check the URL") from None
+        raise RequestError(
+            f"{redact(url)} has an unknown protocol; use a local path, s3://, gs:// or abfs://"
+        ) from None
+    return ObjectStore(filesystem, root.rstrip("/"), str(redact(url)).rstrip("/"))

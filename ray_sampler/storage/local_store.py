@@ -1,0 +1,164 @@
+"""A folder on a local disk or a mounted one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from ray_sampler.config import RequestError, RunError
+from ray_sampler.storage.store import ABANDONED_SECONDS, Entry, StagedFile, is_unfinished, unfinished_name
+
+
+def local_failure(error: OSError, action: str, path: str) -> RequestError | RunError:
+    """One sentence for what the operating system said."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"cannot {action} {path}: the disk is full; free some space and run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return RequestError(f"cannot {action} {path}: permission denied; choose an output that you may write")
+    if error.errno == errno.EROFS:
+        return RequestError(f"cannot {action} {path}: the file system is read-only; choose another output")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return RequestError(f"cannot {action} {path}: a file stands where a folder must be; choose another output")
+    return RunError(f"cannot {action} {path}: {error.strerror or type(error).__name__}; run the same command again")
+
+
+class LocalStore:
+    """A folder on a local disk or a mounted one."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    @contextlib.contextmanager
+    def _explained(self, action: str, path: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise local_failure(error, action, f"{self.url}/{path}".rstrip("/")) from error
+
+    def read(self, path: str) -> bytes | None:
+        with self._explained("read", path):
+            try:
+                # A link is another file's name: whoever put it there decides what is read.
+                descriptor = os.open(self.root / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            with os.fdopen(descriptor, "rb") as file:
+                return file.read()
+
+    def put(self, path: str, data: bytes) -> None:
+        with self.stage(path, len(data)) as file:
+            file.write(data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        target = self.root / path
+        with self._explained("write", path):
+            temporary = self._temporary(target)
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                try:
+                    os.link(temporary, target)
+                except FileExistsError:
+                    return False
+                except OSError as error:
+                    if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK):
+                        raise
+                    # No hard links here: the check and the rename are two steps, and the caller reads back.
+                    if os.path.lexists(target):
+                        return False
+                    os.replace(temporary, target)
+                sync_folder(target.parent)
+                return True
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def list(self, path: str) -> list[Entry]:
+        with self._explained("list", path):
+            try:
+                with os.scandir(self.root / path) as entries:
+                    return [
+                        Entry(entry.name, entry.is_file(follow_symlinks=False))
+                        for entry in entries
+                        if not is_unfinished(entry.name)
+                    ]
+            except FileNotFoundError:
+                return []
+
+    def move(self, source: str, target: str) -> None:
+        with self._explained("move", source):
+            (self.root / target).parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.root / source, self.root / target)
+
+    def remove(self, path: str) -> None:
+        target = self.root / path
+        with self._explained("delete", path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if stat.S_ISDIR(target.lstat().st_mode):
+                shutil.rmtree(target)
+            else:
+                target.unlink()
+
+    @contextlib.contextmanager
+    def stage(self, path: str, size: int) -> Iterator[StagedFile]:
+        target = self.root / path
+        with self._explained("write", path):
+            temporary = self._temporary(target)
+            file = open(temporary, "xb")  # noqa: SIM115 - it outlives this block
+
+        def write(data: bytes | memoryview) -> None:
+            with self._explained("write", path):
+                file.write(data)
+
+        try:
+            yield StagedFile(write)
+            with self._explained("write", path):
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+                os.replace(temporary, target)
+                sync_folder(target.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):  # closing flushes, and a full disk says so twice
+                file.close()
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[IO[bytes]]:
+        with open(self.root / path, "rb") as file:
+            yield file
+
+    def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
+        with contextlib.suppress(FileNotFoundError), self._explained("clean", folder):
+            with os.scandir(self.root / folder) as entries:
+                unfinished = [entry.path for entry in entries if is_unfinished(entry.name)]
+            for name in unfinished:
+                with contextlib.suppress(FileNotFoundError):
+                    if os.lstat(name).st_mtime < time.time() - seconds:
+                        os.unlink(name)
+
+    def _temporary(self, target: Path) -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target.parent / unfinished_name(target.name)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF):  # some mounts cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,318 @@
+"""A folder in a bucket, or on any other filesystem that fsspec knows."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import IO, Any, TypeVar
+
+import fsspec
+import tenacity
+
+from ray_sampler.config import RequestError, RunError
+from ray_sampler.storage.store import ABANDONED_SECONDS, Entry, StagedFile, is_unfinished, unfinished_name
+
+logger = logging.getLogger(__name__)
+
+STAGING = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl")
+"""Protocols whose open files show nothing under their name until they are committed."""
+
+ATTEMPTS = 5
+PART_BYTES = 16 * 2**20
+PARTS = 9000
+"""S3 takes 10,000 parts of an object; this leaves room."""
+
+FAMILIES = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("aiohttp", "ClientError"),
+    ("azure.core.exceptions", "AzureError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("gcsfs.retry", "HttpError"),
+)
+"""What stores raise beside OSError, by module; a module that is not loaded raises nothing."""
+
+PASSING_KINDS = {
+    "HTTPClientError",
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "ServiceRequestError",
+    "ServiceResponseError",
+    "TransportError",
+    "ResponseParserError",
+}
+PASSING_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "OperationAborted"}
+PASSING_CODES |= {"ConditionalRequestConflict", "429", "500", "502", "503", "504"}
+PASSING_ERRNOS = {errno.EBUSY, errno.EAGAIN, getattr(errno, "EREMOTEIO", errno.EAGAIN)}
+FORBIDDEN_CODES = {
+    "AccessDenied",
+    "AllAccessDisabled",
+    "Forbidden",
+    "401",
+    "403",
+    "AuthorizationFailure",
+    "MethodNotAllowed",
+}
+WRONG_KEY_CODES = {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "AuthenticationFailed",
+}
+NO_KEY_KINDS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "GoogleAuthError",
+    "ProfileNotFound",
+}
+NO_BUCKET_CODES = {"NoSuchBucket", "ContainerNotFound"}
+
+Result = TypeVar("Result")
+
+
+def families() -> tuple[type[BaseException], ...]:
+    """The exceptions by which the loaded stores report a failure."""
+    loaded = ((sys.modules.get(module), name) for module, name in FAMILIES)
+    return (OSError, *(getattr(module, name) for module, name in loaded if module is not None))
+
+
+def kinds(error: BaseException) -> set[str]:
+    """The names of an exception's classes."""
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def code(error: BaseException) -> str:
+    """The store's own word for a failure, as NoSuchBucket or 503; "" if it has none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        for attribute in ("error_code", "code", "status_code", "status"):
+            value = getattr(cause, attribute, None)
+            if isinstance(value, str | int):
+                return str(value)
+        cause = cause.__cause__
+    return ""
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same request may succeed a moment later."""
+    if not isinstance(error, families()):
+        return False
+    return (
+        code(error) in PASSING_CODES
+        or isinstance(error, TimeoutError | ConnectionError)
+        or (isinstance(error, OSError) and error.errno in PASSING_ERRNOS)
+        or bool(kinds(error) & PASSING_KINDS)
+    )
+
+
+def log_retry(state: tenacity.RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    reason = f"{type(error).__name__} {code(error)}".strip() if error else "unknown"
+    logger.warning("storage answered %s; attempt %d of %d follows", reason, state.attempt_number + 1, ATTEMPTS)
+
+
+def failure(error: BaseException, action: str, url: str) -> RequestError | RunError:
+    """One sentence for what a store said. Its own text is left out: it may quote a key."""
+    word = code(error)
+    if word in NO_BUCKET_CODES:
+        return RequestError(f"cannot {action} {url}: its bucket does not exist; create it or correct the URL")
+    if kinds(error) & NO_KEY_KINDS:
+        return RequestError(
+            f"cannot {action} {url}: no credentials were found; set them in the environment or a profile"
+        )
+    if word in WRONG_KEY_CODES:
+        return RequestError(f"cannot {action} {url}: the credentials are wrong or have expired ({word}); renew them")
+    if isinstance(error, PermissionError) or word in FORBIDDEN_CODES:
+        return RequestError(f"cannot {action} {url}: permission denied; these credentials may not {action} there")
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENOSPC):
+        return RunError(
+            f"cannot {action} {url}: the store takes no more data; make room and run the same command again"
+        )
+    if isinstance(error, FileNotFoundError):
+        return RequestError(f"cannot {action} {url}: there is no such bucket or folder; create it or correct the URL")
+    kind = f"{type(error).__name__} {word}".strip()
+    return RunError(
+        f"cannot {action} {url}: the store did not answer as it should ({kind}); run the same command again"
+    )
+
+
+class ObjectStore:
+    """A folder in a bucket; every method retries what may pass."""
+
+    def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, url: str) -> None:
+        self.filesystem = filesystem
+        self.root = root
+        self.url = url
+        protocols = filesystem.protocol
+        self.protocol = protocols if isinstance(protocols, str) else protocols[0]
+
+    def _full(self, path: str) -> str:
+        return f"{self.root}/{path}" if path else self.root
+
+    @contextlib.contextmanager
+    def _explained(self, action: str, path: str) -> Iterator[None]:
+        try:
+            yield
+        except families() as error:
+            raise failure(error, action, f"{self.url}/{path}".rstrip("/")) from None
+
+    def _retry(self, request: Callable[[], Result]) -> Result:
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            wait=tenacity.wait_exponential_jitter(initial=0.2, max=20),
+            retry=tenacity.retry_if_exception(is_passing),
+            before_sleep=log_retry,
+            reraise=True,
+        )
+        return retrying(request)
+
+    def read(self, path: str) -> bytes | None:
+        # With more than one connection s3fs reads long objects in ranges that may belong to two versions.
+        options = {"max_concurrency": 1} if self.protocol in ("s3", "s3a") else {}
+        with self._explained("read", path):
+            try:
+                return bytes(self._retry(lambda: self.filesystem.cat_file(self._full(path), **options)))
+            except FileNotFoundError as error:
+                if code(error) in NO_BUCKET_CODES:
+                    raise
+                return None
+
+    def put(self, path: str, data: bytes) -> None:
+        with self._explained("write", path):
+            self._retry(lambda: self._pipe(path, data))
+
+    def _pipe(self, path: str, data: bytes, **options: Any) -> None:
+        if self.protocol in ("s3", "s3a"):
+            options["chunksize"] = max(len(data), 50 * 2**20)  # one PUT, however long
+        elif self.protocol not in STAGING:
+            self.filesystem.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
+        self.filesystem.pipe_file(self._full(path), data, **options)
+
+    def create(self, path: str, data: bytes) -> bool:
+        with self._explained("write", path):
+            try:
+                self._retry(lambda: self._pipe(path, data, mode="create"))
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if code(error) in ("PreconditionFailed", "412"):
+                    return False
+                if error.errno != errno.ENOSYS and code(error) not in ("NotImplemented", "501"):
+                    raise
+                # The store knows no conditions: the caller reads back what stands there.
+                if self.read(path) is not None:
+                    return False
+                self.put(path, data)
+            return True
+
+    def list(self, path: str) -> list[Entry]:
+        folder = self._full(path).rstrip("/")
+        with self._explained("list", path):
+            try:
+                found = self._retry(lambda: self.filesystem.ls(folder, detail=True))
+            except FileNotFoundError as error:
+                if code(error) in NO_BUCKET_CODES:
+                    raise
+                return []
+        entries = []
+        for info in found:
+            name = info["name"].rstrip("/")
+            if name.strip("/") != folder.strip("/"):
+                entries.append(Entry(name.rpartition("/")[2], info["type"] == "file"))
+        return [entry for entry in entries if entry.name and not is_unfinished(entry.name)]
+
+    def move(self, source: str, target: str) -> None:
+        with self._explained("move", source), contextlib.suppress(FileNotFoundError):
+            is_folder = self._retry(lambda: self.filesystem.isdir(self._full(source)))
+            if self.protocol not in STAGING:
+                self.filesystem.makedirs(self._full(target).rpartition("/")[0], exist_ok=True)
+            self._retry(lambda: self.filesystem.mv(self._full(source), self._full(target), recursive=is_folder))
+
+    def remove(self, path: str) -> None:
+        with self._explained("delete", path), contextlib.suppress(FileNotFoundError):
+            self._retry(lambda: self.filesystem.rm(self._full(path), recursive=True))
+
+    @contextlib.contextmanager
+    def stage(self, path: str, size: int) -> Iterator[StagedFile]:
+        if self.protocol == "memory":
+            buffer = io.BytesIO()
+            yield StagedFile(buffer.write)
+            self.put(path, buffer.getvalue())
+            return
+        folder, slash, name = path.rpartition("/")
+        staged = self.protocol in STAGING
+        target = path if staged else f"{folder}{slash}{unfinished_name(name)}"
+        part = -(-max(PART_BYTES, size // PARTS) // 2**20) * 2**20
+        with self._explained("write", path):
+            if not staged:
+                self.filesystem.makedirs(self._full(folder), exist_ok=True)
+            options = {"autocommit": False, "block_size": part} if staged else {}
+            file = self.filesystem.open(self._full(target), "wb", **options)
+
+        def write(data: bytes | memoryview) -> None:
+            with self._explained("write", path):
+                file.write(data)
+
+        try:
+            yield StagedFile(write)
+            with self._explained("write", path):
+                file.close()
+                if staged:
+                    file.commit()
+                else:
+                    self.filesystem.mv(self._full(target), self._full(path))
+        except BaseException:
+            self._discard(file, target, staged)
+            raise
+
+    def _discard(self, file: Any, target: str, staged: bool) -> None:
+        """Forget an unfinished file, whose close would commit it."""
+        try:
+            if staged:
+                file.discard()
+            else:
+                file.close()
+                self.filesystem.rm(self._full(target))
+        except families() as error:
+            logger.warning("an unfinished upload to %s could not be discarded (%s)", self.url, type(error).__name__)
+        finally:
+            if staged:
+                file.closed = True  # else its finaliser would flush what is left
+
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[IO[bytes]]:
+        with self._explained("read", path):
+            try:
+                file = self.filesystem.open(self._full(path), "rb", block_size=PART_BYTES, cache_type="readahead")
+            except FileNotFoundError as error:
+                if code(error) in NO_BUCKET_CODES:
+                    raise
+                file = None
+        if file is None:
+            raise FileNotFoundError(f"{self.url}/{path}")
+        with self._explained("read", path), file:
+            yield file
+
+    def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
+        """Abort the multipart uploads to this folder that were begun long ago; S3 keeps and bills them for ever."""
+        if self.protocol not in ("s3", "s3a"):
+            return
+        bucket, _, prefix = self._full(folder).rstrip("/").partition("/")
+        limit = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
+        try:
+            found = self.filesystem.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/".lstrip("/"))
+            for upload in found.get("Uploads", []):
+                if upload["Initiated"] < limit:
+                    self.filesystem.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+        except families() as error:
+            logger.info("abandoned uploads in %s could not be listed (%s)", self.url, type(error).__name__)

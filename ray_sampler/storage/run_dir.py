@@ -1,0 +1,207 @@
+"""The run directory: every name below the output URL, and nothing else names one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import secrets
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import IO, Any, NamedTuple
+
+from ray_sampler.config import RequestError, RunError
+from ray_sampler.storage.connect import open_store
+from ray_sampler.storage.fragment import DamagedFragment, Fragment, FragmentName, MissingFragment, decode
+from ray_sampler.storage.local_store import LocalStore
+from ray_sampler.storage.object_store import ObjectStore
+from ray_sampler.storage.store import StagedFile
+
+__all__ = ["DamagedFragment", "FragmentName", "Listing", "MissingFragment", "RunDir"]
+
+logger = logging.getLogger(__name__)
+
+RUN = "run.json"
+FRAGMENTS = "fragments"
+REJECTED = "rejected"
+PROBE = ".probe"
+PICTURES = ("preview.png", "summary.json", "report.html")
+ARCHIVE = re.compile(r"samples_[0-9]+x[0-9]+x[0-9]+x[0-9]+\.npz")
+
+
+class Listing(NamedTuple):
+    """What lies under fragments/."""
+
+    fragments: list[FragmentName]
+    """Sorted by start, then the largest stop, then the file name: the order in which overlaps are decided."""
+    foreign: list[str]
+    """Names that are no fragment's, folders and links among them."""
+
+
+class RunDir:
+    """A run's directory at a local path or any fsspec URL.
+
+    Nothing is read or written until a method is called. It can be pickled.
+
+    Raises:
+        RequestError: the URL's protocol is unknown, needs a package that is not installed, or names a file.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._store = open_store(url)
+        self.url = self._store.url
+        self.is_local = isinstance(self._store, LocalStore)
+        self.is_memory = isinstance(self._store, ObjectStore) and self._store.protocol == "memory"
+        if isinstance(self._store, LocalStore) and self._store.root.exists() and not self._store.root.is_dir():
+            raise RequestError(f"{self.url} is a file; an output must be a folder")
+
+    def __repr__(self) -> str:
+        return f"RunDir({self.url!r})"
+
+    def read_run(self) -> dict[str, Any] | None:
+        """run.json, None where there is none.
+
+        Raises:
+            RunError: it is not whole.
+        """
+        data = self._store.read(RUN)
+        if data is None:
+            return None
+        try:
+            run = json.loads(data)
+        except ValueError:
+            run = None
+        if not isinstance(run, dict):
+            raise RunError(
+                f"{self.url}/{RUN} is not whole; delete that file alone and run the same command again, "
+                "which keeps every finished sample"
+            )
+        return run
+
+    def create_run(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """Write run.json unless there is one, and return what stands there: this one, or a rival's."""
+        self._store.create(RUN, run_json(run))
+        standing = self.read_run()
+        if standing is None:
+            raise RunError(f"{self.url}/{RUN} vanished after it was written; is another run deleting this directory?")
+        return standing
+
+    def replace_run(self, run: Mapping[str, Any]) -> None:
+        """Write run.json anew, as when num_samples grows."""
+        self._store.put(RUN, run_json(run))
+
+    def fragments(self) -> Listing:
+        """What is under fragments/, never from a cache."""
+        names, foreign = [], []
+        for entry in self._store.list(FRAGMENTS):
+            name = FragmentName.parse(entry.name) if entry.is_file else None
+            if name is not None:
+                names.append(name)
+            else:
+                foreign.append(entry.name)
+        return Listing(sorted(names, key=lambda name: (name.start, -name.stop, name.format)), sorted(foreign))
+
+    def write_fragment(self, name: FragmentName, data: bytes) -> None:
+        """Write a fragment, which is complete or absent."""
+        self._store.put(f"{FRAGMENTS}/{name.filename}", data)
+
+    def read_fragment(self, name: FragmentName, fingerprint: str | None) -> Fragment:
+        """A fragment, taken in one read and checked in every way.
+
+        Raises:
+            MissingFragment: it is not there.
+            DamagedFragment: it is not whole, or of another run.
+        """
+        data = self._store.read(f"{FRAGMENTS}/{name.filename}")
+        if data is None:
+            raise MissingFragment("it is not there any more")
+        return decode(data, name, fingerprint)
+
+    def reject(self, filename: str, reason: str) -> None:
+        """Move a file or folder from fragments/ to rejected/, with `reason` beside it."""
+        if not is_plain(filename):
+            logger.warning("%s/%s holds a name that is no file's, %r; it is left alone", self.url, FRAGMENTS, filename)
+            return
+        target = urllib.parse.quote(filename, safe=" ").replace(" ", "%20")[:180]
+        taken = {entry.name for entry in self._store.list(REJECTED)}
+        if target in taken or f"{target}.reason.txt" in taken:
+            target = f"{target}.{secrets.token_hex(4)}"
+        self._store.put(f"{REJECTED}/{target}.reason.txt", f"{reason}\n".encode())
+        self._store.move(f"{FRAGMENTS}/{filename}", f"{REJECTED}/{target}")
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write preview.png, summary.json or report.html, complete or absent."""
+        self._store.put(own_name(name), data)
+
+    def read_file(self, name: str) -> bytes | None:
+        """A file at the top of the directory, None where there is none."""
+        return self._store.read(own_name(name))
+
+    def archive_name(self, num_samples: int, image_shape: tuple[int, int, int]) -> str:
+        """The archive's name, as samples_50000x64x64x3.npz; `image_shape` is (H, W, C)."""
+        return f"samples_{'x'.join(map(str, (num_samples, *image_shape)))}.npz"
+
+    def stage_archive(self, name: str, size: int = 0) -> AbstractContextManager[StagedFile]:
+        """A file to write the archive to: committed on a clean exit, discarded on any exception.
+
+        Args:
+            size: bytes to come, as far as known; a store that takes a bounded number of parts makes them larger.
+        """
+        for folder in ("", FRAGMENTS):
+            self._store.clear_abandoned(folder)
+        return self._store.stage(own_name(name), size)
+
+    @contextlib.contextmanager
+    def open_file(self, name: str) -> Iterator[IO[bytes]]:
+        """Read a file at the top of the directory piece by piece. Raises FileNotFoundError."""
+        with self._store.open(own_name(name)) as file:
+            yield file
+
+    def probe_write(self, name: str) -> None:
+        """Leave a tiny file that proves that its writer can write here."""
+        self._store.put(f"{PROBE}/{own_name(name)}", name.encode())
+
+    def probe_names(self) -> list[str]:
+        """Which probes can be seen from here and, each of them, read."""
+        names = sorted(entry.name for entry in self._store.list(PROBE) if entry.is_file)
+        return [name for name in names if self._store.read(f"{PROBE}/{name}") is not None]
+
+    def probes_clear(self) -> None:
+        """Remove every probe."""
+        self._store.remove(PROBE)
+
+    def delete(self) -> None:
+        """Remove the run and only what belongs to one; other files in the directory stay.
+
+        Raises:
+            RequestError: the directory holds something, but no run.json.
+        """
+        names = [entry.name for entry in self._store.list("")]
+        if RUN not in names and set(names) - {PROBE}:
+            raise RequestError(
+                f"{self.url} holds files but no {RUN}, so it is no run's; --overwrite deletes nothing there"
+            )
+        # run.json goes last: while it stands, the same request can be made again.
+        for name in [n for n in names if n in (FRAGMENTS, REJECTED, PROBE, *PICTURES) or ARCHIVE.fullmatch(n)]:
+            self._store.remove(name)
+        if RUN in names:
+            self._store.clear_abandoned("", seconds=0)
+            self._store.remove(RUN)
+
+
+def run_json(run: Mapping[str, Any]) -> bytes:
+    return json.dumps(run, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name is one step of a path, inside whatever folder it is put."""
+    return bool(name) and name not in (".", "..") and "/" not in name and os.sep not in name and "\0" not in name
+
+
+def own_name(name: str) -> str:
+    if not is_plain(name):
+        raise RequestError(f"{name!r} is no file's name; give a name without a folder")
+    return name

@@ -1,0 +1,73 @@
+"""A folder on disk or in a bucket: whole files in, whole files out.
+
+There are two stores with the same methods, `LocalStore` and `ObjectStore`; `open_store` tells which one a URL
+needs. Both keep one promise: under its name a file is complete or absent, whatever happens while it is written.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import IO, NamedTuple, Protocol
+
+ABANDONED_SECONDS = 86400.0
+"""Age at which an unfinished write has certainly been abandoned."""
+
+
+class Entry(NamedTuple):
+    """A name in a folder."""
+
+    name: str
+    is_file: bool
+    """Whether it is a plain file: False for folders, links and whatever else there is."""
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """A file that is being written and stands under its name only once it is whole."""
+
+    write: Callable[[bytes | memoryview], object]
+
+
+class Store(Protocol):
+    """A folder; paths are relative to it, with slashes."""
+
+    url: str
+    """For messages: without a credential."""
+
+    def read(self, path: str) -> bytes | None:
+        """The whole file as it was at one moment, None where there is none."""
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write or replace a whole file."""
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a whole file unless there is one; whether it was written."""
+
+    def list(self, path: str) -> list[Entry]:
+        """What is in a folder, unfinished writes apart; nothing where there is no folder."""
+
+    def move(self, source: str, target: str) -> None:
+        """Rename a file or folder of this store, if it is still there."""
+
+    def remove(self, path: str) -> None:
+        """Delete a file, link or folder with all it holds, if it is there."""
+
+    def stage(self, path: str, size: int) -> AbstractContextManager[StagedFile]:
+        """Write about `size` bytes piece by piece; committed on a clean exit, discarded on any exception."""
+
+    def open(self, path: str) -> AbstractContextManager[IO[bytes]]:
+        """Read piece by piece. Raises FileNotFoundError."""
+
+    def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
+        """Remove the unfinished writes in a folder that were begun so long ago that nobody is at them any more."""
+
+
+def unfinished_name(name: str) -> str:
+    return f".{name}.{secrets.token_hex(6)}.tmp"
+
+
+def is_unfinished(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
