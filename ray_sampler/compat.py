@@ -9,11 +9,11 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from math import inf
 from typing import Any, Protocol, get_args
 
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from ray_sampler.config import Architecture, Sampling, Solver, require
@@ -245,12 +245,10 @@ def reporting(
 
 @contextmanager
 def step_bar(steps: int | None) -> Iterator[Callable[[], None]]:
-    """A bar of so many steps, moved by calling what this yields; none without steps or without rich."""
-    if steps is None or find_spec("rich") is None:
+    """A bar of so many steps, moved by calling what this yields; none for None."""
+    if steps is None:
         yield lambda: None
         return
-    from rich.progress import Progress
-
     with Progress() as bar:
         task = bar.add_task("sampling", total=steps)
         yield lambda: bar.advance(task)

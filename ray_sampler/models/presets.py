@@ -187,7 +187,7 @@ def settings_for(config: RunConfig) -> tuple[str, dict[str, Any]]:
 
 
 def _known(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), cutoff=0.4)
+    close = difflib.get_close_matches(name, list(names), cutoff=0.5)
     return f"the closest is {' or '.join(close)}" if close else f"it must be one of {', '.join(names)}"
 
 

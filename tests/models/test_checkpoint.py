@@ -1,0 +1,311 @@
+"""Weights arrive safely: nothing of a checkpoint runs, and what is wrong with it is said in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ray_sampler.config import Architecture, Precision, RequestError
+from ray_sampler.models.checkpoint import build, fit, load_checkpoint, weights_hash
+from ray_sampler.models.unet import UNet
+
+ARCH = Architecture(
+    image_size=16,
+    num_channels=32,
+    num_res_blocks=1,
+    channel_mult="1,2",
+    attention_resolutions="8",
+    num_head_channels=32,
+    class_cond=True,
+    num_classes=10,
+    resblock_updown=True,
+)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    """Random weights, none of them 0."""
+    torch.manual_seed(0)
+    return {name: torch.randn_like(tensor) * 0.1 for name, tensor in UNet(ARCH).state_dict().items()}
+
+
+def zip_pickle(state: dict[str, Tensor], path: Path) -> None:
+    torch.save(state, path)
+
+
+def old_pickle(state: dict[str, Tensor], path: Path) -> None:
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+def nested(state: dict[str, Tensor], path: Path) -> None:
+    torch.save({"state_dict": state, "step": 3}, path)
+
+
+def safetensors(state: dict[str, Tensor], path: Path) -> None:
+    save_file(state, path)
+
+
+WRITERS = [(zip_pickle, "w.pt"), (old_pickle, "w.pt"), (nested, "w.pth"), (safetensors, "w.safetensors")]
+Writer = Callable[[dict[str, Tensor], Path], None]
+
+
+def refusal(url: str | Path) -> str:
+    """The one sentence with which a checkpoint is refused."""
+    with pytest.raises(RequestError) as refused:
+        load_checkpoint(str(url))
+    message = str(refused.value)
+    assert "\n" not in message
+    assert message.startswith("--model is ")
+    return message
+
+
+@pytest.mark.parametrize(("write", "name"), WRITERS)
+def test_every_format_gives_the_same_tensors(
+    write: Writer, name: str, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    write(state, tmp_path / name)
+    loaded = load_checkpoint(str(tmp_path / name))
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    assert weights_hash(loaded) == weights_hash(state)
+
+
+def test_a_url_gives_what_the_path_gives(state: dict[str, Tensor], tmp_path: Path) -> None:
+    zip_pickle(state, tmp_path / "w.pt")
+    with fsspec.open("memory://checkpoints/w.pt", "wb") as file:
+        file.write((tmp_path / "w.pt").read_bytes())
+    for url in ("memory://checkpoints/w.pt", (tmp_path / "w.pt").as_uri()):
+        assert weights_hash(load_checkpoint(url)) == weights_hash(state)
+
+
+class Code:
+    """Unpickled, this runs a function."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("place", [lambda code: code, lambda code: {"w": torch.zeros(1), "extra": code}])
+@pytest.mark.parametrize("function", [os.mkdir, os.system, eval, exec, print])
+def test_a_malicious_pickle_is_refused_and_never_runs(
+    function: Callable[..., object], place: Callable[[Code], object], new_format: bool, tmp_path: Path
+) -> None:
+    marker = tmp_path / "it-ran"
+    arguments = {
+        os.mkdir: str(marker),
+        os.system: f"touch {marker}",
+        eval: f"__import__('os').mkdir({str(marker)!r})",
+        exec: f"import os; os.mkdir({str(marker)!r})",
+        print: "it ran",
+    }
+    path = tmp_path / "w.pt"
+    torch.save(place(Code(function, arguments[function])), path, _use_new_zipfile_serialization=new_format)
+    assert "would run code" in refusal(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_bare_malicious_pickle_never_runs(protocol: int, tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_bytes(pickle.dumps(Code(os.mkdir, str(tmp_path / "it-ran")), protocol))
+    refusal(tmp_path / "w.pt")
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("content", [nn.Linear(2, 2), {"w": torch.zeros(1), "args": argparse.Namespace(lr=1)}])
+def test_objects_beside_tensors_are_refused_with_a_way_out(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    assert "save its state dict alone" in refusal(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, torch.zeros(3), {"w": 3}, {3: torch.zeros(1)}, {"model": {"w": 1.0}}])
+def test_what_holds_no_state_dict_is_refused(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    assert "must hold a state dict" in refusal(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(("write", "name"), WRITERS)
+@pytest.mark.parametrize("kept", [0.0, 0.0001, 0.01, 0.5, 0.999])
+def test_a_truncated_file_is_refused(
+    write: Writer, name: str, kept: float, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    write(state, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    assert "truncated" in refusal(path)
+
+
+def small_checkpoint() -> bytes:
+    file = io.BytesIO()
+    torch.save({"w": torch.arange(6.0)}, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@given(content=st.binary(max_size=300), suffix=st.sampled_from([".pt", ".safetensors"]))
+def test_arbitrary_bytes_are_refused(content: bytes, suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"w{suffix}").write_bytes(content)
+    refusal(tmp_path / f"w{suffix}")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@given(at=st.integers(0, len(small_checkpoint()) - 1), value=st.integers(0, 255))
+def test_a_changed_byte_gives_tensors_or_a_refusal(at: int, value: int, tmp_path: Path) -> None:
+    content = bytearray(small_checkpoint())
+    content[at] = value
+    (tmp_path / "w.pt").write_bytes(content)
+    try:
+        loaded = load_checkpoint(str(tmp_path / "w.pt"))
+    except RequestError:
+        return
+    assert all(isinstance(tensor, Tensor) for tensor in loaded.values())
+
+
+def test_a_missing_file_a_directory_and_another_suffix_are_named(tmp_path: Path) -> None:
+    (tmp_path / "folder.pt").mkdir()
+    (tmp_path / "w.ckpt").write_bytes(b"")
+    assert "no such file" in refusal(tmp_path / "none.pt")
+    assert "a directory" in refusal(tmp_path / "folder.pt")
+    assert "a directory" in refusal((tmp_path / "folder.pt").as_uri())
+    assert ".safetensors" in refusal(tmp_path / "w.ckpt")
+    assert "no such file" in refusal("memory://none.pt")
+
+
+def test_an_unreachable_bucket_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "very-secret",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    message = refusal("s3://bucket/w.pt")
+    assert "cannot be read" in message
+    assert "very-secret" not in message
+
+
+def test_an_error_holds_no_credential_of_the_url() -> None:
+    for scheme in ("http", "unknown"):
+        message = refusal(f"{scheme}://user:very-secret@127.0.0.1:9/w.pt?sig=very-secret")
+        assert "very-secret" not in message
+        assert "127.0.0.1:9/w.pt" in message
+
+
+def test_the_hash_of_weights_is_the_same_in_every_version() -> None:
+    state = {"b": torch.tensor([[1.5, -2.0]]), "a": torch.tensor(7, dtype=torch.int64)}
+    content = b"a int64 []\n" + (7).to_bytes(8, "little") + b"b float32 [1, 2]\n" + bytes.fromhex("0000c03f000000c0")
+    assert weights_hash(state) == hashlib.sha256(content).hexdigest()
+
+
+def test_the_hash_sees_values_and_not_how_they_lie_in_memory() -> None:
+    images = torch.arange(24.0).reshape(1, 2, 3, 4)
+    laid_out = images.to(memory_format=torch.channels_last)
+    assert laid_out.stride() != images.stride()
+    assert weights_hash({"x": laid_out, "y": images}) == weights_hash({"y": images, "x": images.clone()})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"v": torch.zeros(4)},
+        {"w": torch.zeros(4, dtype=torch.int32)},
+        {"w": torch.zeros(2, 2)},
+        {"w": torch.tensor([0, 0, 0, 1e-30])},
+        {"w": torch.zeros(4, dtype=torch.bfloat16)},
+        {"w": torch.zeros(4), "v": torch.zeros(0)},
+    ],
+)
+def test_the_hash_tells_names_types_shapes_and_bytes_apart(other: dict[str, Tensor]) -> None:
+    assert weights_hash(other) != weights_hash({"w": torch.zeros(4)})
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({"class_cond": False}, "--class_cond True"),
+        ({"num_classes": 1000}, "--num_classes 10"),
+        ({"num_channels": 64}, "--num_channels 32"),
+        ({"use_scale_shift_norm": False}, "--use_scale_shift_norm True"),
+        ({"attention_resolutions": "16"}, "--preset"),
+        ({"resblock_updown": False}, "check the architecture flags"),
+    ],
+)
+def test_what_does_not_fit_names_tensors_and_the_flag_where_it_is_certain(
+    change: dict[str, Any], advice: str, state: dict[str, Tensor]
+) -> None:
+    with pytest.raises(RequestError) as refused:
+        fit(state, replace(ARCH, **change), "fp32")
+    message = str(refused.value)
+    assert advice in message
+    assert "blocks." in message or "label_emb" in message or "time_embed" in message
+    assert message.count(",") < 20, "only the first few are named"
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(state: dict[str, Tensor]) -> None:
+    changed = {name: tensor for name, tensor in state.items() if name != "out.2.bias"}
+    changed |= {"extra": torch.zeros(1), "out.0.bias": torch.zeros(7)}
+    with pytest.raises(RequestError, match=r"missing \(out\.2\.bias\).*unexpected \(extra\).*out\.0\.bias \[7\]"):
+        fit(changed, ARCH, "fp32")
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused(state: dict[str, Tensor]) -> None:
+    with pytest.raises(RequestError, match="int64"):
+        fit(state | {"out.2.bias": torch.zeros(3, dtype=torch.int64)}, ARCH, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
+)
+def test_torso_convolutions_are_cast_and_all_else_is_float32(
+    precision: Precision, dtype: torch.dtype, state: dict[str, Tensor]
+) -> None:
+    stored = {name: tensor.half() for name, tensor in state.items()}
+    fitted = fit(stored, ARCH, precision)
+    assert fitted.keys() == state.keys()
+    for name, tensor in fitted.items():
+        torso = name.startswith(("input_blocks", "middle_block", "output_blocks"))
+        convolution = state[name.replace("bias", "weight")].dim() == 4
+        assert tensor.dtype == (dtype if torso and convolution else torch.float32), name
+        assert tensor.is_contiguous()
+        assert torch.equal(tensor, stored[name].to(tensor.dtype))
+
+
+def test_a_network_keeps_nothing_of_the_weights_it_was_built_from(state: dict[str, Tensor]) -> None:
+    fitted = {name: tensor.clone() for name, tensor in fit(state, ARCH, "fp32").items()}
+    network = build(ARCH, fitted, "fp32", "cpu")
+    reference = UNet(ARCH).eval()
+    reference.load_state_dict(state)
+    arguments = (torch.randn(2, 3, 16, 16), torch.tensor([1.0, 100.0]), torch.tensor([0, 9]))
+    for tensor in fitted.values():
+        tensor.fill_(torch.nan)
+    with torch.no_grad():
+        torch.testing.assert_close(network(*arguments), reference(*arguments), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_is_ready_to_sample(state: dict[str, Tensor]) -> None:
+    network = build(ARCH, fit(state, ARCH, "bf16"), "bf16", "cpu")
+    assert not network.training
+    assert not any(p.requires_grad or p.is_meta for p in network.parameters())
+    assert network.dtype == torch.bfloat16
+    convolution = network.get_parameter("input_blocks.1.0.in_layers.2.weight")
+    assert convolution.is_contiguous(memory_format=torch.channels_last)
+    assert network(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.int64)).dtype == torch.float32
