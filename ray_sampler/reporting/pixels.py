@@ -130,5 +130,5 @@ def warnings(statistics: dict[str, Any]) -> list[str]:
     ):
         share = statistics[key]
         if share >= SUSPICIOUS_SHARE:
-            found.append(f"{100 * share:.1f}% of the images {what}; {remedy}.")
+            found.append(f"{100 * share:.3g}% of the images {what}; {remedy}.")
     return found

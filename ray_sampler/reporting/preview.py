@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -19,9 +19,8 @@ INK = (33, 37, 41)
 FAINT = (120, 124, 130)
 MARGIN = 28
 GAP = 8
+SMALLEST_SHEET = 480
 LABEL_HEIGHT = 16
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def choose_indices(num_samples: int, available: Iterable[tuple[int, int]], count: int = 100) -> list[int]:
@@ -74,50 +73,96 @@ def contact_sheet(
     """
     n, height, width = images.shape[:3]
     columns = columns or max(math.ceil(math.sqrt(n)), 1)
-    rows = -(-n // columns)
-    tile_width, tile_height, filter_ = _tile_size(width, height)
-    row_height = tile_height + (LABEL_HEIGHT if labels is not None else 0) + GAP
-    sheet_width = max(2 * MARGIN + columns * (tile_width + GAP) - GAP, 480)
-    left = (sheet_width - columns * (tile_width + GAP) + GAP) // 2
-    title_font, caption_font, label_font = (_font(size) for size in (22, 14, 12))
-    caption_lines = _wrap(caption, caption_font, sheet_width - 2 * left)
-    top = MARGIN + 34 + 20 * len(caption_lines) + 14
-    sheet = Image.new("RGB", (sheet_width, top + max(rows * row_height - GAP, 0) + MARGIN), BACKGROUND)
+    tile = _tile_size(width, height)
+    grid_width, grid_height = _grid_size(n, columns, tile, labels is not None)
+    sheet_width = max(2 * MARGIN + grid_width, SMALLEST_SHEET)
+    title_font, caption_font = _font(22), _font(14)
+    lines = _wrap(caption, caption_font, sheet_width - 2 * MARGIN)
+    top = MARGIN + 36 + 20 * len(lines) + 16
+    sheet = Image.new("RGB", (sheet_width, top + grid_height + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    draw.text((left, MARGIN), title, INK, title_font)
-    for line, text in enumerate(caption_lines):
-        draw.text((left, MARGIN + 34 + 20 * line), text, FAINT, caption_font)
-    for i in range(n):
-        x = left + i % columns * (tile_width + GAP)
-        y = top + i // columns * row_height
-        sheet.paste(Image.fromarray(images[i]).resize((tile_width, tile_height), filter_), (x, y))
+    draw.text((MARGIN, MARGIN), title, INK, title_font)
+    for line, text in enumerate(lines):
+        draw.text((MARGIN, MARGIN + 36 + 20 * line), text, FAINT, caption_font)
+    _paste(sheet, images, labels, columns, tile, (MARGIN, top))
+    return _png(sheet)
+
+
+def class_strips(images: np.ndarray, labels: np.ndarray, count: int = 10) -> dict[int, bytes]:
+    """The first images of each class side by side, as PNG files with nothing between the images.
+
+    Args:
+        images: uint8 (n, H, W, 3), in the order of their sample indices.
+        labels: integers (n,).
+        count: images of a class, at most.
+
+    Returns:
+        A picture for each label that occurs, in ascending order.
+    """
+    strips = {}
+    for label in np.unique(labels):
+        chosen = images[labels == label][:count]
+        tile = _tile_size(chosen.shape[2], chosen.shape[1])
+        strip = Image.new("RGBA", _grid_size(len(chosen), len(chosen), tile, False))
+        _paste(strip, chosen, None, len(chosen), tile, (0, 0))
+        strips[int(label)] = _png(strip)
+    return strips
+
+
+def _grid_size(n: int, columns: int, tile: tuple[int, int], labelled: bool) -> tuple[int, int]:
+    """Width and height in pixels of `n` tiles in rows of `columns`, with nothing around them."""
+    rows = -(-n // columns)
+    row_height = tile[1] + GAP + (LABEL_HEIGHT if labelled else 0)
+    return columns * (tile[0] + GAP) - GAP, max(rows * row_height - GAP, 0)
+
+
+def _paste(
+    sheet: Image.Image,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    columns: int,
+    tile: tuple[int, int],
+    corner: tuple[int, int],
+) -> None:
+    """Put `images`, and their labels under them, into rows that begin at `corner`."""
+    draw, font = ImageDraw.Draw(sheet), _font(12)
+    enlarged = tile[0] >= images.shape[2]
+    filter_ = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+    row_height = tile[1] + GAP + (LABEL_HEIGHT if labels is not None else 0)
+    for i, image in enumerate(images):
+        x = corner[0] + i % columns * (tile[0] + GAP)
+        y = corner[1] + i // columns * row_height
+        sheet.paste(Image.fromarray(image).resize(tile, filter_), (x, y))
         if labels is not None:
-            draw.text((x + tile_width / 2, y + tile_height + 3), str(int(labels[i])), FAINT, label_font, anchor="mt")
-    file = io.BytesIO()
-    sheet.save(file, "PNG", optimize=True)
-    return file.getvalue()
+            draw.text((x + tile[0] / 2, y + tile[1] + 3), str(int(labels[i])), FAINT, font, anchor="mt")
 
 
-def _tile_size(width: int, height: int) -> tuple[int, int, Image.Resampling]:
-    """Width and height of a tile, and how to get there: pixels stay square and sharp when enlarged."""
+def _tile_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height of a tile: small images are enlarged by a whole factor, so that their pixels stay square."""
     side = max(width, height)
     if side > LARGEST_TILE:
-        scale = LARGEST_TILE / side
-        return max(round(width * scale), 1), max(round(height * scale), 1), Image.Resampling.LANCZOS
+        return max(round(width * LARGEST_TILE / side), 1), max(round(height * LARGEST_TILE / side), 1)
     factor = max(round(TILE / side), 1)
-    return width * factor, height * factor, Image.Resampling.NEAREST
+    return width * factor, height * factor
 
 
-def _font(size: int) -> Font:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
-def _wrap(text: str, font: Font, width: int) -> Sequence[str]:
-    """`text` in lines of at most `width` pixels, broken between words."""
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """`text` in lines of at most `width` pixels, broken between its parts where it has any, else between words."""
+    separator = " · " if " · " in text else " "
     lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+    for part in text.split(separator):
+        if lines and font.getlength(lines[-1] + separator + part) <= width:
+            lines[-1] += separator + part
+        elif part:
+            lines.append(part)
     return lines

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Literal, Protocol, TextIO
 
 from rich.console import Console, Group
@@ -143,7 +143,12 @@ class Reporter(Protocol):
 
 
 @contextmanager
-def reporter(mode: Mode = "auto", json_log: bool = False, stream: TextIO | None = None) -> Iterator[Reporter]:
+def reporter(
+    mode: Mode = "auto",
+    json_log: bool = False,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Reporter]:
     """A reporter that draws on `stream` and leaves the terminal as it found it.
 
     Args:
@@ -151,6 +156,7 @@ def reporter(mode: Mode = "auto", json_log: bool = False, stream: TextIO | None 
             none (warnings and errors only), or auto: bar where `stream` is a terminal, log elsewhere.
         json_log: the log as one JSON object a line; takes the place of the bar too.
         stream: standard error, unless given.
+        clock: seconds, for the log's interval.
     """
     stream = sys.stderr if stream is None else stream
     if mode == "auto":
@@ -163,7 +169,7 @@ def reporter(mode: Mode = "auto", json_log: bool = False, stream: TextIO | None 
         finally:
             bar.close()
     else:
-        log = _Log(stream, json_log, quiet=mode == "none")
+        log = _Log(stream, json_log, mode == "none", clock)
         try:
             yield log
         finally:
@@ -197,7 +203,7 @@ class _Bar:
 class _Log:
     """Lines on a stream, as text or as JSON."""
 
-    def __init__(self, stream: TextIO, as_json: bool, quiet: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stream: TextIO, as_json: bool, quiet: bool, clock: Callable[[], float]) -> None:
         self.stream, self.as_json, self.quiet, self.clock = stream, as_json, quiet, clock
         self.snapshot: Snapshot | None = None
         self.written: Snapshot | None = None
@@ -225,7 +231,7 @@ class _Log:
             self._write({"event": "progress", **asdict(snapshot), "eta_s": snapshot.eta_s}, describe(snapshot))
 
     def _write(self, event: dict[str, object], text: str) -> None:
-        now = datetime.now(UTC)
+        now = datetime.now(timezone.utc)
         if self.as_json:
             line = json.dumps({"time": now.isoformat(timespec="milliseconds"), **event})
         else:

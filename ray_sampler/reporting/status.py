@@ -1,0 +1,207 @@
+"""Where a run stands, from what its directory holds: no cluster is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from rich.console import Group
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ray_sampler.reporting.progress import format_rate, format_seconds
+
+RATE_FRAGMENTS = 20
+"""Latest fragments that the rate comes from."""
+QUIET_S = 120.0
+"""Seconds without a new fragment after which a run counts as not running, at least; slow runs get five times their
+usual interval."""
+RANGES_SHOWN = 8
+"""Missing ranges that are printed."""
+
+
+@dataclass(frozen=True)
+class FragmentFact:
+    """What is known of a fragment: its name's range, and perhaps more."""
+
+    start: int
+    stop: int
+    modified: float | None = None
+    """Unix time of the last write, in seconds; None where the store does not say."""
+    device: str | None = None
+    """The model of the device that computed it; None where the record was not read."""
+    numerics: str | None = None
+    """Its numerics key; None where the record was not read."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands."""
+
+    fingerprint: str
+    num_samples: int
+    finished: int
+    """Samples that exist."""
+    missing: tuple[tuple[int, int], ...]
+    """Ranges [start, stop) that do not exist, ascending."""
+    archive: str | None
+    """Name of the archive; None while there is none."""
+    running: bool
+    """Whether fragments arrived lately."""
+    quiet_s: float | None
+    """Seconds since the last fragment; None where nobody knows."""
+    rate: float | None
+    """Samples a second over the last fragments; None where nobody knows."""
+    devices: tuple[tuple[str, int], ...]
+    """Device models with their samples among the fragments whose records were read, most samples first."""
+    numerics_keys: tuple[str, ...]
+    """Numerics keys among them."""
+
+    @property
+    def state(self) -> str:
+        """done, sampling, sampled (only the archive is missing), stopped, or empty."""
+        if self.archive is not None and not self.missing:
+            return "done"
+        if self.running and self.missing:
+            return "sampling"
+        return "sampled" if not self.missing else "stopped" if self.finished else "empty"
+
+    @property
+    def mixed_numerics(self) -> bool:
+        """Whether different hardware, versions or batch sizes computed the run."""
+        return len(self.numerics_keys) > 1
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until the last sample at the rate of the last fragments; None unless the run is running."""
+        if not self.missing:
+            return 0.0
+        return (self.num_samples - self.finished) / self.rate if self.running and self.rate else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values, for scripts."""
+        return {
+            "state": self.state,
+            "fingerprint": self.fingerprint,
+            "num_samples": self.num_samples,
+            "finished": self.finished,
+            "missing": [list(gap) for gap in self.missing],
+            "archive": self.archive,
+            "quiet_s": self.quiet_s,
+            "samples_per_second": self.rate,
+            "eta_s": self.eta_s,
+            "devices": dict(self.devices),
+            "numerics_keys": list(self.numerics_keys),
+            "mixed_numerics": self.mixed_numerics,
+        }
+
+
+def status(
+    fingerprint: str, num_samples: int, fragments: Iterable[FragmentFact], archive: str | None, now: float
+) -> Status:
+    """Where a run stands.
+
+    Args:
+        fingerprint: of the run.
+        num_samples: samples that the run shall have.
+        fragments: all that exist, in any order, possibly overlapping or beyond num_samples.
+        archive: name of the archive, None if there is none.
+        now: unix time in seconds.
+    """
+    facts = sorted(fragments, key=lambda fact: (fact.start, -fact.stop))
+    missing: list[tuple[int, int]] = []
+    covered = 0
+    for fact in facts:
+        start, stop = min(fact.start, num_samples), min(fact.stop, num_samples)
+        if start > covered:
+            missing.append((covered, start))
+        covered = max(covered, stop)
+    if covered < num_samples:
+        missing.append((covered, num_samples))
+    samples: dict[str, int] = {}
+    for fact in facts:
+        if fact.device is not None:
+            samples[fact.device] = samples.get(fact.device, 0) + fact.stop - fact.start
+    rate, quiet, running = _pace(facts, now)
+    return Status(
+        fingerprint=fingerprint,
+        num_samples=num_samples,
+        finished=num_samples - sum(stop - start for start, stop in missing),
+        missing=tuple(missing),
+        archive=archive,
+        running=running,
+        quiet_s=quiet,
+        rate=rate,
+        devices=tuple(sorted(samples.items(), key=lambda item: (-item[1], item[0]))),
+        numerics_keys=tuple(sorted({fact.numerics for fact in facts if fact.numerics is not None})),
+    )
+
+
+def _pace(facts: Iterable[FragmentFact], now: float) -> tuple[float | None, float | None, bool]:
+    """Samples a second over the last fragments, seconds since the last one, and whether that is usual.
+
+    A pause of an earlier interruption does not count: only fragments after the last one are looked at.
+    """
+    written = sorted((fact.modified, fact.stop - fact.start) for fact in facts if fact.modified is not None)
+    if not written:
+        return None, None, False
+    latest = written[-RATE_FRAGMENTS - 1 :]
+    intervals = sorted(b[0] - a[0] for a, b in pairwise(latest))
+    patience = max(QUIET_S, 5 * intervals[len(intervals) // 2] if intervals else 0.0)
+    pauses = [i for i, (a, b) in enumerate(pairwise(latest), start=1) if b[0] - a[0] > patience]
+    latest = latest[pauses[-1] if pauses else 0 :]
+    span = latest[-1][0] - latest[0][0]
+    rate = sum(samples for _, samples in latest[1:]) / span if span > 0 else None
+    quiet = max(now - latest[-1][0], 0.0)
+    return rate, quiet, quiet <= patience
+
+
+def describe_ranges(ranges: Iterable[tuple[int, int]], shown: int = RANGES_SHOWN) -> str:
+    """Ranges [start, stop) for people, first and last index each: 0-511, 1,024-1,535 and 3 more."""
+    ranges = list(ranges)
+    text = ", ".join(f"{start:,}-{stop - 1:,}" for start, stop in ranges[:shown])
+    return f"{text} and {len(ranges) - shown:,} more" if len(ranges) > shown else text
+
+
+def render(status: Status) -> Group:
+    """A status for a terminal, 80 columns wide or less."""
+    head = Table.grid(padding=(0, 2))
+    head.add_row(
+        Text(status.state, style="bold green" if status.state == "done" else "bold cyan"),
+        ProgressBar(total=max(status.num_samples, 1), completed=status.finished, width=24),
+        Text(f"{status.finished:,} of {status.num_samples:,} samples"),
+    )
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(overflow="fold")
+    for name, value in _rows(status):
+        rows.add_row(name, Text(value))
+    return Group(head, rows)
+
+
+def _rows(status: Status) -> list[tuple[str, str]]:
+    rows = [("fingerprint", status.fingerprint)]
+    if status.missing:
+        rows.append(("missing", describe_ranges(status.missing)))
+        rows.append(
+            ("rate", "unknown" if status.rate is None else f"{format_rate(status.rate)} over the last fragments")
+        )
+        rows.append(
+            ("ETA", format_seconds(status.eta_s) if status.eta_s is not None else "unknown while nothing arrives")
+        )
+    if status.quiet_s is not None:
+        rows.append(("last fragment", f"{format_seconds(status.quiet_s)} ago"))
+    if status.devices:
+        rows.append(("devices", ", ".join(f"{device} ({samples:,} samples)" for device, samples in status.devices)))
+    if status.mixed_numerics:
+        rows.append(
+            (
+                "mixed",
+                f"{len(status.numerics_keys)} numerics keys: pixels may differ by rounding from a run on one kind",
+            )
+        )
+    rows.append(("archive", status.archive or "not written yet"))
+    return rows

@@ -1,0 +1,59 @@
+"""A summary with everything in it, as a run on mixed hardware leaves one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ray_sampler.config import RunConfig
+from ray_sampler.reporting.pixels import PixelStatistics
+from ray_sampler.reporting.summary import ArchiveMember, Part, Summary, Timeline
+
+HOSTILE = "<script>console.error('run')</script>"
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    """uint8 (40, 8, 8, 3), without repeats."""
+    return np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+
+
+@pytest.fixture
+def summary(images: np.ndarray) -> dict[str, Any]:
+    """The content of summary.json, read back from JSON."""
+    run = RunConfig(num_samples=50_000, class_cond=True, num_classes=10).resolve({}, f"s3://bucket/{HOSTILE}")
+    pixels = PixelStatistics()
+    pixels.add(images)
+    pixels.add(images[:2])
+    timeline = Timeline()
+    for second in range(60):
+        timeline.add(float(second), second / 7, second // 10)
+    content = Summary(
+        fingerprint="7f3a91c2" * 8,
+        settings=run.as_json(),
+        identity=run.identity("00" * 32, {"rule": "random"}),
+        num_samples=50_000,
+        reused=12_288,
+        computed=37_712,
+        start_s=14.25,
+        sampling_s=4012.5,
+        merge_s=0.75,
+        max_actors=12,
+        failures=3,
+        retries=7,
+        rejected=(("000000000000-000000000512.parquet", "the image bytes do not match their CRC-32"),),
+        parts=(Part(0, 12_288, "a10g, batch 16", "NVIDIA A10G"), Part(12_288, 50_000, "h200, batch 16", "NVIDIA H200")),
+        archive="samples_50000x8x8x3.npz",
+        archive_bytes=10_000_500,
+        archive_members=(
+            ArchiveMember("arr_0.npy", 9_600_128, 0xDEADBEEF),
+            ArchiveMember("arr_1.npy", 400_128, 0x12AB),
+        ),
+        labels={label: 5000 + label for label in range(10)},
+        pixels=pixels,
+        timeline=timeline,
+    ).as_json()
+    return json.loads(json.dumps(content, allow_nan=False))

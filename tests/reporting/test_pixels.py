@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ray_sampler.reporting import pixels
+from ray_sampler.reporting.pixels import PixelStatistics
+
+
+def collected(*parts: np.ndarray) -> PixelStatistics:
+    statistics = PixelStatistics()
+    for part in parts:
+        statistics.add(part)
+    return statistics
+
+
+def test_mean_deviation_and_histogram_are_those_of_the_pixels(images: np.ndarray) -> None:
+    found = collected(images[:13], images[13:]).as_json()
+    assert found["mean"] == pytest.approx(images.astype(np.float64).mean((0, 1, 2)), abs=1e-4)
+    assert found["std"] == pytest.approx(images.astype(np.float64).std((0, 1, 2)), abs=1e-4)
+    for channel in range(3):
+        counts, _ = np.histogram(images[..., channel], bins=32, range=(0, 256))
+        assert found["histogram"][channel] == counts.tolist()
+    assert found["warnings"] == []
+
+
+@settings(max_examples=25)
+@given(cuts=st.lists(st.integers(0, 40), max_size=3), repeat=st.integers(0, 5), limit=st.sampled_from([8, 100]))
+def test_statistics_of_parts_add_up_to_those_of_the_whole(cuts: list[int], repeat: int, limit: int) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (40, 4, 4, 3), np.uint8)
+    images[:repeat] = images[20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pixels, "DUPLICATE_HASHES", limit)
+        whole, merged = collected(images), PixelStatistics()
+        for part in np.split(images, sorted(cuts)):
+            merged.merge(collected(part))
+    expected, found = whole.as_json(), merged.as_json()
+    if not whole.duplicates_exact:  # what is near each other depends on the parts
+        for result in (expected, found):
+            del result["duplicate_fraction"], result["warnings"]
+    assert found == expected
+
+
+@pytest.mark.parametrize("kind", ["constant", "saturated", "duplicate"])
+def test_suspicious_images_are_counted_and_warned_of(kind: str, images: np.ndarray) -> None:
+    broken = images.copy()
+    if kind == "constant":
+        broken[:4] = np.arange(4)[:, None, None, None] + [1, 50, 100]
+    elif kind == "saturated":
+        broken[:4] = np.where(broken[:4] < 128, 0, 255)
+    else:
+        broken[:4] = broken[4]
+    found = collected(broken[:20], broken[20:]).as_json()
+    fractions = {name: found[f"{name}_fraction"] for name in ("constant", "saturated", "duplicate")}
+    assert fractions == {"constant": 0, "saturated": 0, "duplicate": 0} | {kind: 0.1}
+    assert len(found["warnings"]) == 1
+    assert found["warnings"][0].startswith("10% of the images")
+
+
+def test_memory_is_bounded_and_duplicates_are_then_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "DUPLICATE_HASHES", 512)
+    images = np.random.default_rng(2).integers(0, 256, (4000, 2, 2, 3), np.uint8)
+    statistics = PixelStatistics()
+    for start in range(0, 4000, 500):
+        statistics.add(images[start : start + 500])
+    statistics.add(images[:1000])
+    assert len(statistics._copies) <= 512
+    assert not statistics.duplicates_exact
+    assert statistics.duplicate_fraction == pytest.approx(0.2, abs=0.05)
+
+
+def test_one_image_repeated_all_over_a_large_run_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "DUPLICATE_HASHES", 64)
+    images = np.random.default_rng(3).integers(0, 256, (2000, 2, 2, 3), np.uint8)
+    images[::2] = images[0]
+    assert collected(*np.split(images, 20)).duplicate_fraction > 0.4

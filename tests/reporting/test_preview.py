@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ray_sampler.reporting.preview import choose_indices, class_strips, contact_sheet
+
+RANGES = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=8)
+
+
+@given(num_samples=st.integers(1, 250), ranges=RANGES, count=st.integers(1, 40))
+def test_indices_are_evenly_spaced_among_what_exists(
+    num_samples: int, ranges: list[tuple[int, int]], count: int
+) -> None:
+    existing = sorted({i for start, stop in ranges for i in range(start, min(stop, num_samples))})
+    indices = choose_indices(num_samples, ranges, count)
+    assert len(indices) == min(count, len(existing))
+    assert indices == choose_indices(num_samples, reversed(ranges), count)
+    for k, index in enumerate(indices):  # one of each stratum
+        low, high = k * len(existing) // len(indices), (k + 1) * len(existing) // len(indices)
+        assert index in existing[low:high]
+
+
+def test_labels_that_repeat_with_the_index_do_not_all_come_out_the_same() -> None:
+    labels = [index % 10 for index in choose_indices(50_000, [(0, 50_000)], 100)]
+    assert np.bincount(labels).tolist() == [10] * 10
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(("side", "shown"), [(8, 96), (28, 84), (32, 96), (64, 128), (128, 128), (256, 128)])
+def test_every_image_is_on_the_sheet_at_a_legible_size(side: int, shown: int, labelled: bool) -> None:
+    colours = [(200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10), (10, 200, 200)]
+    images = np.stack([np.full((side, side, 3), colour, np.uint8) for colour in colours])
+    labels = np.arange(5, dtype=np.int32) if labelled else None
+    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(images, labels, "digits", "5 samples · seed 42"))))
+    corners = []
+    for colour in colours:
+        y, x = np.nonzero((sheet == colour).all(-1))
+        assert len(y) == shown * shown
+        assert np.ptp(y) == np.ptp(x) == shown - 1
+        corners.append((y.min(), x.min()))
+    assert corners == sorted(corners)  # in the order of the indices
+
+
+def test_small_images_keep_their_pixels_sharp(images: np.ndarray) -> None:
+    sheet = Image.open(io.BytesIO(contact_sheet(images[:1], None, "", "")))
+    tile = np.asarray(sheet)[-28 - 96 : -28, 28 : 28 + 96]
+    assert np.array_equal(tile, images[0].repeat(12, 0).repeat(12, 1))
+
+
+def test_nothing_of_a_caption_is_cut_off() -> None:
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    short, long = (
+        np.asarray(Image.open(io.BytesIO(contact_sheet(images, None, "digits", " · ".join(["heun 18 steps"] * n)))))
+        for n in (1, 30)
+    )
+    assert long.shape[0] > short.shape[0]
+    assert long.shape[1] == short.shape[1]
+    assert (long[:, -28:] == long[0, 0]).all()  # the margin stays free
+
+
+def test_a_sheet_of_no_images_is_a_picture() -> None:
+    assert contact_sheet(np.zeros((0, 32, 32, 3), np.uint8), None, "digits", "nothing yet").startswith(b"\x89PNG")
+
+
+def test_each_class_has_a_strip_of_its_own_images(images: np.ndarray) -> None:
+    strips = class_strips(images[:6], np.array([7, 3, 7, 7, 3, 7]), count=3)
+    assert list(strips) == [3, 7]
+    strip = np.asarray(Image.open(io.BytesIO(strips[7])).convert("RGB"))
+    for position, image in enumerate((0, 2, 3)):
+        assert np.array_equal(strip[::12, position * 104 : position * 104 + 96 : 12], images[image])
