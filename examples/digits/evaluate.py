@@ -1,0 +1,248 @@
+"""Measure an archive of digits with a small classifier that was trained on real digits only.
+
+Two questions: does the classifier see in each sample the digit that its label asks for, and how far is the
+distribution of its features on samples from that on real digits?
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data import Digits, load_digits
+
+EPOCHS = 24
+BATCH = 50
+PEAK_LEARNING_RATE = 3e-3
+LARGEST_SHIFT = 2
+"""Pixels."""
+FEATURES = 64
+SPLITS = 20
+"""Random halvings of the real digits over which Frechet distances are averaged."""
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    archive: tyro.conf.Positional[Path]
+    """An .npz of 32x32 digits: arr_0 (N, 32, 32, 3) uint8 and arr_1 (N,) labels."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    cache: Path | None = None
+    """Folder where the trained classifier is kept for the next time."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    samples: int
+    held_out: int
+    held_out_accuracy: float
+    """Of the classifier, on real digits that it was not trained on."""
+    agreement: float
+    """Share of the samples that the classifier sees as their label."""
+    agreement_by_class: dict[int, float]
+    samples_by_class: dict[int, int]
+    compared: int
+    """Samples, or real digits, on one side of each Frechet distance."""
+    reference: int
+    """Real digits on its other side."""
+    frechet: float
+    """Between samples and real digits."""
+    frechet_deviation: float
+    """Over the splits."""
+    frechet_real: float
+    """Between real digits and other real digits: what a perfect model would reach on average."""
+    frechet_real_deviation: float
+
+
+class Seen(NamedTuple):
+    """What the classifier makes of images: classes (N,) int64 and features (N, FEATURES) float64."""
+
+    classes: np.ndarray
+    features: np.ndarray
+
+
+class Classifier(nn.Module):
+    """(B, 1, 32, 32) float32 in [-1, 1] -> logits (B, 10); `features` gives the layer before, (B, FEATURES)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for channels, out_channels in ((1, 16), (16, 32), (32, 64)):
+            convolution = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(out_channels), nn.ReLU(), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(
+            *layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(64 * 4 * 4, FEATURES), nn.ReLU()
+        )
+        self.head = nn.Linear(FEATURES, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+def gray(images: np.ndarray) -> Tensor:
+    """(N, 3, 32, 32) float32 -> (N, 1, 32, 32): the mean of the channels, which are equal in real digits."""
+    return torch.from_numpy(images).mean(dim=1, keepdim=True)
+
+
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image (B, 1, 32, 32) moved by up to LARGEST_SHIFT pixels along both axes, with background moved in."""
+    padded = F.pad(images, (LARGEST_SHIFT,) * 4, value=-1.0)
+    size = images.shape[-1]
+    offsets = torch.randint(2 * LARGEST_SHIFT + 1, (len(images), 2), generator=generator).tolist()
+    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, offsets, strict=True)])
+
+
+def train_classifier(digits: Digits, seed: int = SEED) -> Classifier:
+    """A classifier of `digits`; equal digits and seed give an equal one."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    images, labels = gray(digits.images), torch.from_numpy(digits.labels)
+    classifier = Classifier().train()
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
+    steps = EPOCHS * (len(images) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, steps)
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(images), generator=generator)
+        for rows in order[: len(images) // BATCH * BATCH].split(BATCH):
+            logits = classifier(shifted(images[rows], generator))
+            optimizer.zero_grad()
+            F.cross_entropy(logits, labels[rows], label_smoothing=0.05).backward()
+            optimizer.step()
+            schedule.step()
+    return classifier.eval()
+
+
+def obtain_classifier(digits: Digits, cache: Path | None) -> Classifier:
+    """The classifier from `cache` if this very file left it there, else a freshly trained one, kept there."""
+    path = None
+    if cache is not None:
+        path = cache / f"classifier-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}.safetensors"
+        if path.exists():
+            classifier = Classifier()
+            classifier.load_state_dict(load_file(path))
+            return classifier.eval()
+    began = time.monotonic()
+    classifier = train_classifier(digits)
+    print(f"trained a classifier in {time.monotonic() - began:.0f} s", file=sys.stderr)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(classifier.state_dict(), path)
+    return classifier
+
+
+@torch.inference_mode()
+def look_at(classifier: Classifier, images: np.ndarray) -> Seen:
+    """What `classifier` makes of images (N, 3, 32, 32) float32 in [-1, 1]."""
+    features = torch.cat([classifier.features(batch) for batch in gray(images).split(250)])
+    return Seen(classifier.head(features).argmax(dim=1).numpy(), features.double().numpy())
+
+
+def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
+    """Between the normal distributions fitted to features (N, D) and (M, D) float64 (Dowson & Landau 1982).
+
+    |mean - mean'|^2 + tr(C + C' - 2 (C^1/2 C' C^1/2)^1/2): the product is symmetric, so its eigenvalues are real
+    and at least 0 up to rounding. The estimate is biased upwards, more so for smaller N and M.
+    """
+    cov_one, cov_other = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
+    values, vectors = np.linalg.eigh(cov_one)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    product = np.linalg.eigvalsh(root @ cov_other @ root)
+    shift = one.mean(axis=0) - other.mean(axis=0)
+    return float(shift @ shift + np.trace(cov_one) + np.trace(cov_other) - 2 * np.sqrt(product.clip(min=0)).sum())
+
+
+def load_archive(path: Path) -> Digits:
+    """The samples of an archive as images (N, 3, 32, 32) float32 in [-1, 1] and labels (N,) int64.
+
+    Raises:
+        SystemExit: it is not an archive of labelled 32x32 images.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            members = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read as an .npz archive: {error}") from None
+    images, labels = members.get("arr_0"), members.get("arr_1")
+    if images is None or images.ndim != 4 or images.shape[1:] != (32, 32, 3) or images.dtype != np.uint8:
+        raise SystemExit(f"{path} has no arr_0 of (N, 32, 32, 3) uint8; sample a model of digits first")
+    if labels is None or labels.shape != images.shape[:1]:
+        raise SystemExit(f"{path} has no arr_1 with a label for each image; sample a class-conditional model")
+    if len(images) < 2:
+        raise SystemExit(f"{path} holds {len(images)} images; a distance needs at least 2")
+    return Digits((images.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32), labels.astype(np.int64))
+
+
+def measure(samples: Digits, cache: Path | None = None) -> Measures:
+    """Train or load the classifier, and measure `samples` with it, beside real digits.
+
+    The Frechet distances of samples and of real digits have equal counts on both sides, as their bias depends on
+    the counts: real digits are halved at random; one half is the reference of both distances, and as many of the
+    other half as there are samples (or as many samples as it has digits) are compared with it.
+    """
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    train, held_out = load_digits()
+    classifier = obtain_classifier(train, cache)
+    on_samples, on_held_out = look_at(classifier, samples.images), look_at(classifier, held_out.images)
+    agrees = on_samples.classes == samples.labels
+
+    real = np.concatenate([look_at(classifier, train.images).features, on_held_out.features])
+    half = len(real) // 2
+    compared = min(half, len(samples.labels))
+    rng = np.random.default_rng(SEED)
+    distances, real_distances = [], []
+    for _ in range(SPLITS):
+        order = rng.permutation(len(real))
+        reference, others = real[order[:half]], real[order[half:]]
+        chosen = rng.permutation(len(samples.labels))[:compared]
+        distances.append(frechet_distance(on_samples.features[chosen], reference))
+        real_distances.append(frechet_distance(others[:compared], reference))
+
+    classes = sorted({int(label) for label in samples.labels})
+    return Measures(
+        samples=len(samples.labels),
+        held_out=len(held_out.labels),
+        held_out_accuracy=float((on_held_out.classes == held_out.labels).mean()),
+        agreement=float(agrees.mean()),
+        agreement_by_class={digit: float(agrees[samples.labels == digit].mean()) for digit in classes},
+        samples_by_class={digit: int((samples.labels == digit).sum()) for digit in classes},
+        compared=compared,
+        reference=half,
+        frechet=float(np.mean(distances)),
+        frechet_deviation=float(np.std(distances)),
+        frechet_real=float(np.mean(real_distances)),
+        frechet_real_deviation=float(np.std(real_distances)),
+    )
+
+
+def table(measures: Measures) -> str:
+    """`measures` for people."""
+    m = measures
+    by_class = "".join(
+        f"\n  {digit}{share:41.1%}   of {m.samples_by_class[digit]}" for digit, share in m.agreement_by_class.items()
+    )
+    return f"""\
+accuracy on real digits, held out{m.held_out_accuracy:12.1%}   of {m.held_out}
+agreement with the samples' labels{m.agreement:11.1%}   of {m.samples}{by_class}
+Frechet distance, samples to real{m.frechet:12.3f}   deviation {m.frechet_deviation:.3f}
+Frechet distance, real to real{m.frechet_real:15.3f}   deviation {m.frechet_real_deviation:.3f}
+Both distances: {m.compared} images to {m.reference} real digits, {FEATURES} features, mean of {SPLITS} splits."""
+
+
+if __name__ == "__main__":
+    request = tyro.cli(Request, description=__doc__)
+    result = measure(load_archive(request.archive), request.cache)
+    print(json.dumps(asdict(result), indent=2) if request.json else table(result))
