@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -170,11 +171,10 @@ def load_archive(path: Path) -> Digits:
     Raises:
         SystemExit: it is not an archive of labelled 32x32 images.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            members = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read as an .npz archive: {error}") from None
+    if not zipfile.is_zipfile(path):
+        raise SystemExit(f"{path} is missing, cut short or no .npz archive; name one that a run has written")
+    with np.load(path, allow_pickle=False) as archive:
+        members = {name: archive[name] for name in archive.files}
     images, labels = members.get("arr_0"), members.get("arr_1")
     if images is None or images.ndim != 4 or images.shape[1:] != (32, 32, 3) or images.dtype != np.uint8:
         raise SystemExit(f"{path} has no arr_0 of (N, 32, 32, 3) uint8; sample a model of digits first")
