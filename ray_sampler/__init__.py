@@ -1,0 +1,32 @@
+"""Draw large sample sets from diffusion and consistency models, on a laptop or an autoscaling Ray cluster."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray_sampler.config import RequestError, RunConfig, RunError
+from ray_sampler.storage.fragment import Fragment, read_fragment
+
+if TYPE_CHECKING:
+    from ray_sampler.cluster.driver import RunResult
+
+__all__ = ["Fragment", "RequestError", "RunConfig", "RunError", "read_fragment", "run"]
+__version__ = "0.1.0"
+
+
+def run(config: RunConfig) -> RunResult:
+    """Fill the archive that `config` asks for; go on where an earlier run of it stopped.
+
+    Uses the Ray that this process is connected to, or that config.address or RAY_ADDRESS names, else starts a local one
+    and stops it.
+
+    Returns:
+        The archive's path or URL, and the content of summary.json.
+
+    Raises:
+        RequestError: the request is wrong; nothing was written.
+        RunError: the run failed or is incomplete; what was finished is kept, and the same call goes on with it.
+    """
+    from ray_sampler.cluster.driver import run as drive
+
+    return drive(config)

@@ -135,8 +135,9 @@ class Architecture:
             if self.attends_at(level) or level == len(multipliers) - 1:
                 for heads in {self.num_heads, self.heads_upsample}:
                     heads = self.heads_at(channels, heads)
+                    whole = heads > 0 and channels % heads == 0
                     require(
-                        heads > 0 and channels % heads == 0 and self.num_head_channels in (-1, channels // max(heads, 1)),
+                        whole and self.num_head_channels in (-1, channels // heads),
                         f"{channels} channels cannot be split into attention heads with --num_heads "
                         f"{self.num_heads} and --num_head_channels {self.num_head_channels}; "
                         "the channels must be a multiple of the head size",
@@ -149,9 +150,7 @@ class Architecture:
             "num_channels": self.num_channels,
             "num_res_blocks": self.num_res_blocks,
             "channel_mult": ",".join(f"{m:g}" for m in self.channel_multipliers),
-            "attention_resolutions": ",".join(
-                str(self.image_size // f) for f in sorted(set(self.attention_factors))
-            ),
+            "attention_resolutions": ",".join(str(self.image_size // f) for f in sorted(set(self.attention_factors))),
             "class_cond": self.class_cond,
             "use_scale_shift_norm": self.use_scale_shift_norm,
             "resblock_updown": self.resblock_updown,
@@ -206,7 +205,7 @@ class Sampling:
             require(self.steps >= 2, f"--steps is {self.steps}; --sampler multistep needs at least 2")
             require(
                 len(self.ts) >= 2,
-                f"--ts is {','.join(map(str, self.ts))!r}; --sampler multistep needs at least two indices, as in 0,22,39",
+                f"--ts is {','.join(map(str, self.ts))!r}; --sampler multistep needs two or more, as in 0,22,39",
             )
             for t in self.ts:
                 require(
@@ -326,8 +325,8 @@ class SampleSetFlags:
     generator: Generator = "philox"
     """Where noise comes from: philox (counter-based), or the original's determ, determ-indiv and dummy."""
     labels: str | None = None
-    """Labels of a class-conditional model: random (the default), balanced, a list as 0,3,999, or a file (.npz with arr_1,
-    .npy, text); a list shorter than N is repeated."""
+    """Labels of a class-conditional model: random (the default), balanced, a list as 0,3,999, or a file
+    (.npz with arr_1, .npy, text); a list shorter than N is repeated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,9 +355,10 @@ class FleetFlags:
     compile: Compile = "auto"
     """torch.compile: off, on (kernels chosen by timing), or auto (on a GPU, without timing)."""
     shard_timeout: float = 600.0
-    """Seconds after which a silent shard is given to another actor, at least; a slow fleet gets a multiple of its median."""
+    """Seconds without a result after which an actor is replaced, at least; where shards take long, a multiple of
+    their median."""
     address: str | None = None
-    """Ray cluster to join, as auto or ray://host:10001; without it, and without RAY_ADDRESS, a local Ray is started."""
+    """Ray cluster to join, as auto or host:6379; without it, and without RAY_ADDRESS, a local Ray is started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,10 +404,9 @@ class RunConfig(
         self._check_choices()
         settings = dict(brought) | {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
         require(
-            not (self.use_fp16 is not None and self.precision != "auto" and self.use_fp16 != (self.precision == "fp16")),
-            f"--use_fp16 {self.use_fp16} contradicts --precision {self.precision}; give one of the two",
+            not settings.get("learn_sigma"),
+            "--learn_sigma is True, which is not supported, as no Karras sampler uses a learned variance; give False",
         )
-        require(not settings.get("learn_sigma"), "--learn_sigma True is not supported: a Karras sampler uses no learned variance")
         settings["ts"] = parse_ts(settings.get("ts", ""))
         architecture = Architecture(**{f.name: settings[f.name] for f in fields(Architecture) if f.name in settings})
         sampling = Sampling(**{f.name: settings[f.name] for f in fields(Sampling) if f.name in settings})
@@ -419,11 +418,22 @@ class RunConfig(
             weights=weights,
             architecture=architecture,
             sampling=sampling,
-            precision="fp16" if self.use_fp16 else "fp32" if self.use_fp16 is False and self.precision == "auto" else self.precision,
+            precision=self._precision(),
             labels=(self.labels or "random") if architecture.class_cond else None,
             shard_size=shard_size,
             request=self,
         )
+
+    def _precision(self) -> Literal["auto"] | Precision:
+        if self.use_fp16 is None:
+            return self.precision
+        if self.precision == "auto":
+            return "fp16" if self.use_fp16 else "fp32"
+        require(
+            self.use_fp16 == (self.precision == "fp16"),
+            f"--use_fp16 {self.use_fp16} contradicts --precision {self.precision}; give one of the two",
+        )
+        return self.precision
 
     def _check_choices(self) -> None:
         """The command line checks its choices by itself; a caller in Python may have written anything."""
@@ -493,7 +503,12 @@ class Run:
     def as_json(self) -> dict[str, Any]:
         """Every setting under its flag's name, without a credential, for --dry_run and run.json."""
         settings = asdict(self.request) | asdict(self.architecture) | asdict(self.sampling)
-        settings |= {"model": self.weights, "precision": self.precision, "labels": self.labels, "shard_size": self.shard_size}
+        settings |= {
+            "model": self.weights,
+            "precision": self.precision,
+            "labels": self.labels,
+            "shard_size": self.shard_size,
+        }
         settings |= {"ts": ",".join(map(str, self.sampling.ts)), "s_tmax": str(self.sampling.s_tmax)}
         for gone in ("model_path", "use_fp16", "dry_run"):
             del settings[gone]

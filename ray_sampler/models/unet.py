@@ -6,6 +6,7 @@ Module names are a contract: the state dict has the keys and shapes of the publi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,9 @@ def halve(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 2)
 
 
+Resample = Callable[[Tensor], Tensor]
+
+
 class ResBlock(nn.Module):
     """Residual block, conditioned on an embedding of (B, embedding_channels).
 
@@ -73,13 +77,11 @@ class ResBlock(nn.Module):
     first normalisation and SiLU and before its convolution.
     """
 
-    def __init__(self, channels: int, out_channels: int, arch: Architecture, resample=None) -> None:
+    def __init__(self, channels: int, out_channels: int, arch: Architecture, resample: Resample | None = None) -> None:
         super().__init__()
         self.resample = resample
         self.scale_shift = arch.use_scale_shift_norm
-        self.in_layers = nn.Sequential(
-            GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(arch.embedding_channels, out_channels * (2 if self.scale_shift else 1))
         )
@@ -132,7 +134,7 @@ class AttentionBlock(nn.Module):
 class Block(nn.Sequential):
     """Layers in a row, of which the residual blocks take the embedding as well."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -169,9 +171,7 @@ class UNet(nn.Module):
                 self.input_blocks.append(Block(*layers))
                 skips.append(channels)
             if level != len(multipliers) - 1:
-                down = (
-                    ResBlock(channels, channels, arch, halve) if arch.resblock_updown else Downsample(channels)
-                )
+                down = ResBlock(channels, channels, arch, halve) if arch.resblock_updown else Downsample(channels)
                 self.input_blocks.append(Block(down))
                 skips.append(channels)
 

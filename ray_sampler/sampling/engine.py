@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ray_sampler.config import Architecture, Compile, Precision, Rounding, Sampling
-from ray_sampler.models.unet import UNet
 from ray_sampler.sampling.denoiser import Network, make_denoiser
 from ray_sampler.sampling.labels import LabelRule
 from ray_sampler.sampling.noise import make_noise
@@ -48,7 +47,7 @@ class Engine:
 
     def __init__(
         self,
-        network: UNet,
+        network: nn.Module,
         architecture: Architecture,
         sampling: Sampling,
         labels: LabelRule | None,
@@ -88,7 +87,8 @@ class Engine:
             ) from error
         first = start // size * size
         images, labels, finite = (
-            None if parts[0] is None else torch.cat(parts)[start - first : stop - first] for parts in zip(*blocks, strict=True)
+            None if parts[0] is None else torch.cat(parts)[start - first : stop - first]
+            for parts in zip(*blocks, strict=True)
         )
         on_host = self._copy(images, labels, finite)
 
@@ -150,7 +150,7 @@ class Engine:
         return wait
 
 
-def compiled(network: UNet, mode: Compile, device: torch.device) -> Network:
+def compiled(network: nn.Module, mode: Compile, device: torch.device) -> Network:
     """The network under torch.compile: with kernels chosen by timing (on), without (auto, on a GPU), or as it is."""
     if mode == "off" or (mode == "auto" and device.type != "cuda"):
         return network
@@ -160,7 +160,10 @@ def compiled(network: UNet, mode: Compile, device: torch.device) -> Network:
 def numerics_key(device: torch.device, batch_size: int, precision: Precision, compile: Compile) -> str:
     """What decides a sample's last bits: runs under one key give equal bytes."""
     if device.type == "cuda":
-        hardware = f"{torch.cuda.get_device_name(device)}, cuda {torch.version.cuda}, cudnn {torch.backends.cudnn.version()}"
+        hardware = (
+            f"{torch.cuda.get_device_name(device)}, cuda {torch.version.cuda}, cudnn {torch.backends.cudnn.version()}"
+        )
     else:
-        hardware = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+        # Sums are split among the threads, so their count decides last bits too.
+        hardware = f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return f"{hardware}, torch {torch.__version__}, batch {batch_size}, {precision}, compile {compile}"

@@ -48,9 +48,13 @@ def listed_labels(values: np.ndarray, num_classes: int, source: str) -> LabelRul
     Raises:
         RequestError: there is none, or one is not in [0, num_classes).
     """
-    require(values.ndim == 1 and values.size > 0, f"--labels {source} holds no list of labels; it must hold at least one")
+    require(
+        values.ndim == 1 and values.size > 0, f"--labels {source} holds no list of labels; it must hold at least one"
+    )
     wrong = np.flatnonzero((values < 0) | (values >= num_classes))
     if wrong.size:
         at = int(wrong[0])
-        require(False, f"--labels {source} has {values[at]} at position {at}; labels must be from 0 to {num_classes - 1}")
+        require(
+            False, f"--labels {source} has {values[at]} at position {at}; labels must be from 0 to {num_classes - 1}"
+        )
     return LabelRule("listed", num_classes, values.astype(np.int64))

@@ -85,7 +85,7 @@ def individual_normals(seed: int, num_samples: int, indices: Tensor, shape: tupl
 
 
 def joint_normals(seed: int, num_samples: int, indices: Tensor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    """The original's determ: one torch generator that draws for all num_samples each time; ours are the rows `indices`."""
+    """The original's determ: one torch generator that draws for all num_samples each time; rows `indices` are ours."""
     device = indices.device
     generator = torch.Generator(device).manual_seed(seed)
     rows = indices.clamp(max=num_samples - 1)
@@ -100,7 +100,7 @@ def in_order(draw_next: Callable[[], Tensor]) -> Noise:
         nonlocal drawn
         if draw <= drawn:
             raise ValueError(f"draw {draw} was asked for after draw {drawn}; a stream only goes forward")
-        for drawn in range(drawn + 1, draw):
+        for _ in range(drawn + 1, draw):
             draw_next()
         drawn = draw
         return draw_next()

@@ -8,6 +8,7 @@ Symbols are those of Karras et al. 2022 ("Elucidating the design space of diffus
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf
 
 import torch
@@ -57,7 +58,7 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn: Chur
 
 def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
     """Euler's method on dx/dsigma = (x - D(x, sigma)) / sigma (Karras et al. 2022, eq. 3)."""
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in pairwise(sigmas):
         d = (x - denoise(x, sigma)) / sigma
         x = x + d * (sigma_next - sigma)
     return x
@@ -78,7 +79,7 @@ def dpm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn: Churn
 
 def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
     """Euler steps down past the next level, then fresh noise up to it (Song et al. 2021, as ancestral sampling)."""
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         sigma_up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
         sigma_down = (sigma_next**2 - sigma_up**2) ** 0.5
         d = (x - denoise(x, sigma)) / sigma
@@ -98,11 +99,9 @@ def progdist(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Tens
     return euler(denoise, x, sigmas[:-1], noise)
 
 
-def multistep(
-    denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, sigma_min: float, sigma_max: float
-) -> Tensor:
-    """Denoise, add noise up to the next level, repeat (Song et al. 2023, algorithm 1); nothing is evaluated at the last."""
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+def multistep(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, sigma_min: float, sigma_max: float) -> Tensor:
+    """Denoise, add noise up to the next level, repeat, without the last evaluation (Song et al. 2023, algorithm 1)."""
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x_0 = denoise(x, sigma.float())
         level = (sigma_next.clip(sigma_min, sigma_max) ** 2 - sigma_min**2).sqrt()
         x = x_0 + noise(1 + i) * level if level > 0 else x_0

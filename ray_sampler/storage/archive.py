@@ -22,7 +22,7 @@ import numpy as np
 
 from ray_sampler.config import RunError
 from ray_sampler.storage.coverage import Piece, missing
-from ray_sampler.storage.fragment import DamagedFragment, Fragment, FragmentName, Record
+from ray_sampler.storage.fragment import DamagedFragment, Fragment, FragmentName, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
 
 CRC32_POLYNOMIAL = 0xEDB88320
@@ -213,10 +213,14 @@ def record_checksums(
 
 def piece_values(piece: Piece, fragment: Fragment) -> tuple[memoryview, memoryview]:
     """The bytes of a piece's images, and of its labels as the archive holds them (int64)."""
-    samples = fragment.samples
+    samples = piece_of(fragment.samples, piece)
+    labels = np.empty(0, np.int64) if samples.labels is None else samples.labels.astype("<i8")
+    return np.ascontiguousarray(samples.images).data.cast("B"), labels.data.cast("B")
+
+
+def piece_of(samples: Samples, piece: Piece) -> Samples:
     part = slice(piece.start - samples.start, piece.stop - samples.start)
-    labels = np.empty(0, np.int64) if samples.labels is None else samples.labels[part].astype("<i8")
-    return np.ascontiguousarray(samples.images[part]).data.cast("B"), labels.data.cast("B")
+    return Samples(piece.start, samples.images[part], None if samples.labels is None else samples.labels[part])
 
 
 def read_pieces(
@@ -257,6 +261,7 @@ def merge(
     labelled: bool,
     fingerprint: str | None,
     on_progress: Callable[[int], None] | None = None,
+    on_samples: Callable[[Samples], None] | None = None,
 ) -> ArchiveLayout:
     """Write the archive in one forward pass, every fragment checked on the way.
 
@@ -267,6 +272,7 @@ def merge(
         labelled: whether the archive has arr_1.
         fingerprint: of the run.
         on_progress: called with the samples written so far.
+        on_samples: called with the samples of each piece.
 
     Raises:
         DamagedPiece: a fragment is damaged, gone or changed. No archive was written.
@@ -284,6 +290,8 @@ def merge(
                 file.write(images[offset : offset + CHUNK_BYTES])
             crc32 = zlib.crc32(images, crc32)
             spool.write(labels)
+            if on_samples:
+                on_samples(piece_of(fragment.samples, piece))
             del images, labels, fragment
             if on_progress:
                 on_progress(piece.stop)

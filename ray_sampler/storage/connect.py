@@ -24,12 +24,12 @@ EXTRAS = {
 }
 """The extra of this package that a protocol needs."""
 
-CONNECTION_OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {
-        "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 5}, "read_timeout": 60},
-        # Parts of equal size, which some stores beside S3 itself insist on.
-        "fixed_upload_size": True,
-    }
+S3_OPTIONS: dict[str, Any] = {
+    "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 5}, "read_timeout": 60},
+    # Parts of equal size, which some stores beside S3 itself insist on.
+    "fixed_upload_size": True,
+    # With more, a long object is read in several ranges at once, which may belong to two versions of it.
+    "max_concurrency": 1,
 }
 
 
@@ -45,7 +45,9 @@ def open_store(url: str) -> LocalStore | ObjectStore:
     if protocol in (None, "file", "local"):
         return LocalStore(Path(os.path.abspath(os.path.expanduser(url.partition("://")[2] if protocol else url))))
     try:
-        filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False, **CONNECTION_OPTIONS.get(protocol, {}))
+        filesystem, root = fsspec.core.url_to_fs(
+            url, use_listings_cache=False, **(S3_OPTIONS if protocol in ("s3", "s3a") else {})
+        )
     except ImportError:
         extra = EXTRAS.get(protocol)
         remedy = f"pip install 'ray-sampler[{extra}]'" if extra else f"install fsspec's package for {protocol}"

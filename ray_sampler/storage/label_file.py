@@ -54,5 +54,7 @@ def integers(values: np.ndarray, source: str) -> np.ndarray:
         except (ValueError, OverflowError):
             values = values[:0]
     if values.ndim != 1 or values.size == 0:
-        raise RequestError(f"--labels {redact(source)} holds no list of integers; it must hold one label for each sample")
+        raise RequestError(
+            f"--labels {redact(source)} holds no list of integers; it must hold one label for each sample"
+        )
     return values.astype(np.int64)

@@ -87,7 +87,11 @@ class LocalStore:
             try:
                 with os.scandir(self.root / path) as entries:
                     return [
-                        Entry(entry.name, entry.is_file(follow_symlinks=False))
+                        Entry(
+                            entry.name,
+                            entry.is_file(follow_symlinks=False),
+                            entry.stat(follow_symlinks=False).st_mtime,
+                        )
                         for entry in entries
                         if not is_unfinished(entry.name)
                     ]
@@ -139,7 +143,7 @@ class LocalStore:
             yield file
 
     def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
-        with contextlib.suppress(FileNotFoundError), self._explained("clean", folder):
+        with self._explained("clean", folder), contextlib.suppress(FileNotFoundError):
             with os.scandir(self.root / folder) as entries:
                 unfinished = [entry.path for entry in entries if is_unfinished(entry.name)]
             for name in unfinished:

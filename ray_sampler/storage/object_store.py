@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import io
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timedelta, timezone
 from typing import IO, Any, TypeVar
 
 import fsspec
@@ -31,6 +31,7 @@ FAMILIES = (
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
     ("aiohttp", "ClientError"),
+    ("asyncio", "TimeoutError"),
     ("azure.core.exceptions", "AzureError"),
     ("google.auth.exceptions", "GoogleAuthError"),
     ("gcsfs.retry", "HttpError"),
@@ -44,6 +45,7 @@ PASSING_KINDS = {
     "ServiceRequestError",
     "ServiceResponseError",
     "TransportError",
+    "FSTimeoutError",
     "ResponseParserError",
 }
 PASSING_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "OperationAborted"}
@@ -169,7 +171,7 @@ class ObjectStore:
     def _retry(self, request: Callable[[], Result]) -> Result:
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_exponential_jitter(initial=0.2, max=20),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
             retry=tenacity.retry_if_exception(is_passing),
             before_sleep=log_retry,
             reraise=True,
@@ -177,11 +179,9 @@ class ObjectStore:
         return retrying(request)
 
     def read(self, path: str) -> bytes | None:
-        # With more than one connection s3fs reads long objects in ranges that may belong to two versions.
-        options = {"max_concurrency": 1} if self.protocol in ("s3", "s3a") else {}
         with self._explained("read", path):
             try:
-                return bytes(self._retry(lambda: self.filesystem.cat_file(self._full(path), **options)))
+                return bytes(self._retry(lambda: self.filesystem.cat_file(self._full(path))))
             except FileNotFoundError as error:
                 if code(error) in NO_BUCKET_CODES:
                     raise
@@ -199,6 +199,9 @@ class ObjectStore:
         self.filesystem.pipe_file(self._full(path), data, **options)
 
     def create(self, path: str, data: bytes) -> bool:
+        # Some stores take a conditional put and ignore the condition; looking first leaves them a moment's race.
+        if self.read(path) is not None:
+            return False
         with self._explained("write", path):
             try:
                 self._retry(lambda: self._pipe(path, data, mode="create"))
@@ -210,8 +213,6 @@ class ObjectStore:
                 if error.errno != errno.ENOSYS and code(error) not in ("NotImplemented", "501"):
                     raise
                 # The store knows no conditions: the caller reads back what stands there.
-                if self.read(path) is not None:
-                    return False
                 self.put(path, data)
             return True
 
@@ -228,7 +229,7 @@ class ObjectStore:
         for info in found:
             name = info["name"].rstrip("/")
             if name.strip("/") != folder.strip("/"):
-                entries.append(Entry(name.rpartition("/")[2], info["type"] == "file"))
+                entries.append(Entry(name.rpartition("/")[2], info["type"] == "file", modified(info)))
         return [entry for entry in entries if entry.name and not is_unfinished(entry.name)]
 
     def move(self, source: str, target: str) -> None:
@@ -308,7 +309,7 @@ class ObjectStore:
         if self.protocol not in ("s3", "s3a"):
             return
         bucket, _, prefix = self._full(folder).rstrip("/").partition("/")
-        limit = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
+        limit = datetime.now(timezone.utc) - timedelta(seconds=seconds)
         try:
             found = self.filesystem.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/".lstrip("/"))
             for upload in found.get("Uploads", []):
@@ -316,3 +317,14 @@ class ObjectStore:
                     self.filesystem.abort_mpu(bucket, upload["Key"], upload["UploadId"])
         except families() as error:
             logger.info("abandoned uploads in %s could not be listed (%s)", self.url, type(error).__name__)
+
+
+def modified(info: Mapping[str, Any]) -> float | None:
+    """When an object was last written, as unix time: S3, GCS, Azure and fsspec's own each have a name for it."""
+    for key in ("LastModified", "updated", "last_modified", "created"):
+        value = info.get(key)
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value.replace("Z", "+00:00"))
+        if isinstance(value, datetime):
+            return value.timestamp()
+    return None

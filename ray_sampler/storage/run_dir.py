@@ -39,6 +39,8 @@ class Listing(NamedTuple):
     """Sorted by start, then the largest stop, then the file name: the order in which overlaps are decided."""
     foreign: list[str]
     """Names that are no fragment's, folders and links among them."""
+    modified: dict[FragmentName, float]
+    """Unix time of each fragment's last write, where the store tells."""
 
 
 class RunDir:
@@ -95,14 +97,16 @@ class RunDir:
 
     def fragments(self) -> Listing:
         """What is under fragments/, never from a cache."""
-        names, foreign = [], []
+        names, foreign, modified = [], [], {}
         for entry in self._store.list(FRAGMENTS):
             name = FragmentName.parse(entry.name) if entry.is_file else None
             if name is not None:
                 names.append(name)
+                if entry.modified is not None:
+                    modified[name] = entry.modified
             else:
                 foreign.append(entry.name)
-        return Listing(sorted(names, key=lambda name: (name.start, -name.stop, name.format)), sorted(foreign))
+        return Listing(sorted(names, key=lambda name: (name.start, -name.stop, name.format)), sorted(foreign), modified)
 
     def write_fragment(self, name: FragmentName, data: bytes) -> None:
         """Write a fragment, which is complete or absent."""
@@ -140,6 +144,10 @@ class RunDir:
         """A file at the top of the directory, None where there is none."""
         return self._store.read(own_name(name))
 
+    def path_of(self, name: str) -> str:
+        """The path or URL of a file at the top of the directory, without a credential."""
+        return f"{self.url}/{own_name(name)}"
+
     def archive_name(self, num_samples: int, image_shape: tuple[int, int, int]) -> str:
         """The archive's name, as samples_50000x64x64x3.npz; `image_shape` is (H, W, C)."""
         return f"samples_{'x'.join(map(str, (num_samples, *image_shape)))}.npz"
@@ -154,6 +162,10 @@ class RunDir:
             self._store.clear_abandoned(folder)
         return self._store.stage(own_name(name), size)
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name at the top of the directory."""
+        return any(entry.name == name and entry.is_file for entry in self._store.list(""))
+
     @contextlib.contextmanager
     def open_file(self, name: str) -> Iterator[IO[bytes]]:
         """Read a file at the top of the directory piece by piece. Raises FileNotFoundError."""
@@ -164,14 +176,23 @@ class RunDir:
         """Leave a tiny file that proves that its writer can write here."""
         self._store.put(f"{PROBE}/{own_name(name)}", name.encode())
 
+    def probe_seen(self, name: str) -> bool:
+        """Whether a probe can be read from here."""
+        return self._store.read(f"{PROBE}/{own_name(name)}") is not None
+
     def probe_names(self) -> list[str]:
         """Which probes can be seen from here and, each of them, read."""
         names = sorted(entry.name for entry in self._store.list(PROBE) if entry.is_file)
         return [name for name in names if self._store.read(f"{PROBE}/{name}") is not None]
 
-    def probes_clear(self) -> None:
-        """Remove every probe."""
-        self._store.remove(PROBE)
+    def probes_clear(self, prefix: str = "") -> None:
+        """Remove the probes whose names begin with `prefix`."""
+        entries = self._store.list(PROBE)
+        for entry in entries:
+            if entry.name.startswith(prefix):
+                self._store.remove(f"{PROBE}/{entry.name}")
+        if all(entry.name.startswith(prefix) for entry in entries):
+            self._store.remove(PROBE)
 
     def delete(self) -> None:
         """Remove the run and only what belongs to one; other files in the directory stay.

@@ -22,6 +22,8 @@ class Entry(NamedTuple):
     name: str
     is_file: bool
     """Whether it is a plain file: False for folders, links and whatever else there is."""
+    modified: float | None = None
+    """Unix time of its last write, in seconds; None where the store does not say."""
 
 
 @dataclass(frozen=True)

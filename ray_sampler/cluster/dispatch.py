@@ -1,0 +1,211 @@
+"""From missing shards to written fragments: the loop that keeps actors busy and lets none of them lose a sample."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from ray_sampler.cluster.actor import ShardResult
+from ray_sampler.cluster.pool import Failed, Finished, Lost, Pool, Ready, Shard, StartFailed, reason_of
+from ray_sampler.config import RequestError, RunError
+from ray_sampler.reporting.progress import Rates, Reporter, Snapshot
+from ray_sampler.reporting.summary import Timeline
+from ray_sampler.sampling.engine import NonFiniteError, OutOfDeviceMemoryError
+
+ATTEMPTS = 3
+"""Times that a shard may fail by itself before it is given up."""
+
+DEATHS = 5
+"""Actors that may die while computing one shard before it is given up."""
+
+START_FAILURES = 3
+"""Actors in a row that may fail to start, with no shard finished between, before the run stops."""
+
+SHARDS_PER_ACTOR = 2
+"""Shards left for each actor that is asked for, at least: a start costs more than a shard is worth."""
+
+TICK_S = 1.0
+
+
+def shards_of(missing: Iterable[tuple[int, int]], shard_size: int) -> Iterator[Shard]:
+    """Cut missing ranges at the multiples of `shard_size`."""
+    for start, stop in missing:
+        while start < stop:
+            end = min(stop, (start // shard_size + 1) * shard_size)
+            yield Shard(start, end)
+            start = end
+
+
+@dataclass
+class Tally:
+    """What the figures of a run are made of."""
+
+    num_samples: int
+    reused: int
+    rates: Rates = field(default_factory=Rates)
+    timeline: Timeline = field(default_factory=Timeline)
+    failures: int = 0
+    retries: int = 0
+    max_actors: int = 0
+    first_shard: float | None = None
+    """When the first shard was given out, on the monotonic clock."""
+    last_sample: float | None = None
+    latest: Snapshot = field(default_factory=lambda: Snapshot(num_samples=0))
+    """What was reported last."""
+
+
+class Dispatch:
+    """Shards on their way to actors and back.
+
+    Args:
+        pool: the actors.
+        shards: what to compute.
+        tally: counted into.
+        reporter: told about failures and progress.
+        finished: called with the result of each shard, once.
+        background: called about once a second, while sampling runs; returns more shards, of fragments found damaged.
+            None says that it has nothing left to do.
+        min_actors: kept until the last shard is done.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        shards: Iterable[Shard],
+        tally: Tally,
+        reporter: Reporter,
+        finished: Callable[[ShardResult], None],
+        background: Callable[[], list[Shard] | None],
+        min_actors: int,
+    ) -> None:
+        self.pool = pool
+        self.queue = deque(shards)
+        self.tally = tally
+        self.reporter = reporter
+        self.finished = finished
+        self.background = background
+        self.min_actors = min_actors
+        self.copies: Counter[Shard] = Counter()
+        self.attempts: Counter[Shard] = Counter()
+        self.deaths: Counter[Shard] = Counter()
+        self.start_failures = 0
+        self.given_up: dict[Shard, str] = {}
+        self.waited_since: float | None = None
+
+    def run(self) -> dict[Shard, str]:
+        """Compute everything; returns the shards that were given up, with the reason.
+
+        Raises:
+            RunError: actors cannot start, or no batch fits on their device.
+        """
+        last_tick, more_to_come = 0.0, True
+        while self.queue or self.copies or more_to_come:
+            self._scale()
+            for shard in self.pool.assign(self.queue):
+                self._begin(shard)
+            if not self.queue and self.pool.idle() and (straggler := self.pool.straggler()):
+                self.pool.submit(self.pool.idle()[0], straggler)
+                self._begin(straggler)
+            for event in self.pool.wait(TICK_S if self.queue or self.copies else 0.05):
+                self._handle(event)
+            if time.monotonic() - last_tick >= TICK_S or not (self.queue or self.copies):
+                last_tick = time.monotonic()
+                found = self.background()
+                more_to_come = found is not None
+                self.queue.extend(found or ())
+                self._report()
+        self._report()
+        return self.given_up
+
+    def _begin(self, shard: Shard) -> None:
+        now = time.monotonic()
+        self.tally.first_shard = self.tally.first_shard or now
+        self.tally.rates.start(now)
+        self.copies[shard] += 1
+
+    def _scale(self) -> None:
+        left = len(self.queue) + len(self.copies)
+        useful = -(-len(self.queue) // SHARDS_PER_ACTOR) + len(self.copies) if self.queue else len(self.pool.ready)
+        wanted = min(self.pool.fleet.max_actors, max(useful, min(self.min_actors, left)))
+        self.pool.scale(wanted)
+        if not self.queue and self.copies:
+            self.pool.release_idle(keep=max(self.min_actors, len(self.copies) + 1))
+
+    def _handle(self, event: object) -> None:
+        match event:
+            case Ready():
+                self.start_failures = 0
+                self.tally.max_actors = max(self.tally.max_actors, len(self.pool.ready))
+            case Finished(shard, result):
+                self.start_failures = 0
+                if self.copies.pop(shard, 0):
+                    self.tally.last_sample = time.monotonic()
+                    self.tally.rates.add(self.tally.last_sample, shard.stop - shard.start)
+                    self.finished(result)
+            case Failed(shard, error):
+                self._failed(shard, error)
+            case Lost(shards, reason, guilty):
+                self.tally.failures += 1
+                self.reporter.message(f"lost an actor; its {len(shards)} shards go to others: {reason}", "warning")
+                if guilty and shards:
+                    self.deaths[shards[0]] += 1
+                for shard in reversed(shards):
+                    self._return(shard, front=True, give_up=self.deaths[shard] >= DEATHS and reason)
+            case StartFailed(reason):
+                self.tally.failures += 1
+                self.start_failures += 1
+                self.reporter.message(f"an actor could not start: {reason}", "warning")
+                if self.start_failures >= START_FAILURES:
+                    raise RunError(f"{START_FAILURES} actors in a row could not start; the last one said: {reason}")
+
+    def _failed(self, shard: Shard, error: BaseException) -> None:
+        if isinstance(error, OutOfDeviceMemoryError):
+            raise RunError(str(error)) from error
+        self.tally.failures += 1
+        self.attempts[shard] += 1
+        reason = reason_of(error)
+        hopeless = isinstance(error, NonFiniteError | RequestError)
+        self.reporter.message(f"samples {shard.start} to {shard.stop - 1} failed: {reason}", "warning")
+        self._return(shard, front=False, give_up=(hopeless or self.attempts[shard] >= ATTEMPTS) and reason)
+
+    def _return(self, shard: Shard, *, front: bool, give_up: str | bool) -> None:
+        """Take back a copy of a shard, and queue it again if that was the last and it was not finished meanwhile."""
+        if shard not in self.copies:
+            return
+        self.copies[shard] -= 1
+        if self.copies[shard]:
+            return
+        del self.copies[shard]
+        if give_up:
+            self.given_up[shard] = str(give_up)
+            return
+        self.tally.retries += 1
+        if front:
+            self.queue.appendleft(shard)
+        else:
+            self.queue.append(shard)
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        tally, rates, ready = self.tally, self.tally.rates, len(self.pool.ready)
+        pending = self.pool.pending()
+        waiting = self.queue and not ready and pending
+        snapshot = Snapshot(
+            num_samples=tally.num_samples,
+            reused=tally.reused,
+            done=rates.done,
+            shards_in_flight=self.pool.in_flight(),
+            actors_ready=ready,
+            actors_starting=len(self.pool.members) - ready - pending,
+            actors_pending=pending,
+            failures=tally.failures,
+            stage="sampling" if ready else "waiting for capacity" if waiting else "starting",
+            elapsed_s=rates.elapsed_s(now),
+            rate_now=rates.rate_now(now),
+            rate=rates.rate(now),
+        )
+        tally.timeline.add(snapshot.elapsed_s, snapshot.rate_now, ready)
+        self.tally.latest = snapshot
+        self.reporter.update(snapshot)

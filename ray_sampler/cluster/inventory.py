@@ -1,0 +1,147 @@
+"""What fragments a run has: those that earlier runs left, checked while sampling runs, and the new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import ray
+
+from ray_sampler.cluster.actor import ShardResult
+from ray_sampler.cluster.dispatch import shards_of
+from ray_sampler.cluster.pool import Shard, reason_of
+from ray_sampler.cluster.prepare import Job
+from ray_sampler.cluster.reduce import Checked, Damage, check_task
+from ray_sampler.config import RunError
+from ray_sampler.reporting.progress import Reporter
+from ray_sampler.reporting.summary import Part
+from ray_sampler.storage.coverage import Piece, cover, missing
+from ray_sampler.storage.fragment import FragmentName, Record
+
+CHECK_FRAGMENTS = 32
+"""Fragments that one task checks."""
+
+CHECK_TASKS = 4
+"""Such tasks at once."""
+
+
+class Inventory:
+    """The fragments of a run directory, by name, and what is known of them."""
+
+    def __init__(self, job: Job, reporter: Reporter) -> None:
+        self.job = job
+        self.reporter = reporter
+        self.num_samples = job.run.request.num_samples
+        self.rejected: list[tuple[str, str]] = []
+        self.records: dict[FragmentName, Record] = {}
+        listing = job.run_dir.fragments()
+        self.names = set(listing.fragments)
+        self.to_check = [piece.fragment for piece in cover(self.names, self.num_samples)][::-1]
+        self.checking: list[ray.ObjectRef[Checked]] = []
+        for filename in listing.foreign:
+            self._set_aside(filename, "it is not named like a fragment")
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Ranges that no fragment covers, as far as is known."""
+        return missing(cover(self.names, self.num_samples), self.num_samples)
+
+    def missing_samples(self) -> int:
+        return sum(stop - start for start, stop in self.missing())
+
+    def unchecked(self) -> bool:
+        """Whether fragments that the archive needs have not been checked."""
+        return any(piece.fragment not in self.records for piece in cover(self.names, self.num_samples))
+
+    def add(self, result: ShardResult) -> None:
+        """An actor wrote a fragment."""
+        self.names.add(result.name)
+        self.records[result.name] = compact(result.record)
+
+    def reject(self, name: FragmentName, reason: str) -> None:
+        """Set a fragment aside, so that its range is missing again."""
+        self.names.discard(name)
+        self.records.pop(name, None)
+        self._set_aside(name.filename, reason)
+
+    def repair(self, damage: Damage) -> None:
+        """Act on what the merge found: have the range sampled again, or the fragment checked again if it changed."""
+        if damage.changed:
+            del self.records[damage.fragment]
+            self.to_check.append(damage.fragment)
+        else:
+            self.reject(damage.fragment, damage.reason)
+
+    def _set_aside(self, filename: str, reason: str) -> None:
+        self.rejected.append((filename, reason))
+        self.reporter.message(f"set aside {filename}: {reason}", "warning")
+        self.job.run_dir.reject(filename, reason)
+
+    def check_some(self) -> list[Shard] | None:
+        """Collect checks that are done and start more; returns the shards to sample in place of damaged fragments.
+
+        None says that nothing is left to check.
+        """
+        if not self.to_check and not self.checking:
+            return None
+        done: list[ray.ObjectRef[Checked]] = []
+        if self.checking:
+            done, self.checking = ray.wait(self.checking, num_returns=len(self.checking), timeout=0)
+        damaged: list[tuple[FragmentName, str]] = []
+        for checked in map(self._result, done):
+            self.records |= {name: compact(record) for name, record in checked.records.items() if name in self.names}
+            damaged += checked.damaged
+        shards = self._replace(damaged) if damaged else []
+        while self.to_check and len(self.checking) < CHECK_TASKS:
+            names = [self.to_check.pop() for _ in range(min(CHECK_FRAGMENTS, len(self.to_check)))]
+            self.checking.append(check_task.remote(self.job.output, self.job.fingerprint, names))
+        return shards
+
+    def _replace(self, damaged: list[tuple[FragmentName, str]]) -> list[Shard]:
+        """Set fragments aside; what they had hidden is checked now, and what nothing else covers is to be sampled."""
+        before = self.missing()
+        for name, reason in damaged:
+            self.reject(name, reason)
+        pieces = cover(self.names, self.num_samples)
+        known = self.records.keys() | set(self.to_check)
+        self.to_check += [piece.fragment for piece in pieces if piece.fragment not in known]
+        return list(shards_of(newly(missing(pieces, self.num_samples), before), self.job.run.shard_size))
+
+    def _result(self, ref: ray.ObjectRef[Checked]) -> Checked:
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayError as error:
+            raise RunError(f"the fragments in {self.job.run_dir.url} cannot be checked: {reason_of(error)}") from error
+
+    def pieces(self) -> tuple[list[Piece], dict[FragmentName, Record]]:
+        """Which fragment each sample of the archive comes from, and those fragments' records."""
+        pieces = cover(self.names, self.num_samples)
+        return pieces, {piece.fragment: self.records[piece.fragment] for piece in pieces}
+
+    def parts(self) -> tuple[Part, ...]:
+        """Who computed what."""
+        return tuple(
+            Part(p.start, p.stop, str(made.get("numerics_key", "unknown")), str(made.get("device", "unknown")))
+            for p in cover(self.names, self.num_samples)
+            for made in (self.records[p.fragment].computed_by,)
+        )
+
+
+def compact(record: Record) -> Record:
+    """The record without what only its fragment need keep."""
+    return replace(record, computed_by={key: record.computed_by.get(key) for key in ("numerics_key", "device")})
+
+
+def newly(now: Iterable[tuple[int, int]], before: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Parts of the ranges `now` that are not in `before`; each is a sorted list of ranges without overlap."""
+    old = list(before)
+    result: list[tuple[int, int]] = []
+    for start, stop in now:
+        for known_start, known_stop in old:
+            if known_stop <= start or stop <= known_start:
+                continue
+            if start < known_start:
+                result.append((start, known_start))
+            start = max(start, min(known_stop, stop))
+        if start < stop:
+            result.append((start, stop))
+    return result

@@ -1,0 +1,91 @@
+"""What a finished run leaves beside its archive: preview.png, report.html and summary.json."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from ray_sampler.cluster.dispatch import Tally
+from ray_sampler.cluster.inventory import Inventory
+from ray_sampler.cluster.prepare import Job
+from ray_sampler.cluster.reduce import Merged
+from ray_sampler.pictures import PreviewKeeper, Tile
+from ray_sampler.reporting.preview import class_strips
+from ray_sampler.reporting.report import render_report
+from ray_sampler.reporting.summary import ArchiveMember, Summary
+from ray_sampler.storage.archive import ArchiveLayout, archive_intact
+
+SUMMARY = "summary.json"
+REPORT = "report.html"
+
+
+def write_outcome(
+    job: Job, tally: Tally, inventory: Inventory, merged: Merged, preview: PreviewKeeper, began: float, merge_s: float
+) -> dict[str, Any]:
+    """Write preview.png, report.html and, last, summary.json, whose content this returns.
+
+    Args:
+        began: when the driver started, on the monotonic clock.
+        merge_s: seconds that the archive took.
+    """
+    first, last = tally.first_shard, tally.last_sample
+    summary = Summary(
+        fingerprint=job.fingerprint,
+        settings=job.run.as_json(),
+        identity=job.identity,
+        num_samples=job.run.request.num_samples,
+        reused=tally.reused,
+        computed=tally.rates.done,
+        start_s=first - began if first else 0.0,
+        sampling_s=last - first if first and last else 0.0,
+        merge_s=merge_s,
+        max_actors=tally.max_actors,
+        failures=tally.failures,
+        retries=tally.retries,
+        rejected=tuple(inventory.rejected),
+        parts=inventory.parts(),
+        archive=job.run_dir.archive_name(job.run.request.num_samples, job.image_shape),
+        archive_bytes=merged.layout.size,
+        archive_members=members_of(merged.layout),
+        labels=merged.labels,
+        pixels=merged.pixels,
+        timeline=tally.timeline,
+    ).as_json()
+    png, tiles = preview.finish(inventory.names)
+    job.run_dir.write_file(REPORT, render_report(summary, png, class_views(tiles)).encode())
+    job.run_dir.write_file(SUMMARY, json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def members_of(layout: ArchiveLayout) -> tuple[ArchiveMember, ...]:
+    """The archive's arrays, with the size and CRC-32 of their values."""
+    crcs = [layout.image_crc32, *([] if layout.label_crc32 is None else [layout.label_crc32])]
+    return tuple(
+        ArchiveMember(f"arr_{i}", member.size, crc)
+        for i, (member, crc) in enumerate(zip(layout.members, crcs, strict=True))
+    )
+
+
+def class_views(tiles: dict[int, Tile]) -> dict[int, bytes] | None:
+    """A strip of pictures for each class on the sheet; None for an unconditional model."""
+    shown = [tiles[i] for i in sorted(tiles)]
+    labels = [tile.label for tile in shown if tile.label is not None]
+    return class_strips(np.stack([tile.image for tile in shown]), np.array(labels)) if labels else None
+
+
+def already_done(job: Job) -> dict[str, Any] | None:
+    """The summary of the finished run that stands there, if its archive is what this run would write, and whole."""
+    text = job.run_dir.read_file(SUMMARY)
+    try:
+        summary: dict[str, Any] = json.loads(text) if text else {}
+        if summary.get("fingerprint") != job.fingerprint or summary["num_samples"] != job.run.request.num_samples:
+            return None
+        crcs = [int(member["crc32"], 16) for member in summary["archive"]["members"]]
+        layout = ArchiveLayout(job.run.request.num_samples, job.image_shape, crcs[0], crcs[1] if job.labels else None)
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
+    if layout.size != summary["archive"]["bytes"] or not archive_intact(job.run_dir, layout):
+        return None
+    return summary

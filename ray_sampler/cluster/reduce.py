@@ -1,0 +1,94 @@
+"""Tasks beside the actors: checking old fragments, and merging all of them into the archive."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+
+from ray_sampler.reporting.pixels import PixelStatistics
+from ray_sampler.storage.archive import ArchiveLayout, DamagedPiece, merge
+from ray_sampler.storage.coverage import Piece
+from ray_sampler.storage.fragment import DamagedFragment, FragmentName, Record, Samples
+from ray_sampler.storage.run_dir import RunDir
+from ray_sampler.storage.verify import check_fragment
+
+PICTURES = 20_000
+"""Images that the pixel statistics look at, at most, evenly spaced: so that their cost does not grow with N."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Fragments that were read and checked."""
+
+    records: dict[FragmentName, Record]
+    damaged: list[tuple[FragmentName, str]]
+    """With the reason."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The archive, and what was seen of its content on the way."""
+
+    layout: ArchiveLayout
+    pixels: PixelStatistics
+    labels: Counter[int] | None
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Why there is no archive: a fragment failed its check."""
+
+    fragment: FragmentName
+    reason: str
+    changed: bool
+    """Whether it is whole by itself, but another than the one counted on."""
+
+
+def check(output: str, fingerprint: str, names: Sequence[FragmentName]) -> Checked:
+    """Read and check fragments, one at a time."""
+    run_dir = RunDir(output)
+    records: dict[FragmentName, Record] = {}
+    damaged: list[tuple[FragmentName, str]] = []
+    for name in names:
+        try:
+            records[name] = check_fragment(run_dir, name, fingerprint)
+        except DamagedFragment as error:
+            damaged.append((name, str(error)))
+    return Checked(records, damaged)
+
+
+def merge_fragments(
+    output: str,
+    fingerprint: str,
+    pieces: Sequence[Piece],
+    records: dict[FragmentName, Record],
+    num_samples: int,
+    image_shape: tuple[int, int, int],
+    labelled: bool,
+) -> Merged | Damage:
+    """Write the archive, unless a fragment fails its check; raises RunError where the store fails."""
+    pixels = PixelStatistics()
+    labels: Counter[int] = Counter()
+    every = -(-num_samples // PICTURES)
+
+    def look(samples: Samples) -> None:
+        pixels.add(samples.images[-samples.start % every :: every])
+        if samples.labels is not None:
+            values, counts = np.unique(samples.labels, return_counts=True)
+            labels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+
+    try:
+        layout = merge(
+            RunDir(output), pieces, records, num_samples, image_shape, labelled, fingerprint, on_samples=look
+        )
+    except DamagedPiece as damage:
+        return Damage(damage.fragment, damage.reason, damage.changed)
+    return Merged(layout, pixels, labels if labelled else None)
+
+
+check_task = ray.remote(num_cpus=0, max_retries=3)(check)
+merge_task = ray.remote(num_cpus=0, max_retries=3)(merge_fragments)

@@ -1,0 +1,112 @@
+"""A connection to Ray: the cluster that was asked for, one that is already connected, or a local one of our own."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray._private import ray_constants
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+from ray_sampler.config import RequestError, RunConfig
+
+LOCAL_ACTORS = 8
+"""CPU actors of one machine at most; each takes an equal part of its cores."""
+
+LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Where this is off, Ray 2.60 takes 127.0.0.1 for the node's address and listens there only."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What an actor takes, and how many there may be."""
+
+    gpus: float
+    cpus: float
+    threads: int
+    max_actors: int
+
+
+def joins_cluster(config: RunConfig) -> bool:
+    """Whether the run uses a Ray that somebody else started."""
+    return bool(config.address or os.environ.get("RAY_ADDRESS") or ray.is_initialized())
+
+
+def in_submitted_job() -> bool:
+    """Whether this process is the entry point of a submitted Ray job, whose working directory is temporary."""
+    return RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
+
+
+@contextmanager
+def connect(config: RunConfig) -> Iterator[None]:
+    """Be connected to Ray; what this started is stopped at the end.
+
+    Raises:
+        RequestError: the cluster at the address does not answer.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RequestError(
+                f"--address is {address!r}, where no Ray cluster answers ({reason}); "
+                "give the address of a running one, or none to start a local Ray"
+            ) from error
+    else:
+        with on_loopback():
+            ray.init(address="local", include_dashboard=False, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Let a Ray that starts here be reachable from this machine only."""
+    earlier = os.environ.get(LOOPBACK_VARIABLE), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[LOOPBACK_VARIABLE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = earlier[1]
+        if earlier[0] is None:
+            del os.environ[LOOPBACK_VARIABLE]
+        else:
+            os.environ[LOOPBACK_VARIABLE] = earlier[0]
+
+
+def gpus_per_actor(config: RunConfig) -> float:
+    """GPUs of an actor: as asked for, else 1 where there are GPUs (in a cluster: now), else 0."""
+    if config.gpus_per_actor is not None:
+        return config.gpus_per_actor
+    if ray.is_initialized():
+        return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    return 1.0 if torch.cuda.is_available() else 0.0
+
+
+def plan_fleet(config: RunConfig, gpus: float, shards: int, local: bool) -> Fleet:
+    """What each actor takes of a connected Ray.
+
+    CPU actors split a machine's cores fairly, in a way that does not depend on how much is left to do: their
+    threads are part of the numerics key.
+    """
+    if gpus:
+        room = math.floor(ray.cluster_resources().get("GPU", 0) / gpus) if local else shards
+        return Fleet(gpus, 1, 1, max(1, min(config.max_actors or shards, room, shards)))
+    cores = max(1, min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]))
+    per_node = min(config.max_actors or cores, cores, LOCAL_ACTORS)
+    share = cores // per_node
+    return Fleet(0, share, share, min(per_node if local else config.max_actors or shards, shards))

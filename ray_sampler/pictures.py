@@ -1,0 +1,118 @@
+"""The contact sheet of a run directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from ray_sampler.config import RunError
+from ray_sampler.reporting.preview import choose_indices, contact_sheet
+from ray_sampler.storage.coverage import cover
+from ray_sampler.storage.fragment import DamagedFragment, FragmentName
+from ray_sampler.storage.run_dir import RunDir
+
+PREVIEW = "preview.png"
+TILES = 100
+REDRAW_S = 20.0
+NEW_FRAGMENTS = 25
+"""Fragments that one redrawing reads while the run goes on, at most."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One sample on the sheet."""
+
+    image: np.ndarray
+    """(H, W, 3) uint8."""
+    label: int | None
+
+
+class Sheet:
+    """The tiles of a contact sheet, each read once."""
+
+    def __init__(self, run_dir: RunDir, fingerprint: str | None, num_samples: int, title: str) -> None:
+        self.run_dir = run_dir
+        self.fingerprint = fingerprint
+        self.num_samples = num_samples
+        self.title = title
+        self.tiles: dict[int, Tile] = {}
+
+    def read(self, fragments: Iterable[FragmentName], most: int | None = None) -> dict[int, Tile]:
+        """Evenly spaced samples of what `fragments` hold, by index; reads at most `most` new fragments."""
+        pieces = cover(fragments, self.num_samples)
+        wanted = choose_indices(self.num_samples, [(piece.start, piece.stop) for piece in pieces], TILES)
+        read, at = 0, 0
+        for piece in pieces:
+            while at < len(wanted) and wanted[at] < piece.start:
+                at += 1
+            here = [i for i in wanted[at : at + piece.stop - piece.start] if i < piece.stop]
+            if all(i in self.tiles for i in here) or (most is not None and read >= most):
+                continue
+            read += 1
+            self._take(piece.fragment, here)
+        return {i: self.tiles[i] for i in wanted if i in self.tiles}
+
+    def _take(self, name: FragmentName, indices: list[int]) -> None:
+        try:
+            samples = self.run_dir.read_fragment(name, self.fingerprint).samples
+        except DamagedFragment:
+            return  # the check that follows it reports it and sets it aside
+        for i in indices:
+            label = None if samples.labels is None else int(samples.labels[i - name.start])
+            self.tiles[i] = Tile(samples.images[i - name.start].copy(), label)
+
+    def draw(self, tiles: dict[int, Tile]) -> bytes:
+        """A PNG of `tiles`, ordered by index."""
+        caption = f"{len(tiles)} of {self.num_samples:,} samples, evenly spaced, by index"
+        return sheet_of([tiles[i] for i in sorted(tiles)], self.title, caption)
+
+
+def sheet_of(tiles: list[Tile], title: str, caption: str) -> bytes:
+    labelled = tiles[0].label is not None
+    labels = np.array([tile.label for tile in tiles]) if labelled else None
+    return contact_sheet(np.stack([tile.image for tile in tiles]), labels, title, caption)
+
+
+class PreviewKeeper:
+    """Redraws preview.png while a run goes on, in a thread of its own."""
+
+    def __init__(self, run_dir: RunDir, fingerprint: str, num_samples: int, title: str) -> None:
+        self.sheet = Sheet(run_dir, fingerprint, num_samples, title)
+        self.names: set[FragmentName] = set()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="preview")
+        self.drawing: Future[None] | None = None
+        self.drawn = 0
+        self.due = time.monotonic() + REDRAW_S / 4
+
+    def add(self, name: FragmentName) -> None:
+        """A fragment was finished."""
+        self.names.add(name)
+
+    def redraw_when_due(self) -> None:
+        if time.monotonic() < self.due or len(self.names) == self.drawn or (self.drawing and not self.drawing.done()):
+            return
+        self.due, self.drawn = time.monotonic() + REDRAW_S, len(self.names)
+        self.drawing = self.thread.submit(self._redraw, frozenset(self.names))
+
+    def _redraw(self, names: frozenset[FragmentName]) -> None:
+        tiles = self.sheet.read(names, NEW_FRAGMENTS)
+        if tiles:
+            self.sheet.run_dir.write_file(PREVIEW, self.sheet.draw(tiles))
+
+    def finish(self, names: Iterable[FragmentName]) -> tuple[bytes, dict[int, Tile]]:
+        """Draw the finished run's sheet and write it; returns it with its tiles."""
+        if self.drawing:
+            self.drawing.exception()
+        tiles = self.sheet.read(names)
+        if not tiles:
+            raise RunError(f"{self.sheet.run_dir.url} has no readable fragment to draw")
+        png = self.sheet.draw(tiles)
+        self.sheet.run_dir.write_file(PREVIEW, png)
+        return png, tiles
+
+    def close(self) -> None:
+        self.thread.shutdown(cancel_futures=True)
