@@ -398,7 +398,7 @@ def test_seeds_begin_streams_anew(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dummy", "determ", "determ-indiv"])
 def test_whole_numbers_are_drawn_too(name: str) -> None:
-    drawn = seeded(name, 100, 3).randint(0, 5, (50, 2))
+    drawn = get_generator(name, 100, 3).randint(0, 5, (50, 2))
     assert drawn.shape == (50, 2)
     assert drawn.dtype == torch.int64
     assert set(drawn.unique().tolist()) == set(range(5))
