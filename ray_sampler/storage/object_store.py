@@ -327,4 +327,6 @@ def modified(info: Mapping[str, Any]) -> float | None:
             value = datetime.fromisoformat(value.replace("Z", "+00:00"))
         if isinstance(value, datetime):
             return value.timestamp()
+        if isinstance(value, float):
+            return value
     return None

@@ -1,0 +1,30 @@
+"""Fill a run directory with samples that are told apart by their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ray_sampler.storage.fragment import FragmentName, Record, Samples, encode
+from ray_sampler.storage.run_dir import RunDir
+
+FINGERPRINT = "ab" * 32
+
+
+def make_samples(start: int, stop: int, shape=(8, 8, 3), labelled=True, seed=0) -> Samples:
+    """Samples that are a function of seed and index alone."""
+    images = np.stack([np.random.default_rng([seed, i]).integers(0, 256, shape, np.uint8) for i in range(start, stop)])
+    labels = np.array([(i * 7 + seed) % 10 for i in range(start, stop)], np.int32) if labelled else None
+    return Samples(start, images, labels)
+
+
+def fill(run_dir: RunDir, names: Sequence[FragmentName], **kwargs) -> dict[FragmentName, Record]:
+    """Write a fragment under each name."""
+    records = {}
+    for name in names:
+        data, records[name] = encode(
+            make_samples(name.start, name.stop, **kwargs), FINGERPRINT, {"device": "cpu"}, name.format
+        )
+        run_dir.write_fragment(name, data)
+    return records

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import time
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ray_sampler.storage.coverage import Piece, cover, missing
+from ray_sampler.storage.fragment import FragmentName
+
+NAMES = st.builds(
+    lambda start, count, format: FragmentName(start, start + count, format),
+    st.integers(0, 40),
+    st.integers(1, 15),
+    st.sampled_from(["parquet", "npz"]),
+)
+
+
+def winner(names, index):
+    """The fragment that a sample comes from, by the rule's own words."""
+    holding = [name for name in names if name.start <= index < name.stop]
+    return min(holding, key=lambda name: (name.start, -name.stop, name.filename), default=None)
+
+
+@settings(max_examples=300, deadline=None)
+@given(names=st.lists(NAMES, max_size=12), num_samples=st.integers(1, 60))
+def test_overlaps_go_to_the_smallest_start_then_the_largest_stop_then_the_first_name(names, num_samples):
+    pieces = cover(names, num_samples)
+    by_index = {index: piece.fragment for piece in pieces for index in range(piece.start, piece.stop)}
+    assert sum(piece.stop - piece.start for piece in pieces) == len(by_index)
+    assert [by_index.get(index) for index in range(num_samples)] == [winner(names, i) for i in range(num_samples)]
+    assert pieces == sorted(pieces)
+    gaps = {index for start, stop in missing(pieces, num_samples) for index in range(start, stop)}
+    assert gaps == set(range(num_samples)) - set(by_index)
+
+
+def test_nothing_is_missing_nothing_and_everything():
+    assert missing([], 5) == [(0, 5)]
+    name = FragmentName(0, 9, "parquet")
+    assert cover([name], 5) == [Piece(0, 5, name)]
+    assert missing(cover([name], 5), 5) == []
+
+
+def test_a_million_fragments_take_seconds():
+    names = [FragmentName(i, i + 2, "parquet") for i in range(0, 2_000_000, 2)]
+    started = time.process_time()
+    assert missing(cover(reversed(names), 2_000_000), 2_000_000) == []
+    assert time.process_time() - started < 10
