@@ -1,0 +1,106 @@
+"""The denoiser is the network between the scalings of EDM or of consistency models."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ray_sampler.sampling.denoiser import consistency_scalings, edm_scalings, make_denoiser, network_time
+
+SIGMA_MIN = 0.002
+SIGMAS = st.floats(SIGMA_MIN, 80.0)
+
+
+def scalings_formula(sigma: float, consistency: bool) -> tuple[float, float, float]:
+    """c_skip, c_out, c_in in float64, with sigma_data 0.5."""
+    d, above = 0.5, sigma - SIGMA_MIN if consistency else sigma
+    root = math.hypot(sigma, d)
+    return d**2 / (above**2 + d**2), above * d / root, 1 / root
+
+
+def cube(x: Tensor, times: Tensor, y: Tensor | None) -> Tensor:
+    """A network that depends on all that it is given."""
+    output = x**3 - times[:, None, None, None] / 1000
+    return output if y is None else output + y[:, None, None, None]
+
+
+@pytest.mark.parametrize("mode", ["edm", "consistency"])
+def test_scalings_equal_the_original(golden: Path, mode: str) -> None:
+    numbers = np.load(golden / "schedule.npz")
+    sigma = torch.from_numpy(numbers["sigma"])
+    scalings = edm_scalings(sigma) if mode == "edm" else consistency_scalings(sigma, SIGMA_MIN)
+    for name, values in zip(("c_skip", "c_out", "c_in"), scalings, strict=True):
+        np.testing.assert_allclose(values.numpy(), numbers[f"{mode}_{name}"], rtol=1e-6, atol=1e-9)
+
+
+@settings(deadline=None)
+@given(sigma=SIGMAS, consistency=st.booleans())
+def test_scalings_follow_the_formulas(sigma: float, consistency: bool) -> None:
+    level = torch.tensor(sigma)
+    scalings = consistency_scalings(level, SIGMA_MIN) if consistency else edm_scalings(level)
+    assert [float(c) for c in scalings] == pytest.approx(scalings_formula(sigma, consistency), rel=1e-6, abs=1e-9)
+
+
+@settings(deadline=None)
+@given(sigma=SIGMAS)
+def test_the_network_is_told_250_times_the_logarithm_of_sigma(sigma: float) -> None:
+    assert float(network_time(torch.tensor(sigma))) == pytest.approx(250 * math.log(sigma), rel=1e-6, abs=1e-4)
+
+
+def test_the_time_of_sigma_0_is_finite() -> None:
+    assert network_time(torch.tensor(0.0)).isfinite()
+
+
+@pytest.mark.parametrize("consistency", [False, True])
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 3])])
+@settings(deadline=None, max_examples=20)
+@given(sigma=SIGMAS)
+def test_the_denoiser_follows_the_formula(consistency: bool, labels: Tensor | None, sigma: float) -> None:
+    x = torch.linspace(-2, 2, 2 * 3 * 2 * 2).reshape(2, 3, 2, 2)
+    denoise = make_denoiser(cube, labels, consistency=consistency, sigma_min=SIGMA_MIN, clip=False)
+    c_skip, c_out, c_in = scalings_formula(sigma, consistency)
+    times = torch.full((2,), 250 * math.log(sigma), dtype=torch.float64)
+    expected = c_skip * x.double() + c_out * cube(c_in * x.double(), times, labels)
+    denoised = denoise(x, torch.tensor(sigma))
+    assert denoised.dtype == torch.float32
+    torch.testing.assert_close(denoised.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_consistency_model_is_the_identity_at_sigma_min() -> None:
+    x = torch.linspace(-1, 1, 3 * 4 * 4).reshape(1, 3, 4, 4)
+    for clip in (False, True):
+        denoise = make_denoiser(cube, None, consistency=True, sigma_min=SIGMA_MIN, clip=clip)
+        assert torch.equal(denoise(x, torch.tensor(SIGMA_MIN)), x)
+
+
+def test_an_edm_model_is_not_the_identity_at_sigma_min() -> None:
+    x = torch.linspace(-1, 1, 3 * 4 * 4).reshape(1, 3, 4, 4)
+    denoise = make_denoiser(cube, None, consistency=False, sigma_min=SIGMA_MIN, clip=False)
+    assert not torch.equal(denoise(x, torch.tensor(SIGMA_MIN)), x)
+
+
+@settings(deadline=None, max_examples=30)
+@given(sigmas=st.lists(SIGMAS, min_size=1, max_size=4), consistency=st.booleans())
+def test_a_level_for_each_image_is_the_same_as_a_level_for_all(sigmas: list[float], consistency: bool) -> None:
+    x = torch.linspace(-1, 1, len(sigmas) * 12).reshape(len(sigmas), 3, 2, 2)
+    denoise = make_denoiser(cube, None, consistency=consistency, sigma_min=SIGMA_MIN, clip=False)
+    together = denoise(x, torch.tensor(sigmas))
+    alone = torch.cat([denoise(x[i : i + 1], torch.tensor(sigma)) for i, sigma in enumerate(sigmas)])
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_clipping_clamps_to_one() -> None:
+    x = torch.linspace(-9, 9, 3 * 4 * 4).reshape(1, 3, 4, 4)
+    clipped, free = (
+        make_denoiser(cube, None, consistency=False, sigma_min=SIGMA_MIN, clip=clip)(x, torch.tensor(0.1))
+        for clip in (True, False)
+    )
+    assert free.abs().max() > 1
+    assert torch.equal(clipped, free.clamp(-1, 1))

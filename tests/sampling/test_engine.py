@@ -1,0 +1,309 @@
+"""A sample is a pure function of weights, settings, seed and index: how it was batched must not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ray_sampler.config import Architecture, Sampling, Solver, TrainingMode
+from ray_sampler.models.unet import UNet
+from ray_sampler.sampling.denoiser import make_denoiser
+from ray_sampler.sampling.engine import (
+    Engine,
+    NonFiniteError,
+    OutOfDeviceMemoryError,
+    Pictures,
+    numerics_key,
+    to_uint8,
+)
+from ray_sampler.sampling.labels import LabelRule, listed_labels
+from ray_sampler.sampling.noise import make_noise
+from ray_sampler.sampling.solvers import solve
+
+N, BATCH, SIZE = 18, 4, 8
+CPU = torch.device("cpu")
+CHURN = {"s_churn": 2.0, "s_noise": 1.003}
+LABELS = LabelRule("random", 10)
+
+
+def architecture(class_cond: bool) -> Architecture:
+    return Architecture(
+        image_size=SIZE,
+        num_channels=32,
+        num_res_blocks=1,
+        channel_mult="1",
+        attention_resolutions="8",
+        num_head_channels=32,
+        class_cond=class_cond,
+        num_classes=10,
+    )
+
+
+def tiny_network(class_cond: bool) -> UNet:
+    """A network with random weights, those that training begins at 0 among them."""
+    random = torch.Generator().manual_seed(0)
+    network = UNet(architecture(class_cond)).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=random) * (0.1 if parameter.ndim > 1 else 0.5))
+    return network
+
+
+NETWORK, UNCONDITIONAL = tiny_network(True), tiny_network(False)
+
+
+def engine(
+    network: Any = NETWORK,
+    labels: LabelRule | None = LABELS,
+    *,
+    batch_size: int = BATCH,
+    num_samples: int = N,
+    class_cond: bool = True,
+    **sampling: Any,
+) -> Engine:
+    return Engine(
+        network,
+        architecture(class_cond),
+        Sampling(**({"steps": 3} | CHURN | sampling)),
+        labels,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        device=CPU,
+        compile="off",
+    )
+
+
+def all_pictures(**arguments: Any) -> Pictures:
+    return engine(**arguments).sample(0, N)()
+
+
+GENERATORS = ("philox", "determ", "determ-indiv")
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Pictures]:
+    """All N samples in one range, by generator."""
+    return {generator: all_pictures(generator=generator) for generator in GENERATORS}
+
+
+def test_pictures_have_their_documented_types(whole: dict[str, Pictures]) -> None:
+    pictures = whole["philox"]
+    assert pictures.images.dtype == np.uint8
+    assert pictures.images.shape == (N, SIZE, SIZE, 3)
+    assert pictures.labels is not None
+    assert pictures.labels.dtype == np.int32
+    assert pictures.labels.shape == (N,)
+    assert pictures.seconds > 0
+
+
+def test_the_test_pictures_differ(whole: dict[str, Pictures]) -> None:
+    """Equal bytes below would mean nothing if all samples were alike."""
+    for pictures in whole.values():
+        assert len({image.tobytes() for image in pictures.images}) == N
+        assert pictures.images.std() > 20
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+@settings(deadline=None, max_examples=15)
+@given(data=st.data())
+def test_a_range_gives_the_same_bytes_however_it_was_cut(
+    generator: str, data: st.DataObject, whole: dict[str, Pictures]
+) -> None:
+    start = data.draw(st.integers(0, N - 1))
+    stop = data.draw(st.integers(start + 1, N))
+    pictures = engine(generator=generator).sample(start, stop)()
+    expected = whole[generator]
+    assert expected.labels is not None
+    assert pictures.labels is not None
+    assert pictures.images.tobytes() == expected.images[start:stop].tobytes()
+    assert pictures.labels.tolist() == expected.labels[start:stop].tolist()
+
+
+def test_ranges_begun_before_earlier_ones_are_awaited_give_the_same_bytes(whole: dict[str, Pictures]) -> None:
+    one = engine()
+    pending = [one.sample(start, min(start + 8, N)) for start in range(0, N, 8)]
+    images = np.concatenate([finish().images for finish in pending])
+    assert images.tobytes() == whole["philox"].images.tobytes()
+
+
+def test_every_block_has_the_same_shape_the_last_one_too() -> None:
+    batches = []
+
+    def network(x: torch.Tensor, times: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        batches.append((tuple(x.shape), tuple(times.shape), tuple(y.shape)))
+        return NETWORK(x, times, y)
+
+    pictures = engine(network).sample(5, N)()
+    assert len(pictures.images) == N - 5
+    assert set(batches) == {((BATCH, 3, SIZE, SIZE), (BATCH,), (BATCH,))}
+
+
+def test_more_samples_change_no_earlier_one(whole: dict[str, Pictures]) -> None:
+    more = engine(num_samples=N + 9).sample(0, N + 9)()
+    assert more.images[:N].tobytes() == whole["philox"].images.tobytes()
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("batch_size", [1, 3, 7, N])
+def test_another_batch_size_stays_within_one_grey_level(
+    batch_size: int, generator: str, whole: dict[str, Pictures]
+) -> None:
+    pictures = all_pictures(batch_size=batch_size, generator=generator)
+    expected = whole[generator]
+    assert pictures.labels is not None
+    assert expected.labels is not None
+    assert np.abs(pictures.images.astype(int) - expected.images).max() <= 1
+    assert pictures.labels.tolist() == expected.labels.tolist()
+
+
+def test_another_thread_count_is_another_numerics_key_within_one_grey_level(whole: dict[str, Pictures]) -> None:
+    """Convolutions add up in another order, so the key must say so; one thread count gives the same bytes always."""
+    one = numerics_key(CPU, BATCH, "fp32", "off")
+    torch.set_num_threads(2)
+    assert numerics_key(CPU, BATCH, "fp32", "off") != one
+    pictures = all_pictures()
+    assert np.abs(pictures.images.astype(int) - whole["philox"].images).max() <= 1
+    assert engine().sample(9, N)().images.tobytes() == pictures.images[9:].tobytes()
+
+
+@pytest.mark.parametrize("sampler", ["heun", "onestep", "multistep"])
+@pytest.mark.parametrize("training_mode", ["edm", "consistency_training"])
+def test_pictures_are_those_of_the_solver(training_mode: TrainingMode, sampler: Solver) -> None:
+    sampling = Sampling(training_mode=training_mode, sampler=sampler, steps=3, ts=(0, 1, 2), seed=7)
+    one = Engine(
+        NETWORK, architecture(True), sampling, LABELS, num_samples=N, batch_size=BATCH, device=CPU, compile="off"
+    )
+    indices = torch.arange(4, 8)
+    denoise = make_denoiser(
+        NETWORK, LABELS.labels(7, indices), consistency=sampling.consistency, sigma_min=0.002, clip=True
+    )
+    x = solve(sampling, denoise, make_noise("philox", 7, N, indices, (3, SIZE, SIZE)))
+    expected = to_uint8(x, "truncate").numpy()
+    assert one.sample(4, 8)().images.tobytes() == expected.tobytes()
+
+
+def test_the_seed_decides_pictures_and_labels(whole: dict[str, Pictures]) -> None:
+    other, expected = all_pictures(seed=43), whole["philox"]
+    assert other.labels is not None
+    assert expected.labels is not None
+    assert other.images.tobytes() != expected.images.tobytes()
+    assert other.labels.tolist() != expected.labels.tolist()
+
+
+def test_an_unconditional_model_has_no_labels() -> None:
+    assert all_pictures(network=UNCONDITIONAL, labels=None, class_cond=False).labels is None
+
+
+def test_listed_labels_reach_the_network_and_the_result() -> None:
+    rule = listed_labels(np.array([3, 0, 9]), 10, "a list")
+    pictures = all_pictures(labels=rule)
+    assert pictures.labels is not None
+    assert pictures.labels.tolist() == [3, 0, 9] * (N // 3)
+    always_three = all_pictures(labels=listed_labels(np.array([3]), 10, "a list"))
+    same = [a.tobytes() == b.tobytes() for a, b in zip(pictures.images, always_three.images, strict=True)]
+    assert same == [True, False, False] * (N // 3)
+
+
+# Results that are not finite.
+
+
+def poisoned(change: Callable[[UNet], None]) -> UNet:
+    network = tiny_network(True)
+    with torch.no_grad():
+        change(network)
+    return network
+
+
+def poison_class_7(network: UNet) -> None:
+    network.label_emb.weight[7] = torch.nan
+
+
+def poison_output(network: UNet) -> None:
+    network.get_parameter("out.2.bias").fill_(torch.inf)
+
+
+RULE_WITH_7 = listed_labels(np.array([0, 1, 7, 2, 3, 7]), 10, "a list")
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_samples_that_are_not_finite_are_named_and_no_others(generator: str) -> None:
+    one = engine(poisoned(poison_class_7), RULE_WITH_7, generator=generator)
+    with pytest.raises(NonFiniteError) as failed:
+        one.sample(3, 13)()
+    assert str(failed.value) == "the network gave non-finite values for 3 of the samples 3 to 12: 5, 8, 11"
+
+
+def test_infinities_that_clipping_hides_are_found() -> None:
+    with pytest.raises(NonFiniteError, match=r"for 10 of the samples 0 to 9: 0, 1, 2, 3, 4, 5, 6, 7, \.\.\.$"):
+        engine(poisoned(poison_output), clip_denoised=True).sample(0, 10)()
+
+
+def test_neighbours_outside_the_range_may_be_not_finite(whole: dict[str, Pictures]) -> None:
+    """Sample 2 is computed in the block of samples 0 and 1, and is nobody's concern there."""
+    network, healthy = poisoned(poison_class_7), engine(labels=RULE_WITH_7)
+    pictures = engine(network, RULE_WITH_7).sample(0, 2)()
+    assert pictures.images.tobytes() == healthy.sample(0, 2)().images.tobytes()
+
+
+def test_a_batch_that_does_not_fit_says_what_to_do() -> None:
+    def network(*inputs: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(OutOfDeviceMemoryError, match="--batch_size 4; try --batch_size 2, or --precision fp16"):
+        engine(network).sample(0, 1)
+
+
+# Pixels.
+
+
+def every_value() -> np.ndarray:
+    """(1, 3, 40, 40) float32 around and past [-1, 1], the borders between grey levels among them."""
+    borders = (np.arange(256, dtype=np.float32) / np.float32(127.5)) - 1
+    halves = ((np.arange(256, dtype=np.float32) + np.float32(0.5)) / np.float32(127.5)) - 1
+    spread = np.linspace(-1.2, 1.2, 3 * 40 * 40 - 512, dtype=np.float32)
+    return np.concatenate([borders, halves, spread]).reshape(1, 3, 40, 40)
+
+
+def test_truncation_is_that_of_numpy() -> None:
+    x = every_value()
+    expected = ((x + 1) * np.float32(127.5)).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    assert (to_uint8(torch.from_numpy(x), "truncate").numpy() == expected).all()
+
+
+def test_rounding_to_nearest_is_that_of_numpy() -> None:
+    x = every_value()
+    expected = (x * np.float32(127.5) + 128).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    assert (to_uint8(torch.from_numpy(x), "nearest").numpy() == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "truncated", "nearest"), [(-1.0, 0, 0), (1.0, 255, 255), (0.0, 127, 128), (0.9999, 254, 255)]
+)
+def test_the_two_roundings_differ_as_documented(value: float, truncated: int, nearest: int) -> None:
+    x = torch.full((1, 3, 1, 1), value)
+    assert to_uint8(x, "truncate").flatten().tolist() == [truncated] * 3
+    assert to_uint8(x, "nearest").flatten().tolist() == [nearest] * 3
+
+
+def test_the_engine_follows_the_rounding_asked_for(whole: dict[str, Pictures]) -> None:
+    nearest = all_pictures(rounding="nearest").images.astype(int)
+    difference = nearest - whole["philox"].images
+    assert set(np.unique(difference)) == {0, 1}
+
+
+def test_the_numerics_key_names_what_decides_the_last_bits() -> None:
+    key = numerics_key(CPU, 16, "fp32", "off")
+    assert torch.__version__ in key
+    assert torch.backends.cpu.get_cpu_capability() in key
+    others = {
+        numerics_key(CPU, 8, "fp32", "off"),
+        numerics_key(CPU, 16, "bf16", "off"),
+        numerics_key(CPU, 16, "fp32", "on"),
+    }
+    assert len(others | {key}) == 4

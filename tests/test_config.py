@@ -1,0 +1,459 @@
+"""A request resolves to one run, or is refused in one sentence; a run's identity is what decides its samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_sampler.config import Architecture, RequestError, Run, RunConfig, Sampling, fingerprint, redact
+
+SMALL: dict[str, Any] = {
+    "image_size": 32,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,2",
+    "attention_resolutions": "16",
+    "num_head_channels": 32,
+}
+
+
+def resolve(brought: Mapping[str, Any] | None = None, **flags: Any) -> Run:
+    return RunConfig(**flags).resolve(SMALL if brought is None else brought, "digits")
+
+
+# Wrong requests.
+
+MULTISTEP: dict[str, Any] = {"sampler": "multistep"}
+NO_HEADS: dict[str, Any] = {"num_head_channels": -1}
+
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    # flags, the flag that the sentence names, the value that it names
+    ({"image_size": 0}, "--image_size", "0"),
+    ({"image_size": 33}, "--image_size", "33"),
+    ({"image_size": 48, "channel_mult": ""}, "--image_size", "48"),
+    ({"num_channels": 0}, "--num_channels", "0"),
+    ({"num_channels": 48}, "--num_channels", "48"),
+    ({"num_res_blocks": 0}, "--num_res_blocks", "0"),
+    ({"num_classes": 0}, "--num_classes", "0"),
+    ({"num_heads": 0}, "--num_heads", "0"),
+    ({"num_heads_upsample": 0}, "--num_heads_upsample", "0"),
+    ({"num_head_channels": 0}, "--num_head_channels", "0"),
+    ({"num_head_channels": -2}, "--num_head_channels", "-2"),
+    ({"num_head_channels": 48}, "--num_head_channels", "48"),
+    ({"num_head_channels": 128}, "--num_head_channels", "128"),
+    (NO_HEADS | {"num_heads": 3}, "--num_heads", "3"),
+    (NO_HEADS | {"num_heads": 4, "num_heads_upsample": 3}, "--num_heads_upsample", "3"),
+    ({"channel_mult": "1,x"}, "--channel_mult", "1,x"),
+    ({"channel_mult": "1,,2"}, "--channel_mult", "1,,2"),
+    ({"channel_mult": "1,-1"}, "--channel_mult", "1,-1"),
+    ({"channel_mult": "1,0.01"}, "--channel_mult", "0.01"),
+    ({"channel_mult": "1,inf"}, "--channel_mult", "inf"),
+    ({"channel_mult": "1,nan"}, "--channel_mult", "nan"),
+    ({"attention_resolutions": "16,a"}, "--attention_resolutions", "16,a"),
+    ({"attention_resolutions": "16,0"}, "--attention_resolutions", "16,0"),
+    ({"attention_resolutions": "8.5"}, "--attention_resolutions", "8.5"),
+    ({"dropout": 1.0}, "--dropout", "1.0"),
+    ({"dropout": -0.1}, "--dropout", "-0.1"),
+    ({"learn_sigma": True}, "--learn_sigma", "True"),
+    ({"steps": 0}, "--steps", "0"),
+    ({"sigma_min": 0.0}, "--sigma_min", "0"),
+    ({"sigma_min": -1.0}, "--sigma_min", "-1"),
+    ({"sigma_min": 90.0}, "--sigma_min", "90"),
+    ({"sigma_min": math.nan}, "--sigma_min", "nan"),
+    ({"sigma_max": 0.001}, "--sigma_max", "0.001"),
+    ({"sigma_max": math.inf}, "--sigma_max", "inf"),
+    ({"s_churn": -1.0}, "--s_churn", "-1"),
+    ({"s_churn": math.nan}, "--s_churn", "nan"),
+    ({"s_churn": math.inf}, "--s_churn", "inf"),
+    ({"s_tmin": -0.5}, "--s_tmin", "-0.5"),
+    ({"s_noise": -1.0}, "--s_noise", "-1"),
+    ({"s_tmin": 2.0, "s_tmax": 1.0}, "--s_tmax", "1"),
+    ({"s_tmax": math.nan}, "--s_tmax", "nan"),
+    ({"seed": -1}, "--seed", "-1"),
+    ({"seed": 2**64}, "--seed", str(2**64)),
+    ({"seed": 2**60, "generator": "determ-indiv", "num_samples": 100}, "--seed", str(2**60)),
+    (MULTISTEP, "--ts", "''"),
+    (MULTISTEP | {"ts": "0"}, "--ts", "'0'"),
+    (MULTISTEP | {"ts": "0,40"}, "--ts", "40"),
+    (MULTISTEP | {"ts": "-1,39"}, "--ts", "-1"),
+    (MULTISTEP | {"ts": "0,22,39", "steps": 30}, "--ts", "39"),
+    (MULTISTEP | {"ts": "0,0", "steps": 1}, "--steps", "1"),
+    ({"ts": "0,x"}, "--ts", "0,x"),
+    ({"ts": "0,1.5"}, "--ts", "0,1.5"),
+    ({"ts": "0,,1"}, "--ts", "0,,1"),
+    ({"num_samples": 0}, "--num_samples", "0"),
+    ({"num_samples": 10**12 + 1}, "--num_samples", str(10**12 + 1)),
+    ({"batch_size": 0}, "--batch_size", "0"),
+    ({"shard_size": 0}, "--shard_size", "0"),
+    ({"min_actors": -1}, "--min_actors", "-1"),
+    ({"max_actors": 0}, "--max_actors", "0"),
+    ({"min_actors": 3, "max_actors": 2}, "--min_actors", "3"),
+    ({"gpus_per_actor": -0.5}, "--gpus_per_actor", "-0.5"),
+    ({"gpus_per_actor": 1.5}, "--gpus_per_actor", "1.5"),
+    ({"gpus_per_actor": math.inf}, "--gpus_per_actor", "inf"),
+    ({"gpus_per_actor": math.nan}, "--gpus_per_actor", "nan"),
+    ({"shard_timeout": 0.0}, "--shard_timeout", "0"),
+    ({"shard_timeout": math.inf}, "--shard_timeout", "inf"),
+    ({"labels": "balanced"}, "--labels", "balanced"),
+    ({"labels": "0,3,999", "class_cond": False}, "--labels", "0,3,999"),
+    ({"use_fp16": True, "precision": "fp32"}, "--use_fp16", "True"),
+    ({"use_fp16": True, "precision": "bf16"}, "--precision", "bf16"),
+    ({"use_fp16": False, "precision": "fp16"}, "--use_fp16", "False"),
+    ({"training_mode": "ddpm"}, "--training_mode", "ddpm"),
+    ({"sampler": "ddim"}, "--sampler", "ddim"),
+    ({"generator": "mersenne"}, "--generator", "mersenne"),
+    ({"rounding": "up"}, "--rounding", "up"),
+    ({"precision": "fp8"}, "--precision", "fp8"),
+    ({"fragment_format": "zarr"}, "--fragment_format", "zarr"),
+    ({"compile": "maybe"}, "--compile", "maybe"),
+    ({"progress": "dots"}, "--progress", "dots"),
+]
+
+
+@pytest.mark.parametrize(("flags", "flag", "value"), WRONG, ids=[str(flags) for flags, _, _ in WRONG])
+def test_a_wrong_request_gets_one_sentence_with_the_flag_and_the_value(
+    flags: dict[str, Any], flag: str, value: str
+) -> None:
+    with pytest.raises(RequestError) as refused:
+        resolve(**flags)
+    sentence = str(refused.value)
+    assert re.search(rf"{flag}\b", sentence)
+    assert value in sentence.replace(flag, "")
+    assert "\n" not in sentence
+    assert ". " not in sentence
+    assert not sentence.endswith(".")
+    assert len(sentence) < 250
+
+
+def test_a_wrong_value_is_refused_whoever_brought_it() -> None:
+    with pytest.raises(RequestError, match=r"--steps is 0; it must be at least 1"):
+        resolve(SMALL | {"steps": 0})
+    with pytest.raises(RequestError, match=r"--learn_sigma True"):
+        resolve(SMALL | {"learn_sigma": True})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"seed": 0},
+        {"seed": 2**64 - 1},
+        {"seed": 2**64 - 1, "generator": "determ"},
+        {"generator": "determ-indiv", "num_samples": 2**30, "seed": 2**34 - 1},
+        {"steps": 1},
+        {"sampler": "onestep", "steps": 1},
+        {"sampler": "multistep", "ts": "0,39"},
+        {"sampler": "multistep", "ts": "0,0", "steps": 2},
+        {"s_tmax": math.inf},
+        {"s_tmin": 1.0, "s_tmax": 1.0},
+        {"num_samples": 1},
+        {"num_samples": 10**12},
+        {"min_actors": 0},
+        {"min_actors": 2, "max_actors": 2},
+        {"gpus_per_actor": 0.0},
+        {"gpus_per_actor": 0.25},
+        {"gpus_per_actor": 2.0},
+        {"attention_resolutions": ""},
+        {"attention_resolutions": "64,16"},
+        {"learn_sigma": False},
+        {"use_fp16": True, "precision": "fp16"},
+        {"use_fp16": False, "precision": "bf16"},
+        {"labels": "random", "class_cond": True},
+        {"use_checkpoint": True, "use_new_attention_order": True, "weight_schedule": "uniform", "dropout": 0.1},
+    ],
+)
+def test_an_unusual_request_is_no_wrong_one(flags: dict[str, Any]) -> None:
+    resolve(**flags).identity("hash", None)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256, 512])
+def test_the_published_sizes_need_no_channel_mult(size: int) -> None:
+    run = resolve({}, image_size=size)
+    levels = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}[size]
+    assert run.architecture.channel_multipliers == levels
+
+
+# Right ones.
+
+
+def test_without_anything_said_the_originals_defaults_apply() -> None:
+    run = resolve({})
+    assert run.architecture == Architecture()
+    assert run.sampling == Sampling()
+    assert (run.sampling.sampler, run.sampling.steps, run.sampling.sigma_min, run.sampling.sigma_max) == (
+        "heun",
+        40,
+        0.002,
+        80.0,
+    )
+    assert run.precision == "auto"
+    assert run.labels is None
+
+
+@pytest.mark.parametrize(
+    ("name", "brought", "explicit"),
+    [
+        ("steps", 18, 40),
+        ("sampler", "multistep", "heun"),
+        ("sigma_max", 50.0, 80.0),
+        ("s_churn", 10.0, 0.0),
+        ("clip_denoised", True, False),
+        ("training_mode", "consistency_training", "edm"),
+        ("class_cond", True, False),
+        ("num_channels", 64, 32),
+        ("num_res_blocks", 3, 2),
+        ("attention_resolutions", "16,8", ""),
+    ],
+)
+def test_an_explicit_setting_wins_over_a_brought_one_even_where_it_is_the_default(
+    name: str, brought: Any, explicit: Any
+) -> None:
+    settings = SMALL | {"ts": "0,9"} | {name: brought}
+    for run, expected in ((resolve(settings), brought), (resolve(settings, **{name: explicit}), explicit)):
+        part: Architecture | Sampling = run.architecture if hasattr(run.architecture, name) else run.sampling
+        assert getattr(part, name) == expected
+
+
+def test_ts_may_be_text_or_numbers_and_explicit_ones_win() -> None:
+    preset = SMALL | {"sampler": "multistep", "ts": "0,22,39"}
+    assert resolve(preset).sampling.ts == (0, 22, 39)
+    assert resolve(SMALL | {"ts": (0, 9)}).sampling.ts == (0, 9)
+    assert resolve(preset, ts="0,17,39").sampling.ts == (0, 17, 39)
+    assert resolve(ts="").sampling.ts == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        ({}, "auto"),
+        ({"use_fp16": True}, "fp16"),
+        ({"use_fp16": False}, "fp32"),
+        ({"precision": "bf16"}, "bf16"),
+        ({"precision": "fp16", "use_fp16": True}, "fp16"),
+        ({"precision": "bf16", "use_fp16": False}, "bf16"),
+    ],
+)
+def test_use_fp16_means_a_precision(flags: dict[str, Any], precision: str) -> None:
+    assert resolve(**flags).precision == precision
+
+
+@pytest.mark.parametrize(
+    ("flags", "shard_size"),
+    [
+        ({}, 512),
+        ({"batch_size": 100}, 600),
+        ({"batch_size": 16, "shard_size": 17}, 32),
+        ({"batch_size": 16, "shard_size": 32}, 32),
+        ({"batch_size": 1000}, 1000),
+        ({"batch_size": 1, "shard_size": 1}, 1),
+    ],
+)
+def test_shards_are_whole_batches(flags: dict[str, Any], shard_size: int) -> None:
+    assert resolve(**flags).shard_size == shard_size
+
+
+def test_a_conditional_model_has_random_labels_unless_told() -> None:
+    assert resolve(class_cond=True).labels == "random"
+    assert resolve(class_cond=True, labels="balanced").labels == "balanced"
+    assert resolve(class_cond=False).labels is None
+
+
+# Identity: all that decides a sample's content, and nothing else.
+
+
+def identity(brought: Mapping[str, Any] | None = None, **flags: Any) -> dict[str, Any]:
+    return resolve(brought, **flags).identity("hash", None)
+
+
+HEUN_WITH_CHURN: dict[str, Any] = {"s_churn": 1.0}
+ONESTEP: dict[str, Any] = {"sampler": "onestep"}
+CONSISTENCY: dict[str, Any] = {"training_mode": "consistency_distillation"}
+CONDITIONAL: dict[str, Any] = {"class_cond": True}
+
+UNUSED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"s_noise": 1.1}),
+    ({}, {"s_tmin": 1.0}),
+    ({}, {"s_tmax": 10.0}),
+    ({"sampler": "euler"}, HEUN_WITH_CHURN),
+    ({"sampler": "ancestral"}, HEUN_WITH_CHURN | {"s_noise": 1.1}),
+    ({}, {"ts": "0,22,39"}),
+    (ONESTEP, {"steps": 6}),
+    (ONESTEP, {"sigma_min": 0.01}),
+    (ONESTEP, {"ts": "0,3"}),
+    ({}, {"num_heads": 8}),
+    ({}, {"num_heads_upsample": 2}),
+    ({}, {"num_classes": 10}),
+    ({}, {"attention_resolutions": "16,16"}),
+    ({}, {"attention_resolutions": "16,2"}),
+    ({}, {"attention_resolutions": "64,16"}),
+    ({}, {"channel_mult": "1.0,2"}),
+    ({}, {"sigma_max": 80}),
+    (HEUN_WITH_CHURN, {"s_churn": 1}),
+    ({}, {"s_churn": 0}),
+    (HEUN_WITH_CHURN | {"s_tmax": 50.0}, {"s_tmax": 50}),
+    (CONSISTENCY, {"training_mode": "consistency_training"}),
+    ({}, {"training_mode": "progdist"}),
+    ({}, {"use_checkpoint": True}),
+    ({}, {"use_new_attention_order": True}),
+    ({}, {"weight_schedule": "uniform"}),
+    ({}, {"dropout": 0.5}),
+    ({}, {"batch_size": 7}),
+    ({}, {"shard_size": 7}),
+    ({}, {"fragment_format": "npz"}),
+    ({}, {"min_actors": 4}),
+    ({}, {"max_actors": 4}),
+    ({}, {"gpus_per_actor": 1.0}),
+    ({}, {"compile": "on"}),
+    ({}, {"address": "auto"}),
+    ({}, {"output": "s3://bucket/run"}),
+    ({}, {"progress": "none"}),
+    ({}, {"overwrite": True}),
+    ({}, {"num_samples": 50000}),
+]
+
+
+@pytest.mark.parametrize(("flags", "unused"), UNUSED)
+def test_what_decides_no_sample_leaves_the_identity_alone(flags: dict[str, Any], unused: dict[str, Any]) -> None:
+    assert fingerprint(identity(**flags | unused)) == fingerprint(identity(**flags))
+
+
+USED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"seed": 43}),
+    ({}, {"generator": "determ"}),
+    ({}, {"sampler": "dpm"}),
+    ({}, {"steps": 41}),
+    ({}, {"sigma_min": 0.003}),
+    ({}, {"sigma_max": 70.0}),
+    (ONESTEP, {"sigma_max": 70.0}),
+    (ONESTEP | CONSISTENCY, {"sigma_min": 0.003}),
+    ({}, HEUN_WITH_CHURN),
+    ({"sampler": "dpm"}, HEUN_WITH_CHURN),
+    (HEUN_WITH_CHURN, {"s_noise": 1.1}),
+    (HEUN_WITH_CHURN, {"s_tmin": 1.0}),
+    (HEUN_WITH_CHURN, {"s_tmax": 10.0}),
+    ({"sampler": "multistep", "ts": "0,22,39"}, {"ts": "0,17,39"}),
+    ({"sampler": "multistep", "ts": "0,22,39"}, {"steps": 41}),
+    ({}, {"clip_denoised": False}),
+    ({}, {"rounding": "nearest"}),
+    ({}, CONSISTENCY),
+    ({}, {"precision": "bf16"}),
+    ({"precision": "fp32"}, {"precision": "fp16"}),
+    ({}, {"num_channels": 64}),
+    ({}, {"num_res_blocks": 2}),
+    ({}, {"channel_mult": "1,1"}),
+    ({}, {"attention_resolutions": "32,16"}),
+    ({}, {"attention_resolutions": ""}),
+    ({}, {"num_head_channels": 16}),
+    (NO_HEADS, {"num_heads": 2}),
+    (NO_HEADS, {"num_heads_upsample": 2}),
+    ({}, {"use_scale_shift_norm": False}),
+    ({}, {"resblock_updown": True}),
+    ({}, CONDITIONAL),
+    (CONDITIONAL, {"num_classes": 10}),
+]
+
+
+@pytest.mark.parametrize(("flags", "used"), USED)
+def test_what_decides_samples_is_in_the_identity(flags: dict[str, Any], used: dict[str, Any]) -> None:
+    assert fingerprint(identity(**flags | used)) != fingerprint(identity(**flags))
+
+
+@pytest.mark.parametrize(
+    ("generator", "depends"), [("philox", False), ("determ", True), ("determ-indiv", True), ("dummy", True)]
+)
+def test_num_samples_counts_for_the_generators_that_depend_on_it_only(generator: str, depends: bool) -> None:
+    few, many = (identity(generator=generator, num_samples=n) for n in (100, 200))
+    assert ("num_samples" in few) == depends
+    assert (fingerprint(few) != fingerprint(many)) == depends
+
+
+def test_an_explicit_value_has_the_identity_of_the_brought_one() -> None:
+    assert identity(SMALL | {"steps": 18}) == identity(steps=18)
+    assert identity(NO_HEADS | SMALL | NO_HEADS, num_heads_upsample=4) == identity(SMALL | NO_HEADS)
+    assert identity({}, channel_mult="1,2,3,4") == identity({})
+
+
+def test_weights_and_labels_are_in_the_identity() -> None:
+    run = resolve(class_cond=True)
+    labels = [None, {"rule": "random"}, {"rule": "balanced"}, {"rule": "listed", "count": 2, "sha256": "ab"}]
+    identities = [run.identity(weights, rule) for weights in ("one", "two") for rule in labels]
+    assert len({fingerprint(each) for each in identities}) == len(identities)
+
+
+def test_the_fingerprint_depends_on_content_alone() -> None:
+    one = identity()
+    assert re.fullmatch("[0-9a-f]{64}", fingerprint(one))
+    assert fingerprint(dict(reversed(one.items()))) == fingerprint(one)
+    assert fingerprint(json.loads(json.dumps(one))) == fingerprint(one)
+
+
+# What is shown and stored.
+
+
+def test_every_setting_is_shown_as_json_under_its_flag() -> None:
+    shown = resolve(use_fp16=True, model_path="digits", dry_run=True).as_json()
+    unsaid = {"model_path", "use_fp16", "dry_run"}
+    assert set(shown) == {field.name for field in fields(RunConfig)} - unsaid
+    assert json.loads(json.dumps(shown, allow_nan=False)) == shown
+    assert (shown["model"], shown["precision"], shown["steps"], shown["num_channels"]) == ("digits", "fp16", 40, 32)
+
+
+def test_no_credential_is_shown() -> None:
+    config = RunConfig(
+        output="s3://key:hidden@bucket/run?token=hidden",
+        labels="https://host/labels.npy?sig=hidden",
+        address="ray://user:hidden@head:10001",
+        class_cond=True,
+    )
+    run = config.resolve(SMALL, "https://user:hidden@host/model.pt?sig=hidden")
+    text = json.dumps(run.as_json())
+    assert "hidden" not in text
+    for kept in ("bucket/run", "host/labels.npy", "head:10001", "host/model.pt"):
+        assert kept in text
+
+
+SCHEME = st.sampled_from(["s3", "gs", "https", "ray", "simplecache::s3"])
+SECRET = (
+    st.text("abcXYZ0189+=:@/%!$&-_~", min_size=1)
+    .filter(lambda text: "::" not in text)
+    .map(lambda text: f"SECRET{text}SECRET")
+)
+USER = st.text("abcXYZ0189%-_~", min_size=1)
+HOST = st.from_regex(r"[a-z]{1,8}(\.[a-z]{2,3})?(:[0-9]{2,5})?", fullmatch=True)
+PATH = st.from_regex(r"(/[A-Za-z0-9_.-]{1,8}){0,3}/?", fullmatch=True)
+
+
+@given(scheme=SCHEME, user=USER, secret=SECRET, host=HOST, path=PATH)
+def test_a_password_is_redacted_whatever_it_holds(scheme: str, user: str, secret: str, host: str, path: str) -> None:
+    assert redact(f"{scheme}://{user}:{secret}@{host}{path}") == f"{scheme}://{host}{path}"
+
+
+@given(token=st.text("abcXYZ0189+=@%!$&-_~", min_size=1), host=HOST, path=PATH)
+def test_a_user_name_is_redacted_as_it_may_be_a_token(token: str, host: str, path: str) -> None:
+    assert redact(f"https://{token}@{host}{path}") == f"https://{host}{path}"
+
+
+@given(host=HOST, path=PATH, query=SECRET, mark=st.sampled_from("?#"))
+def test_a_query_is_redacted_whatever_it_holds(host: str, path: str, query: str, mark: str) -> None:
+    assert redact(f"https://{host}{path}{mark}{query}") == f"https://{host}{path}"
+
+
+@given(host=HOST, path=PATH)
+def test_what_holds_no_credential_stays(host: str, path: str) -> None:
+    for url in (f"s3://{host}{path}", f"s3://{host}/run@2{path}", path, f"{host}@1{path}"):
+        assert redact(url) == url
+
+
+def test_every_link_of_a_chained_url_is_redacted() -> None:
+    assert redact("zip://a.npy::s3://key:hidden@bucket/a.zip?x=hidden") == "zip://a.npy::s3://bucket/a.zip"
+
+
+def test_nothing_stays_nothing() -> None:
+    assert redact(None) is None
