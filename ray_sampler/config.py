@@ -537,4 +537,6 @@ def redact(url: str | None) -> str | None:
         return url
     scheme, rest = url.split("://", 1)
     host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+    user, at, server = host.rpartition("@")
+    container = f"{user}@" if at and scheme in ("abfs", "abfss") and ":" not in user else ""
+    return f"{scheme}://{container}{server}{slash}{path.partition('?')[0]}"

@@ -38,12 +38,17 @@ def shards_of(missing: Iterable[tuple[int, int]], shard_size: int) -> Iterator[S
             start = end
 
 
+def samples_in(shards: Iterable[Shard]) -> int:
+    return sum(shard.stop - shard.start for shard in shards)
+
+
 @dataclass
 class Tally:
     """What the figures of a run are made of."""
 
     num_samples: int
     reused: int
+    """Samples that earlier runs left, as far as they are not found damaged."""
     rates: Rates = field(default_factory=Rates)
     timeline: Timeline = field(default_factory=Timeline)
     failures: int = 0
@@ -82,6 +87,7 @@ class Dispatch:
     ) -> None:
         self.pool = pool
         self.queue = deque(shards)
+        self.left = samples_in(self.queue)
         self.tally = tally
         self.reporter = reporter
         self.finished = finished
@@ -115,6 +121,7 @@ class Dispatch:
                 found = self.background()
                 more_to_come = found is not None
                 self.queue.extend(found or ())
+                self.left += samples_in(found or ())
                 self._report()
         self._report()
         return self.given_up
@@ -141,6 +148,7 @@ class Dispatch:
             case Finished(shard, result):
                 self.start_failures = 0
                 if self.copies.pop(shard, 0):
+                    self.left -= shard.stop - shard.start
                     self.tally.last_sample = time.monotonic()
                     self.tally.rates.add(self.tally.last_sample, shard.stop - shard.start)
                     self.finished(result)
@@ -190,6 +198,7 @@ class Dispatch:
     def _report(self) -> None:
         now = time.monotonic()
         tally, rates, ready = self.tally, self.tally.rates, len(self.pool.ready)
+        tally.reused = max(0, tally.num_samples - self.left - rates.done)
         pending = self.pool.pending()
         waiting = self.queue and not ready and pending
         snapshot = Snapshot(

@@ -21,7 +21,7 @@ from ray_sampler.cluster.reduce import Damage, Merged, merge_task
 from ray_sampler.cluster.session import Fleet, connect, joins_cluster, plan_fleet
 from ray_sampler.config import RunConfig, RunError
 from ray_sampler.pictures import PreviewKeeper
-from ray_sampler.reporting.progress import Reporter, reporter
+from ray_sampler.reporting.progress import Reporter, Snapshot, reporter
 
 REPAIR_ROUNDS = 5
 """Times that the merge may find a damaged fragment and have it sampled again."""
@@ -81,8 +81,9 @@ def fill(job: Job, report: Reporter, began: float) -> RunResult:
             merged = merge(job, inventory, tally, report)
             merge_s += time.monotonic() - merging
             if isinstance(merged, Merged):
+                summary = write_outcome(job, tally, inventory, merged, preview, began, merge_s)
                 report.update(replace(tally.latest, stage="done"))
-            return result_of(job, write_outcome(job, tally, inventory, merged, preview, began, merge_s))
+                return result_of(job, summary)
             inventory.repair(merged)
         raise RunError(
             f"fragments in {job.run_dir.url} kept failing their checks through {REPAIR_ROUNDS} repairs; "
@@ -172,7 +173,16 @@ def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Mer
         RunError: the archive cannot be written.
     """
     num_samples = job.run.request.num_samples
-    report.update(replace(tally.latest, num_samples=num_samples, stage="merging"))
+    tally.latest = Snapshot(
+        num_samples=num_samples,
+        reused=tally.reused,
+        done=tally.rates.done,
+        failures=tally.failures,
+        stage="merging",
+        elapsed_s=tally.latest.elapsed_s,
+        rate=tally.latest.rate,
+    )
+    report.update(tally.latest)
     pieces, records = inventory.pieces()
     task: ray.ObjectRef[Merged | Damage] = merge_task.remote(
         job.output, job.fingerprint, pieces, records, num_samples, job.image_shape, job.labels is not None

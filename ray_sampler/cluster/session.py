@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,7 +59,8 @@ def connect(config: RunConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, **quiet)
+            with handlers_kept():
+                ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RequestError(
@@ -65,12 +68,22 @@ def connect(config: RunConfig) -> Iterator[None]:
                 "give the address of a running one, or none to start a local Ray"
             ) from error
     else:
-        with on_loopback():
+        with on_loopback(), handlers_kept():
             ray.init(address="local", include_dashboard=False, **quiet)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Keep this process's own answers to signals: ray.init puts one in their place that aborts."""
+    handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    earlier = [signal.getsignal(each) for each in handled]
+    yield
+    for each, handler in zip(handled, earlier, strict=True):
+        signal.signal(each, handler)
 
 
 @contextmanager

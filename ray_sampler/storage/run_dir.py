@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import secrets
+import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -28,6 +29,7 @@ RUN = "run.json"
 FRAGMENTS = "fragments"
 REJECTED = "rejected"
 PROBE = ".probe"
+PROBE_SECONDS = 3600.0
 PICTURES = ("preview.png", "summary.json", "report.html")
 ARCHIVE = re.compile(r"samples_[0-9]+x[0-9]+x[0-9]+x[0-9]+\.npz")
 
@@ -186,12 +188,16 @@ class RunDir:
         return [name for name in names if self._store.read(f"{PROBE}/{name}") is not None]
 
     def probes_clear(self, prefix: str = "") -> None:
-        """Remove the probes whose names begin with `prefix`."""
+        """Remove the probes whose names begin with `prefix`, and those that a killed driver left an hour ago."""
         entries = self._store.list(PROBE)
+        kept = 0
         for entry in entries:
-            if entry.name.startswith(prefix):
+            old = entry.modified is not None and entry.modified < time.time() - PROBE_SECONDS
+            if entry.name.startswith(prefix) or old:
                 self._store.remove(f"{PROBE}/{entry.name}")
-        if all(entry.name.startswith(prefix) for entry in entries):
+            else:
+                kept += 1
+        if not kept:
             self._store.remove(PROBE)
 
     def delete(self) -> None:
