@@ -136,7 +136,7 @@ def test_a_wrong_request_gets_one_sentence_with_the_flag_and_the_value(
 def test_a_wrong_value_is_refused_whoever_brought_it() -> None:
     with pytest.raises(RequestError, match=r"--steps is 0; it must be at least 1"):
         resolve(SMALL | {"steps": 0})
-    with pytest.raises(RequestError, match=r"--learn_sigma True"):
+    with pytest.raises(RequestError, match=r"--learn_sigma is True"):
         resolve(SMALL | {"learn_sigma": True})
 
 
