@@ -7,6 +7,7 @@ import errno
 import json
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -115,15 +116,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed or incomplete, 2 a wrong request, 130 and 143 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    received: list[int] = []
     try:
-        with interruptible():
+        with interruptible(received):
             return execute(parse(argv))
     except RequestError as error:
         return complain(error, WRONG)
     except RunError as error:
         return complain(error, FAILED)
-    except Interrupted as error:
-        return complain(f"interrupted; what was finished is kept: {how_to_go_on(argv)}", 128 + error.signal)
+    except (KeyboardInterrupt, SystemError):
+        # Ray's wait gives a SystemError where a signal's handler raised within it.
+        if not received:
+            raise
+        return complain(f"interrupted; what was finished is kept: {how_to_go_on(argv)}", 128 + received[0])
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return complain(f"{'the disk is full' if full else 'the system refused'}: {error}", FAILED)
@@ -134,24 +139,20 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-class Interrupted(BaseException):
-    """The process was asked to end."""
-
-    def __init__(self, signal: int) -> None:
-        super().__init__(signal)
-        self.signal = signal
-
-
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into an exception, once: those that follow while the run is wound up change nothing."""
+def interruptible(received: list[int]) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into KeyboardInterrupt, and note in `received` which came.
+
+    It happens once: signals that follow, while the run is wound up, change nothing. Only a main thread can.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in handled:
             signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(number)
+        received.append(number)
+        raise KeyboardInterrupt
 
-    handled = (signal.SIGINT, signal.SIGTERM)
+    handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     earlier = [signal.signal(each, interrupt) for each in handled]
     try:
         yield

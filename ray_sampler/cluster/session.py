@@ -78,12 +78,21 @@ def connect(config: RunConfig) -> Iterator[None]:
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Keep this process's own answers to signals: ray.init puts one in their place that aborts."""
-    handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    earlier = [signal.getsignal(each) for each in handled]
-    yield
-    for each, handler in zip(handled, earlier, strict=True):
-        signal.signal(each, handler)
+    """Keep this process's own answers to signals: ray.init puts others in their place, one of which aborts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit:
+        # Ray's answer to a SIGTERM that came meanwhile; ours is due.
+        if callable(ours := earlier[signal.SIGTERM]):
+            ours(signal.SIGTERM, None)
+        raise
+    finally:
+        for each, handler in earlier.items():
+            signal.signal(each, handler)
 
 
 @contextmanager
