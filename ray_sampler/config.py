@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -25,6 +26,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Rounding = Literal["truncate", "nearest"]
 FragmentFormat = Literal["parquet", "npz"]
 Compile = Literal["auto", "on", "off"]
+Progress = Literal["auto", "bar", "log", "none"]
 
 GENERATORS_OF_N = ("determ", "determ-indiv", "dummy")
 """Generators whose noise depends on num_samples."""
@@ -114,7 +116,7 @@ class Architecture:
         for name, kind in (("channel_mult", float), ("attention_resolutions", int)):
             text = getattr(self, name)
             try:
-                positive = all(kind(part) > 0 for part in text.split(",") if text)
+                positive = all(0 < kind(part) < math.inf for part in text.split(",") if text)
             except ValueError:
                 positive = False
             require(positive, f"--{name} is {text!r}; it must be positive numbers with commas, as in 1,2,2")
@@ -133,13 +135,13 @@ class Architecture:
                 "channels; they must be a multiple of 32, the groups of each normalisation",
             )
             if self.attends_at(level) or level == len(multipliers) - 1:
-                for heads in {self.num_heads, self.heads_upsample}:
-                    heads = self.heads_at(channels, heads)
+                for flag, asked in (("num_heads", self.num_heads), ("num_heads_upsample", self.heads_upsample)):
+                    heads = self.heads_at(channels, asked)
                     whole = heads > 0 and channels % heads == 0
                     require(
                         whole and self.num_head_channels in (-1, channels // heads),
-                        f"{channels} channels cannot be split into attention heads with --num_heads "
-                        f"{self.num_heads} and --num_head_channels {self.num_head_channels}; "
+                        f"{channels} channels cannot be split into attention heads with --{flag} "
+                        f"{asked} and --num_head_channels {self.num_head_channels}; "
                         "the channels must be a multiple of the head size",
                     )
 
@@ -150,7 +152,11 @@ class Architecture:
             "num_channels": self.num_channels,
             "num_res_blocks": self.num_res_blocks,
             "channel_mult": ",".join(f"{m:g}" for m in self.channel_multipliers),
-            "attention_resolutions": ",".join(str(self.image_size // f) for f in sorted(set(self.attention_factors))),
+            "attention_resolutions": ",".join(
+                str(self.image_size // 2**level)
+                for level in range(len(self.channel_multipliers))
+                if self.attends_at(level)
+            ),
             "class_cond": self.class_cond,
             "use_scale_shift_norm": self.use_scale_shift_norm,
             "resblock_updown": self.resblock_updown,
@@ -218,22 +224,26 @@ class Sampling:
         result: dict[str, Any] = {
             "preconditioning": "consistency" if self.consistency else "edm",
             "sampler": self.sampler,
-            "sigma_max": self.sigma_max,
+            "sigma_max": float(self.sigma_max),
             "clip_denoised": self.clip_denoised,
             "rounding": self.rounding,
             "generator": self.generator,
             "seed": self.seed,
         }
         if self.sampler != "onestep" or self.consistency:
-            result["sigma_min"] = self.sigma_min
+            result["sigma_min"] = float(self.sigma_min)
         if self.sampler != "onestep":
             result["steps"] = self.steps
         if self.sampler == "multistep":
             result["ts"] = ",".join(map(str, self.ts))
         if self.sampler in ("heun", "dpm"):
-            result["s_churn"] = self.s_churn
+            result["s_churn"] = float(self.s_churn)
             if self.s_churn > 0:
-                result |= {"s_tmin": self.s_tmin, "s_tmax": str(self.s_tmax), "s_noise": self.s_noise}
+                result |= {
+                    "s_tmin": float(self.s_tmin),
+                    "s_tmax": str(float(self.s_tmax)),
+                    "s_noise": float(self.s_noise),
+                }
         if self.generator in GENERATORS_OF_N:
             result["num_samples"] = num_samples
         return result
@@ -363,7 +373,7 @@ class FleetFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportingFlags:
-    progress: Literal["auto", "bar", "log", "none"] = "auto"
+    progress: Progress = "auto"
     """A live bar, a line every 10 seconds, or nothing; auto is a bar on a terminal."""
     json_log: bool = False
     """Progress lines as JSON."""
@@ -413,6 +423,11 @@ class RunConfig(
         architecture.validate()
         sampling.validate()
         self._check_numbers(architecture)
+        require(
+            sampling.generator != "determ-indiv" or self.num_samples * (sampling.seed + 1) <= 2**64,
+            f"--seed is {sampling.seed}; --generator determ-indiv seeds sample i with i + num_samples * seed, so with "
+            f"--num_samples {self.num_samples} it must be below {2**64 // self.num_samples}",
+        )
         shard_size = -(-(self.shard_size or 512) // self.batch_size) * self.batch_size
         return Run(
             weights=weights,
@@ -445,6 +460,7 @@ class RunConfig(
             ("precision", ("auto", *get_args(Precision))),
             ("fragment_format", get_args(FragmentFormat)),
             ("compile", get_args(Compile)),
+            ("progress", get_args(Progress)),
         ):
             value = getattr(self, name)
             require(value is None or value in choices, f"--{name} is {value!r}; it must be one of {', '.join(choices)}")
@@ -535,8 +551,14 @@ def redact(url: str | None) -> str | None:
     """`url` without user names, passwords and query strings, any of which may hold a credential."""
     if url is None or "://" not in url:
         return url
-    scheme, rest = url.split("://", 1)
-    host, slash, path = rest.partition("/")
-    user, at, server = host.rpartition("@")
-    container = f"{user}@" if at and scheme in ("abfs", "abfss") and ":" not in user else ""
-    return f"{scheme}://{container}{server}{slash}{path.partition('?')[0]}"
+    return "::".join(_redact_link(link) for link in re.split(r"::(?=[\w+.-]+://)", url))
+
+
+def _redact_link(link: str) -> str:
+    """One URL of a chain. A password that was not escaped may hold slashes, as S3 keys do, and more."""
+    scheme, separator, rest = link.partition("://")
+    # What follows a colon is a port, or else a password up to the last "@".
+    rest = re.sub(r"^[^/@?#:]*:(?!\d*(?:[/?#]|$)).*@", "", rest, flags=re.DOTALL)
+    if scheme not in ("abfs", "abfss"):  # where the container stands before the "@"
+        rest = re.sub(r"^[^/?#]*@", "", rest)
+    return scheme + separator + re.split(r"[?#]", rest, maxsplit=1)[0]

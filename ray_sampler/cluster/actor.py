@@ -43,8 +43,8 @@ class ActorSpec:
     batch_size: int
     fragment_format: FragmentFormat
     compile: Compile
-    threads: int
-    """Torch threads on a CPU."""
+    cores: int
+    """CPU cores of an actor without a GPU."""
     probe: str
     """Name of the file by which the driver shows that it writes to the same place."""
 
@@ -117,7 +117,6 @@ class SamplerActor:
 
     def _build(self, packed: PackedWeights) -> Engine:
         spec = self.spec
-        torch.set_num_threads(spec.threads)
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
@@ -130,6 +129,7 @@ class SamplerActor:
             batch_size=spec.batch_size,
             device=self.device,
             compile=spec.compile,
+            cores=spec.cores,
         )
 
     def info(self) -> ActorInfo:

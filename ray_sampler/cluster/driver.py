@@ -129,7 +129,7 @@ def starter(job: Job, fleet: Fleet, weights: ray.ObjectRef[PackedWeights], probe
         batch_size=config.batch_size,
         fragment_format=config.fragment_format,
         compile=config.compile,
-        threads=fleet.threads,
+        cores=fleet.cpus,
         probe=probe,
     )
     actor = ray.remote(SamplerActor).options(

@@ -148,11 +148,6 @@ def settle(run: Run, gpus: float, there: dict[str, Any] | None) -> Run:
     if sampling.generator == "dummy":
         seed = earlier.get("seed") if earlier.get("generator") == "dummy" else None
         run = replace(run, sampling=replace(sampling, seed=seed or 1 + secrets.randbits(FRESH_SEED_BITS)))
-    elif sampling.generator == "determ-indiv":
-        require(
-            run.request.num_samples * (sampling.seed + 1) < 2**63,
-            f"--seed is {sampling.seed}; with --generator determ-indiv, num_samples * seed must stay below 2^63",
-        )
     return run
 
 

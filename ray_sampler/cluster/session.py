@@ -30,8 +30,7 @@ class Fleet:
     """What an actor takes, and how many there may be."""
 
     gpus: float
-    cpus: float
-    threads: int
+    cpus: int
     max_actors: int
 
 
@@ -120,15 +119,10 @@ def gpus_per_actor(config: RunConfig) -> float:
 
 
 def plan_fleet(config: RunConfig, gpus: float, shards: int, local: bool) -> Fleet:
-    """What each actor takes of a connected Ray.
-
-    CPU actors split a machine's cores fairly, in a way that does not depend on how much is left to do: their
-    threads are part of the numerics key.
-    """
+    """What each actor takes of a connected Ray. CPU actors split a machine's cores fairly."""
     if gpus:
         room = math.floor(ray.cluster_resources().get("GPU", 0) / gpus) if local else shards
-        return Fleet(gpus, 1, 1, max(1, min(config.max_actors or shards, room, shards)))
+        return Fleet(gpus, 1, max(1, min(config.max_actors or shards, room, shards)))
     cores = max(1, min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]))
     per_node = min(config.max_actors or cores, cores, LOCAL_ACTORS)
-    share = cores // per_node
-    return Fleet(0, share, share, min(per_node if local else config.max_actors or shards, shards))
+    return Fleet(0, cores // per_node, min(per_node if local else config.max_actors or shards, shards))

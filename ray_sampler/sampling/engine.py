@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +44,13 @@ def to_uint8(x: Tensor, rounding: Rounding) -> Tensor:
 
 
 class Engine:
-    """One network on one device. Images are computed in fixed blocks [k B, (k + 1) B), so that shapes never change."""
+    """One network on one device. Images are computed in fixed blocks [k B, (k + 1) B), so that shapes never change.
+
+    Args:
+        network: F, in the precision of the run, on `device`.
+        num_samples: of the whole run; the original's generators depend on it.
+        cores: CPU cores to use; a GPU ignores it.
+    """
 
     def __init__(
         self,
@@ -56,6 +63,7 @@ class Engine:
         batch_size: int,
         device: torch.device,
         compile: Compile,
+        cores: int = 1,
     ) -> None:
         self.network: Network = compiled(network, compile, device)
         self.architecture = architecture
@@ -65,6 +73,13 @@ class Engine:
         self.batch_size = batch_size
         self.device = device
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Splitting an operation among threads changes its last bits (seen in convolution, GroupNorm and SiLU), so
+        # a CPU's cores work on a block each. A GPU has one thread: grad mode and CUDA graph pools are per thread.
+        self.workers = (
+            ThreadPoolExecutor(1, "compute")
+            if self.copies
+            else ThreadPoolExecutor(cores, "compute", initializer=torch.set_num_threads, initargs=(1,))
+        )
 
     def sample(self, start: int, stop: int) -> Callable[[], Pictures]:
         """Begin to compute the samples [start, stop); the returned function waits for them.
@@ -79,11 +94,12 @@ class Engine:
         began = time.perf_counter()
         size = self.batch_size
         try:
-            blocks = [self._block(block) for block in range(start // size, -(-stop // size))]
+            blocks = list(self.workers.map(self._block, range(start // size, -(-stop // size))))
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemoryError(
-                f"{self.device} ran out of memory with --batch_size {size}; try --batch_size {max(1, size // 2)}, "
-                "or --precision fp16 if this is fp32"
+                f"{self.device} ran out of memory with --batch_size {size}; "
+                + (f"try --batch_size {size // 2}, or " if size > 1 else "try ")
+                + "--precision fp16 if this is fp32"
             ) from error
         first = start // size * size
         images, labels, finite = (
@@ -164,6 +180,5 @@ def numerics_key(device: torch.device, batch_size: int, precision: Precision, co
             f"{torch.cuda.get_device_name(device)}, cuda {torch.version.cuda}, cudnn {torch.backends.cudnn.version()}"
         )
     else:
-        # Sums are split among the threads, so their count decides last bits too.
-        hardware = f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        hardware = f"cpu {torch.backends.cpu.get_cpu_capability()}"
     return f"{hardware}, torch {torch.__version__}, batch {batch_size}, {precision}, compile {compile}"
