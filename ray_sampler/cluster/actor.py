@@ -15,6 +15,7 @@ import ray
 import torch
 from torch import Tensor
 
+from ray_sampler.cluster.metrics import ActorMetrics
 from ray_sampler.config import Architecture, Compile, FragmentFormat, Precision, RunError, Sampling
 from ray_sampler.models.checkpoint import build
 from ray_sampler.sampling.engine import Engine, Pictures, numerics_key
@@ -113,6 +114,7 @@ class SamplerActor:
         prove_access(self.run_dir, self.spec.probe)
         self.engine = self.compute.submit(self._build, self.packed).result()
         del self.packed
+        self.metrics = ActorMetrics(self.spec.fingerprint[:8])
         return self.info()
 
     def _build(self, packed: PackedWeights) -> Engine:
@@ -150,7 +152,9 @@ class SamplerActor:
         name = FragmentName(start, stop, self.spec.fragment_format)
         data, record = encode(samples, self.spec.fingerprint, self._computed_by(pictures.seconds), name.format)
         self.run_dir.write_fragment(name, data)
-        return ShardResult(name, record, pictures.seconds, wait_s, time.perf_counter() - began)
+        upload_s = time.perf_counter() - began
+        self.metrics.count(stop - start, pictures.seconds, wait_s, upload_s)
+        return ShardResult(name, record, pictures.seconds, wait_s, upload_s)
 
     def _compute(self, start: int, stop: int) -> tuple[Pictures, float]:
         def on_compute_thread() -> tuple[Any, float]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ray_sampler.cluster.actor import ShardResult
+from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.pool import Failed, Finished, Lost, Pool, Ready, Shard, StartFailed, reason_of
 from ray_sampler.config import RequestError, RunError
 from ray_sampler.reporting.progress import Rates, Reporter, Snapshot
@@ -73,6 +74,7 @@ class Dispatch:
         background: called about once a second, while sampling runs; returns more shards, of fragments found damaged.
             None says that it has nothing left to do.
         min_actors: kept until the last shard is done.
+        metrics: counted into.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Dispatch:
         finished: Callable[[ShardResult], None],
         background: Callable[[], list[Shard] | None],
         min_actors: int,
+        metrics: DriverMetrics,
     ) -> None:
         self.pool = pool
         self.queue = deque(shards)
@@ -93,6 +96,7 @@ class Dispatch:
         self.finished = finished
         self.background = background
         self.min_actors = min_actors
+        self.metrics = metrics
         self.copies: Counter[Shard] = Counter()
         self.attempts: Counter[Shard] = Counter()
         self.deaths: Counter[Shard] = Counter()
@@ -190,6 +194,7 @@ class Dispatch:
             self.given_up[shard] = str(give_up)
             return
         self.tally.retries += 1
+        self.metrics.retries.inc()
         if front:
             self.queue.appendleft(shard)
         else:
@@ -216,5 +221,6 @@ class Dispatch:
             rate=rates.rate(now),
         )
         tally.timeline.add(snapshot.elapsed_s, snapshot.rate_now, ready)
-        self.tally.latest = snapshot
+        self.metrics.fleet(snapshot.actors_ready, snapshot.actors_starting, snapshot.actors_pending)
+        tally.latest = snapshot
         self.reporter.update(snapshot)

@@ -6,14 +6,15 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import ray
 
 from ray_sampler.cluster.actor import CONCURRENCY, ActorSpec, PackedWeights, SamplerActor, ShardResult, pack
 from ray_sampler.cluster.dispatch import Dispatch, Tally, shards_of
 from ray_sampler.cluster.inventory import Inventory
+from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.outcome import already_done, write_outcome
 from ray_sampler.cluster.pool import Pool, Shard, reason_of
 from ray_sampler.cluster.prepare import Job, claim, prepare, still_ours
@@ -27,8 +28,7 @@ REPAIR_ROUNDS = 5
 """Times that the merge may find a damaged fragment and have it sampled again."""
 
 
-@dataclass(frozen=True)
-class RunResult:
+class RunResult(NamedTuple):
     """A finished run."""
 
     archive: str
@@ -156,8 +156,9 @@ def sample(
         preview.redraw_when_due()
         return inventory.check_some()
 
-    dispatch = Dispatch(pool, shards, tally, report, finished, background, inventory.job.run.request.min_actors)
-    given_up = dispatch.run()
+    job = inventory.job
+    metrics = DriverMetrics(job.fingerprint[:8])
+    given_up = Dispatch(pool, shards, tally, report, finished, background, job.run.request.min_actors, metrics).run()
     if given_up:
         ranges = "; ".join(f"{s.start} to {s.stop - 1}: {reason}" for s, reason in list(given_up.items())[:3])
         raise RunError(

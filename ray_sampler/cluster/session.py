@@ -16,7 +16,7 @@ import torch
 from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-from ray_sampler.config import RequestError, RunConfig
+from ray_sampler.config import RequestError, RunConfig, require
 
 LOCAL_ACTORS = 8
 """CPU actors of one machine at most; each takes an equal part of its cores."""
@@ -57,6 +57,11 @@ def connect(config: RunConfig) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
+        require(
+            not address.startswith("ray://"),
+            f"--address is {address!r}, which a Ray client takes; submit the run with `ray job submit` instead, "
+            "or give host:port of the cluster from one of its nodes",
+        )
         try:
             with handlers_kept():
                 ray.init(address=address, **quiet)

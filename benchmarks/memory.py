@@ -1,0 +1,84 @@
+"""Does memory grow with N? Peak memory of the driver, an actor and the merge, for a small and a large run.
+
+A network of one block at 32x32 pixels, sampled in one step, stands in for a real one: what could grow with N is not
+in the network. The merge runs in a Ray worker of its own; peaks are the kernel's (VmHWM), read while processes live.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from ray_sampler.config import Architecture
+from ray_sampler.models.unet import UNet
+
+ARCHITECTURE = Architecture(
+    image_size=32, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="4"
+)
+FLAGS = (
+    "--image_size 32 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 4 "
+    "--sampler onestep --batch_size 100 --shard_size 500 --progress none"
+)
+SIZES = (1_000, 50_000)
+PARTS = {"driver": "jobs/sample.py", "actor": "ray::SamplerActor", "merge": "ray::merge_fragments"}
+
+
+def peak_mib(pid: int) -> float:
+    """Peak resident memory of a process so far, shared pages included, in MiB."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def watch(process: subprocess.Popen[bytes], peaks: dict[str, float]) -> None:
+    """Note the peak of each part until the driver ends."""
+    while process.poll() is None:
+        for child in psutil.Process().children(recursive=True):
+            try:
+                command = " ".join(child.cmdline())
+                for part, mark in PARTS.items():
+                    if mark in command:
+                        peaks[part] = max(peaks.get(part, 0.0), peak_mib(child.pid))
+            except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+                continue
+        time.sleep(0.02)
+
+
+def measure(num_samples: int, checkpoint: Path, output: Path) -> dict[str, float]:
+    """Peak MiB of each part in a run of `num_samples`."""
+    peaks: dict[str, float] = {}
+    command = [sys.executable, "jobs/sample.py", "--model", str(checkpoint), "--output", str(output), *FLAGS.split()]
+    process = subprocess.Popen([*command, "--num_samples", str(num_samples)], stdout=subprocess.DEVNULL)
+    watcher = threading.Thread(target=watch, args=(process, peaks))
+    watcher.start()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"a run of {num_samples} samples failed with {process.returncode}")
+    return peaks
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    table = Table("samples", *(f"{part}, MiB" for part in PARTS))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "stub.safetensors"
+        save_file({name: torch.randn_like(w) * 0.02 for name, w in UNet(ARCHITECTURE).state_dict().items()}, checkpoint)
+        for num_samples in SIZES:
+            peaks = measure(num_samples, checkpoint, Path(folder) / str(num_samples))
+            table.add_row(f"{num_samples:,}", *(f"{peaks.get(part, 0):.0f}" for part in PARTS))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
