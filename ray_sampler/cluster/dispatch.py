@@ -115,7 +115,7 @@ class Dispatch:
             self._scale()
             for shard in self.pool.assign(self.queue):
                 self._begin(shard)
-            if not self.queue and self.pool.idle() and (straggler := self.pool.straggler()):
+            if not self.queue and self.pool.idle() and (straggler := self.pool.straggler(self.copies)):
                 self.pool.submit(self.pool.idle()[0], straggler)
                 self._begin(straggler)
             for event in self.pool.wait(TICK_S if self.queue or self.copies else 0.05):

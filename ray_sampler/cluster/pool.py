@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -176,15 +176,18 @@ class Pool:
             member.last_sign = time.monotonic()
         member.tasks[member.handle.sample.remote(shard.start, shard.stop)] = shard
 
-    def straggler(self) -> Shard | None:
-        """A shard that one actor alone has, and that takes far longer than usual or waits behind another."""
+    def straggler(self, unfinished: Container[Shard]) -> Shard | None:
+        """A shard of `unfinished` that one actor alone has, and that takes long or waits behind another.
+
+        An actor may still be at a shard that another one finished; that is no straggler.
+        """
         median = self.median_s()
         copies = Counter(shard for member in self.members for shard in member.tasks.values())
         now = time.monotonic()
         for member in self.ready:
             late = median is not None and now - member.last_sign > STRAGGLER_FACTOR * median
             for position, shard in enumerate(member.tasks.values()):
-                if copies[shard] == 1 and (late or position > 0):
+                if shard in unfinished and copies[shard] == 1 and (late or position > 0):
                     return shard
         return None
 
