@@ -17,6 +17,7 @@ from ray_sampler.reporting.progress import Reporter
 from ray_sampler.reporting.summary import Part
 from ray_sampler.storage.coverage import Piece, cover, missing
 from ray_sampler.storage.fragment import FragmentName, Record
+from ray_sampler.storage.verify import FOREIGN
 
 CHECK_FRAGMENTS = 32
 """Fragments that one task checks."""
@@ -39,7 +40,7 @@ class Inventory:
         self.to_check = [piece.fragment for piece in cover(self.names, self.num_samples)][::-1]
         self.checking: list[ray.ObjectRef[Checked]] = []
         for filename in listing.foreign:
-            self._set_aside(filename, "it is not named like a fragment")
+            self._set_aside(filename, FOREIGN)
 
     def missing(self) -> list[tuple[int, int]]:
         """Ranges that no fragment covers, as far as is known."""
