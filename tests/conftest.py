@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ray_sampler.config import RunConfig
+from ray_sampler.storage.fragment import Samples
 
 Configure = Callable[..., RunConfig]
 
@@ -46,9 +49,43 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def configure(checkpoint: Path, tmp_path: Path) -> Configure:
     """The request for a small run into tmp_path/run; keywords set or replace its flags."""
-    from tests.cluster.runs import SMALL, TINY
+    from tests.cluster.runs import small
 
-    def make(**flags: Any) -> RunConfig:
-        return RunConfig(**(TINY | SMALL | {"model": str(checkpoint), "output": str(tmp_path / "run")} | flags))
+    return partial(small, checkpoint, tmp_path / "run")
 
-    return make
+
+@pytest.fixture(scope="session")
+def samples(checkpoint: Path) -> Samples:
+    """What one engine computes for the small run."""
+    from tests.cluster.runs import sampled, small
+
+    return sampled(small(checkpoint, Path("unused")))
+
+
+@pytest.fixture(scope="session")
+def longer_samples(checkpoint: Path) -> Samples:
+    """What one engine computes for the longer run."""
+    from tests.cluster.runs import LONGER, sampled, small
+
+    return sampled(small(checkpoint, Path("unused"), **LONGER))
+
+
+@pytest.fixture(scope="session")
+def finished(checkpoint: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small run that is complete; to be copied before anything in it is changed."""
+    from ray_sampler.cluster.driver import run
+    from tests.cluster.runs import small
+
+    output = tmp_path_factory.mktemp("finished") / "run"
+    run(small(checkpoint, output))
+    return output
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A complete small run in tmp_path/run, where `configure` goes on with it; its files are of another day."""
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    for path in output.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    return output

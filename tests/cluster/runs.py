@@ -32,11 +32,21 @@ TINY: dict[str, Any] = {
 }
 """The architecture, by flag name."""
 
-SMALL: dict[str, Any] = {"num_samples": 40, "batch_size": 4, "shard_size": 8, "steps": 4, "gpus_per_actor": 0.0}
-"""Five shards of two batches each."""
+SMALL: dict[str, Any] = {
+    "num_samples": 40,
+    "batch_size": 4,
+    "shard_size": 8,
+    "steps": 4,
+    "gpus_per_actor": 0.0,
+    "max_actors": 1,
+}
+"""Five shards of two batches each, on one actor: a second one takes longer to start than to work."""
+
+LONGER: dict[str, Any] = {"num_samples": 48, "shard_size": 4, "steps": 18}
+"""Twelve shards, which take long enough to be interrupted."""
 
 ARCHIVE = "samples_40x8x8x3.npz"
-"""What it ends in."""
+"""What the small run ends in."""
 
 
 def random_weights(**architecture: Any) -> dict[str, Tensor]:
@@ -46,6 +56,11 @@ def random_weights(**architecture: Any) -> dict[str, Tensor]:
         name: torch.randn(tensor.shape, generator=random) * (0.1 if tensor.ndim > 1 else 0.5)
         for name, tensor in UNet(Architecture(**TINY | architecture)).state_dict().items()
     }
+
+
+def small(checkpoint: Path, output: Path, **flags: Any) -> RunConfig:
+    """The request for a small run; `flags` set or replace its flags."""
+    return RunConfig(**(TINY | SMALL | {"model": str(checkpoint), "output": str(output)} | flags))
 
 
 def flags_of(config: RunConfig) -> list[str]:
