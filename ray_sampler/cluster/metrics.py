@@ -1,0 +1,53 @@
+"""Counters and gauges on Ray's Prometheus endpoint; deploy/grafana-dashboard.json draws them.
+
+Ray puts `ray_` before each name.
+"""
+
+from __future__ import annotations
+
+from ray.util.metrics import Counter, Gauge
+
+RUN = ("run",)
+
+
+class ActorMetrics:
+    """What one actor counts. `run` is the start of the fingerprint."""
+
+    def __init__(self, run: str) -> None:
+        def counter(name: str, description: str) -> Counter:
+            made = Counter(f"ray_sampler_{name}", description, RUN)
+            made.set_default_tags({"run": run})
+            return made
+
+        self.samples = counter("samples_total", "Samples whose fragments were written.")
+        self.shards = counter("shards_total", "Shards whose fragments were written.")
+        self.compute_s = counter("compute_seconds_total", "Seconds of computing.")
+        self.wait_s = counter("wait_seconds_total", "Seconds in which the device had nothing to do.")
+        self.upload_s = counter("upload_seconds_total", "Seconds of encoding and writing.")
+
+    def count(self, samples: int, compute_s: float, wait_s: float, upload_s: float) -> None:
+        """Count one finished shard."""
+        for counter, value in (
+            (self.samples, samples),
+            (self.shards, 1),
+            (self.compute_s, compute_s),
+            (self.wait_s, wait_s),
+            (self.upload_s, upload_s),
+        ):
+            if value > 0:
+                counter.inc(value)
+
+
+class DriverMetrics:
+    """What the driver counts."""
+
+    def __init__(self, run: str) -> None:
+        self.retries = Counter("ray_sampler_retries_total", "Shards that were given out again.", RUN)
+        self.actors = Gauge("ray_sampler_actors", "Actors, by state.", ("run", "state"))
+        self.retries.set_default_tags({"run": run})
+        self.actors.set_default_tags({"run": run})
+
+    def fleet(self, ready: int, starting: int, pending: int) -> None:
+        """Note the size of the fleet."""
+        for state, number in (("ready", ready), ("starting", starting), ("pending", pending)):
+            self.actors.set(number, {"state": state})
