@@ -19,7 +19,7 @@ from data import load_digits
 from ray_sampler.models.unet import UNet
 from ray_sampler.sampling.denoiser import Denoiser, make_denoiser
 from ray_sampler.sampling.schedule import karras_sigmas
-from train import ARCHITECTURE, learning_rate, save_checkpoint
+from train import ARCHITECTURE, channels_last, learning_rate, save_checkpoint
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
@@ -74,7 +74,7 @@ def distil(recipe: Recipe) -> None:
     torch.use_deterministic_algorithms(True)
     data, _ = load_digits()
     images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    teacher = UNet(ARCHITECTURE).to(memory_format=torch.channels_last)
+    teacher = channels_last(UNet(ARCHITECTURE))
     teacher.load_state_dict({name: weight.float() for name, weight in load_file(recipe.teacher).items()})
     teacher.requires_grad_(False)
     student, target = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher)

@@ -9,6 +9,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -39,7 +40,10 @@ class Recipe:
     out: Path = Path("runs/train-digits")
     """Folder of the checkpoint and of the finished weights."""
     images: int = 320_000
-    """Training images seen in all, repeats included."""
+    """Training images seen in the first cycle of the learning rate, repeats included."""
+    more_images: int = 140_000
+    """Training images of a second cycle, at half the peak rate, which looks at higher noise: there the structure of
+    a digit is decided."""
     batch: int = 64
     lr: float = 2e-3
     """Peak learning rate of AdamW, after a linear warm-up of 200 steps, before a cosine decay to 0."""
@@ -48,6 +52,9 @@ class Recipe:
     p_mean: float = -0.6
     p_std: float = 1.5
     """Mean and deviation of ln sigma."""
+    more_p_mean: float = 0.3
+    more_p_std: float = 1.4
+    """The same in the second cycle."""
     seed: int = 0
     checkpoint_every: int = 250
     """Steps."""
@@ -67,7 +74,15 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * warm * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
+def channels_last(network: UNet) -> UNet:
+    """Keep convolution weights in the layout that convolutions are fastest in; the values stay."""
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return network
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
@@ -79,11 +94,12 @@ def train(recipe: Recipe) -> None:
     torch.use_deterministic_algorithms(True)
     data, _ = load_digits()
     images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    network = UNet(ARCHITECTURE).to(memory_format=torch.channels_last)
+    network = channels_last(UNet(ARCHITECTURE))
     generator = torch.Generator().manual_seed(recipe.seed)
     averaged = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.lr, weight_decay=0.01)
-    step, steps = 0, recipe.images // recipe.batch
+    first, second = recipe.images // recipe.batch, recipe.more_images // recipe.batch
+    step, steps = 0, first + second
 
     recipe.out.mkdir(parents=True, exist_ok=True)
     checkpoint = recipe.out / "checkpoint.pt"
@@ -97,10 +113,15 @@ def train(recipe: Recipe) -> None:
     began, running = time.monotonic(), 0.0
     began_at = step
     while step < steps:
+        if step < first:
+            rate, p_mean, p_std = learning_rate(step, first, recipe.lr), recipe.p_mean, recipe.p_std
+        else:
+            rate = learning_rate(step - first, second, recipe.lr / 2)
+            p_mean, p_std = recipe.more_p_mean, recipe.more_p_std
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, recipe.lr)
+            group["lr"] = rate
         rows = torch.randint(len(images), (recipe.batch,), generator=generator)
-        sigma = (recipe.p_mean + recipe.p_std * torch.randn(recipe.batch, generator=generator)).exp()
+        sigma = (p_mean + p_std * torch.randn(recipe.batch, generator=generator)).exp()
         batch = images[rows].to(memory_format=torch.channels_last)
         noise = torch.randn(batch.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -116,8 +137,8 @@ def train(recipe: Recipe) -> None:
                 averaged[name].lerp_(weight, 1 - decay)
         running += (loss.item() - running) / min(step, 100)
         if step % 50 == 0:
-            rate = (step - began_at) * recipe.batch / (time.monotonic() - began)
-            print(f"step {step}/{steps}  loss {running:.4f}  {rate:.0f} images/s", flush=True)
+            speed = (step - began_at) * recipe.batch / (time.monotonic() - began)
+            print(f"step {step}/{steps}  loss {running:.4f}  {speed:.0f} images/s", flush=True)
         if step % recipe.checkpoint_every == 0 or step == steps:
             save_checkpoint(
                 checkpoint,
