@@ -1,0 +1,123 @@
+"""A run that is killed anywhere goes on where it stopped, and ends with the bytes of one that was left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from ray_sampler.config import RunConfig
+from tests.cluster.runs import LONGER, flags_of, fragments, savez
+from tests.conftest import Configure
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG_ARCHIVE = "samples_48x8x8x3.npz"
+
+Moment = Callable[[Path], bool]
+
+
+@contextmanager
+def started(config: RunConfig, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The command of `config`, with a Ray of its own, in a process group of its own; none of it outlives the block."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "jobs/sample.py", *flags_of(config)],
+            cwd=ROOT, env=environment, stdout=sink, stderr=sink, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        kill_group(process)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+
+
+def wait_for(moment: Moment, output: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not moment(output):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.005)
+
+
+def group_is_gone(group: int, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def claimed(output: Path) -> bool:
+    return (output / "run.json").exists()
+
+
+def written(count: int) -> Moment:
+    return lambda output: (output / "fragments").is_dir() and len(fragments(output)) >= count
+
+
+def fragment_times(output: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (output / "fragments").glob("0*")}
+
+
+def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(
+    configure: Configure, tmp_path: Path, longer_samples, local_ray
+):
+    """Killed with all its actors: before its first fragment, between two fragments, and before its archive."""
+    from ray_sampler.cluster.driver import run
+
+    output, log = tmp_path / "run", tmp_path / "log"
+    config = configure(**LONGER)
+    kept: dict[str, int] = {}
+    for moment in (claimed, written(3), written(12)):
+        with started(config, log) as process:
+            wait_for(moment, output, process, log)
+            kill_group(process)
+        assert fragment_times(output).items() >= kept.items()
+        kept = fragment_times(output)
+        assert not (output / LONG_ARCHIVE).exists()
+    summary = run(config).summary
+    assert (output / LONG_ARCHIVE).read_bytes() == savez(longer_samples)
+    assert fragment_times(output).items() >= kept.items()
+    assert (summary["reused"], summary["computed"]) == (48, 0)
+    assert summary["rejected"] == []
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_run_says_in_one_sentence_how_to_go_on_and_leaves_no_process(
+    configure: Configure, tmp_path: Path, sent: signal.Signals, code: int
+):
+    output, log = tmp_path / "run", tmp_path / "log"
+    with started(configure(**LONGER | {"num_samples": 4000}), log) as process:
+        wait_for(written(2), output, process, log)
+        began = time.monotonic()
+        process.send_signal(sent)
+        assert process.wait(30) == code
+        assert time.monotonic() - began < 15
+        assert group_is_gone(process.pid, within_s=10)
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if line.startswith("ray-sampler: ")] == [
+        "ray-sampler: interrupted; what was finished is kept: run the same command again to go on"
+    ]
+    assert not [line for line in lines if "Traceback" in line or "Error" in line]
+    assert not list(output.rglob(".*.tmp"))
+    assert not (output / ".probe").exists()
+    assert len(fragments(output)) >= 2
