@@ -23,6 +23,9 @@ WATCH_S = 10.0
 RECORDS_READ = 8
 """Fragments whose records `status` reads, about: each is a whole read."""
 
+NEEDED = {"fingerprint", "num_samples", "image_shape", "labelled", "settings"}
+"""What is read of run.json."""
+
 
 def open_run(url: str) -> tuple[RunDir, dict[str, Any]]:
     """A run directory and its run.json.
@@ -34,6 +37,8 @@ def open_run(url: str) -> tuple[RunDir, dict[str, Any]]:
     run = run_dir.read_run()
     if run is None:
         raise RequestError(f"{run_dir.url} holds no run.json; give the --output of a run")
+    if not run.keys() >= NEEDED:
+        raise RequestError(f"{run_dir.url}/run.json is not one of ray-sampler's; give the --output of a run")
     return run_dir, run
 
 
