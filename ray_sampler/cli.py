@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from types import FrameType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -175,7 +176,7 @@ def parse(argv: Sequence[str]) -> Any:
         raise RequestError(f"{argv[0]!r} is no command; it must be one of {', '.join(COMMANDS)}")
     registry = ConstructorRegistry()
     registry.primitive_rule(unset_is_none)
-    with parse_errors.on_parse_error(one_sentence):
+    with parse_errors.on_parse_error(partial(one_sentence, argv[0] if argv else "")):
         return tyro.cli(
             Command,
             prog="ray-sampler",
@@ -229,7 +230,7 @@ def spell_out(argv: Sequence[str]) -> list[str]:
     return result
 
 
-def one_sentence(event: parse_errors.ParseErrorEvent) -> None:
+def one_sentence(command: str, event: parse_errors.ParseErrorEvent) -> None:
     """Say in one sentence what tyro cannot parse.
 
     Raises:
@@ -237,11 +238,11 @@ def one_sentence(event: parse_errors.ParseErrorEvent) -> None:
     """
     match event:
         case parse_errors.UnrecognizedArgs(tokens=tokens):
-            raise RequestError(unknown_flag(tokens[0]))
+            raise RequestError(unknown_argument(command, tokens[0]))
         case parse_errors.MissingArgs(unrecognized_tokens=[token, *_]):
-            raise RequestError(unknown_flag(token))
+            raise RequestError(unknown_argument(command, token))
         case parse_errors.MissingArgs():
-            raise RequestError(f"`{event.prog}` needs the path or URL of a run directory")
+            raise RequestError(f"`ray-sampler {command}` needs the path or URL of a run directory")
         case parse_errors.MissingSubcommand():
             raise RequestError(f"a command is missing; it must be one of {', '.join(COMMANDS)}")
         case parse_errors.InvalidChoice(argument=argument, value=value, choices=choices):
@@ -253,18 +254,29 @@ def one_sentence(event: parse_errors.ParseErrorEvent) -> None:
             raise RequestError(f"{flag_of(argument)} is {given}; it must be of the form {argument.lowered.metavar}")
 
 
-COMMANDS = ("sample", "status", "verify", "merge", "preview", "presets")
+COMMANDS = {
+    "sample": RunConfig,
+    "status": Status,
+    "verify": Verify,
+    "merge": Merge,
+    "preview": Preview,
+    "presets": Presets,
+}
+"""Whose fields are the flags of each command."""
 
 
 def flag_of(argument: Any) -> str:
     return str(argument.lowered.name_or_flags[0]).replace("-", "_").replace("__", "--", 1)
 
 
-def unknown_flag(token: str) -> str:
-    known = ["--" + f.name for f in fields(RunConfig)]
-    close = difflib.get_close_matches(token.replace("-", "_").replace("__", "--", 1), known, 1)
-    hint = f"did you mean {close[0]}?" if close else "`ray-sampler sample --help` lists the flags"
-    return f"{token} is no flag of this command; {hint}"
+def unknown_argument(command: str, token: str) -> str:
+    usage = f"ray-sampler {command}" if command in COMMANDS else "ray-sampler"
+    if not token.startswith("-"):
+        return f"{token!r} is one argument too many; `{usage} --help` lists what there is"
+    known = ["--" + f.name for f in fields(COMMANDS[command])] if command in COMMANDS else []
+    close = difflib.get_close_matches("--" + token.lstrip("-").replace("-", "_"), known, 1)
+    hint = f"did you mean {close[0]}?" if close else f"`{usage} --help` lists the flags"
+    return f"{token} is no flag of {command if command in COMMANDS else 'ray-sampler'}; {hint}"
 
 
 def execute(command: Any) -> int:
