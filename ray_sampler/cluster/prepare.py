@@ -18,6 +18,7 @@ from ray_sampler.config import (
     RunConfig,
     RunError,
     fingerprint,
+    redact,
     require,
 )
 from ray_sampler.models.checkpoint import fit, weights_hash
@@ -92,7 +93,15 @@ def check_output(output: str) -> None:
         not output.startswith("memory://"),
         f"--output is {output!r}, the memory of one process, which no actor shares; give a directory or a bucket",
     )
-    relative = "://" not in output and not Path(output).is_absolute()
+    protocol, _, path = output.partition("://") if "://" in output else ("", "", output)
+    require(
+        path.strip("/") != "" or not protocol, f"--output is {output!r}; a bucket or directory must follow the protocol"
+    )
+    require(
+        protocol not in ("http", "https"),
+        f"--output is {redact(output)!r}, a web address, where nothing can be written; give a directory or a bucket",
+    )
+    relative = not protocol and not Path(output).is_absolute()
     require(
         not (relative and in_submitted_job()),
         f"--output is {output!r}, relative to a submitted job's working directory, which is temporary; "
