@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,16 @@ from typing import Any
 
 import ray
 import torch
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from ray_sampler.config import RequestError, RunConfig, require
 
 LOCAL_ACTORS = 8
 """CPU actors of one machine at most; each takes an equal part of its cores."""
+
+KNOCK_S = 10.0
+"""Seconds that a cluster may take to accept a connection."""
 
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Where this is off, Ray 2.60 takes 127.0.0.1 for the node's address and listens there only."""
@@ -63,9 +67,10 @@ def connect(config: RunConfig) -> Iterator[None]:
             "or give host:port of the cluster from one of its nodes",
         )
         try:
+            knock(address)
             with handlers_kept():
                 ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RequestError(
                 f"--address is {address!r}, where no Ray cluster answers ({reason}); "
@@ -78,6 +83,14 @@ def connect(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def knock(address: str) -> None:
+    """Raise OSError where nothing listens at a cluster's address: Ray itself would try for minutes, and log past us."""
+    found = services.canonicalize_bootstrap_address(address)
+    if found:
+        host, _, port = found.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
 
 
 @contextmanager
