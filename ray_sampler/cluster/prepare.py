@@ -101,6 +101,10 @@ def check_output(output: str) -> None:
         protocol not in ("http", "https"),
         f"--output is {redact(output)!r}, a web address, where nothing can be written; give a directory or a bucket",
     )
+    require(
+        protocol in ("", "file", "local") or "?" not in path,
+        f"--output is {redact(output)!r} with a query, which no bucket has; credentials come from the environment",
+    )
     relative = not protocol and not Path(output).is_absolute()
     require(
         not (relative and in_submitted_job()),
