@@ -51,7 +51,7 @@ def configure(checkpoint: Path, tmp_path: Path) -> Configure:
     """The request for a small run into tmp_path/run; keywords set or replace its flags."""
     from tests.cluster.runs import small
 
-    return partial(small, checkpoint, tmp_path / "run")
+    return partial(small, checkpoint, output=tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

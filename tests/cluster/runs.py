@@ -58,9 +58,9 @@ def random_weights(**architecture: Any) -> dict[str, Tensor]:
     }
 
 
-def small(checkpoint: Path, output: Path, **flags: Any) -> RunConfig:
+def small(checkpoint: Path, output: Path | str | None, **flags: Any) -> RunConfig:
     """The request for a small run; `flags` set or replace its flags."""
-    return RunConfig(**(TINY | SMALL | {"model": str(checkpoint), "output": str(output)} | flags))
+    return RunConfig(**(TINY | SMALL | {"model": str(checkpoint), "output": output and str(output)} | flags))
 
 
 def flags_of(config: RunConfig) -> list[str]:
