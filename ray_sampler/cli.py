@@ -23,15 +23,13 @@ from tyro.conf import FlagConversionOff, OmitArgPrefixes, Positional, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ray_sampler import inspect_run
-from ray_sampler.config import (
+from ray_sampler.config import RequestError, RunConfig, RunError
+from ray_sampler.flags import (
     ArchitectureFlags,
     FleetFlags,
     ModelFlags,
     OutputFlags,
     ReportingFlags,
-    RequestError,
-    RunConfig,
-    RunError,
     SampleSetFlags,
     SamplingFlags,
     TrainingFlags,

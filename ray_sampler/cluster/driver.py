@@ -52,6 +52,11 @@ def run(config: RunConfig) -> RunResult:
         job = prepare(config)
         claim(job)
         report.message(f"run {job.fingerprint[:8]} in {job.run_dir.url}")
+        if not (job.local or job.gpus or config.gpus_per_actor == 0):
+            report.message(
+                "the cluster has no GPU now, so actors take CPUs; if GPU nodes come on demand, give --gpus_per_actor 1",
+                "warning",
+            )
         if (summary := already_done(job)) is not None:
             report.message("the archive is complete already")
             return result_of(job, summary)
@@ -158,7 +163,12 @@ def sample(
 
     job = inventory.job
     metrics = DriverMetrics(job.fingerprint[:8])
-    given_up = Dispatch(pool, shards, tally, report, finished, background, job.run.request.min_actors, metrics).run()
+    try:
+        given_up = Dispatch(
+            pool, shards, tally, report, finished, background, job.run.request.min_actors, metrics
+        ).run()
+    finally:
+        metrics.fleet(0, 0, 0)  # the pool closes
     if given_up:
         ranges = "; ".join(f"{s.start} to {s.stop - 1}: {reason}" for s, reason in list(given_up.items())[:3])
         raise RunError(
