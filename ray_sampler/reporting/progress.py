@@ -30,6 +30,9 @@ RATE_WINDOW_S = 30.0
 RATE_WINDOW_SHARDS = 8
 """Shards that the present rate looks back, at least, so that slow shards do not make it flicker."""
 
+AFTER_SAMPLING = ("merging", "done")
+"""Stages that have no present rate."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -248,7 +251,8 @@ def describe(snapshot: Snapshot) -> str:
     if snapshot.reused:
         parts.append(f"{snapshot.reused:,} reused")
     if snapshot.done:
-        parts.append(f"{format_rate(snapshot.rate_now)} now, {format_rate(snapshot.rate)} overall")
+        now = f"{format_rate(snapshot.rate_now)} now, " if snapshot.stage not in AFTER_SAMPLING else ""
+        parts.append(f"{now}{format_rate(snapshot.rate)} overall")
     if snapshot.finished < snapshot.num_samples:
         parts.append(f"ETA {format_seconds(snapshot.eta_s)}")
     parts.append(f"actors {_actors(snapshot)}")
@@ -272,8 +276,9 @@ def bar_lines(snapshot: Snapshot) -> Group:
     if snapshot.reused:
         second.append(f" ({snapshot.reused:,} reused)", style="dim")
     if snapshot.done:
-        second.append(f"  {format_rate(snapshot.rate_now)} now")
-        second.append(f", {format_rate(snapshot.rate)} overall", style="dim")
+        now = f"{format_rate(snapshot.rate_now)} now, " if snapshot.stage not in AFTER_SAMPLING else ""
+        second.append(f"  {now}")
+        second.append(f"{format_rate(snapshot.rate)} overall", style="dim")
     third = Text(f"actors {_actors(snapshot)}", no_wrap=True, overflow="ellipsis")
     third.append(f"  {count(snapshot.shards_in_flight, 'shard')} in flight")
     third.append(f"  {count(snapshot.failures, 'failure')}", style="bold red" if snapshot.failures else "dim")
