@@ -40,7 +40,7 @@ class Job:
 
     run: Run
     output: str
-    """Path or URL of the run directory, credentials and all: not to be shown."""
+    """Absolute path or URL of the run directory, credentials and all: not to be shown."""
     run_dir: RunDir
     weights: dict[str, Tensor]
     """In the precision of the run."""
@@ -133,8 +133,10 @@ def prepare(config: RunConfig) -> Job:
     weights = fit(state, run.architecture, run.precision if run.precision != "auto" else "fp32")
     identity = run.identity(weights_hash(state), labels.identity() if labels else None)
     output = config.output or default_output(run, fingerprint(identity))
+    run_dir = run_dir or RunDir(output)
+    output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
     local = not joins_cluster(config)
-    job = Job(run, output, run_dir or RunDir(output), weights, labels, gpus, local, identity)
+    job = Job(run, output, run_dir, weights, labels, gpus, local, identity)
     if not config.overwrite:
         refuse_another(job, job.run_dir.read_run())
     return job
