@@ -60,15 +60,25 @@ class Inventory:
 
     def reject(self, name: FragmentName, reason: str) -> None:
         """Set a fragment aside, so that its range is missing again."""
+        self._drop(name)
+        self._set_aside(name.filename, reason)
+
+    def forget(self, name: FragmentName) -> None:
+        """Count a fragment as missing that a node does not see; where it is there all the same, it stays."""
+        self._drop(name)
+        self.reporter.message(f"{name.filename} is not there any more; its samples are computed again", "warning")
+
+    def _drop(self, name: FragmentName) -> None:
         self.names.discard(name)
         self.records.pop(name, None)
-        self._set_aside(name.filename, reason)
 
     def repair(self, damage: Damage) -> None:
         """Act on what the merge found: have the range sampled again, or the fragment checked again if it changed."""
         if damage.changed:
             del self.records[damage.fragment]
             self.to_check.append(damage.fragment)
+        elif damage.gone:
+            self.forget(damage.fragment)
         else:
             self.reject(damage.fragment, damage.reason)
 
@@ -88,20 +98,24 @@ class Inventory:
         if self.checking:
             done, self.checking = ray.wait(self.checking, num_returns=len(self.checking), timeout=0)
         damaged: list[tuple[FragmentName, str]] = []
+        gone: list[FragmentName] = []
         for checked in map(self._result, done):
             self.records |= {name: compact(record) for name, record in checked.records.items() if name in self.names}
             damaged += checked.damaged
-        shards = self._replace(damaged) if damaged else []
+            gone += checked.gone
+        shards = self._replace(damaged, gone) if damaged or gone else []
         while self.to_check and len(self.checking) < CHECK_TASKS:
             names = [self.to_check.pop() for _ in range(min(CHECK_FRAGMENTS, len(self.to_check)))]
             self.checking.append(check_task.remote(self.job.output, self.job.fingerprint, names))
         return shards
 
-    def _replace(self, damaged: list[tuple[FragmentName, str]]) -> list[Shard]:
-        """Set fragments aside; what they had hidden is checked now, and what nothing else covers is to be sampled."""
+    def _replace(self, damaged: list[tuple[FragmentName, str]], gone: list[FragmentName]) -> list[Shard]:
+        """Do without fragments; what they had hidden is checked now, and what nothing else covers is to be sampled."""
         before = self.missing()
         for name, reason in damaged:
             self.reject(name, reason)
+        for name in gone:
+            self.forget(name)
         pieces = cover(self.names, self.num_samples)
         known = self.records.keys() | set(self.to_check)
         self.to_check += [piece.fragment for piece in pieces if piece.fragment not in known]

@@ -12,7 +12,7 @@ import ray
 from ray_sampler.reporting.pixels import PixelStatistics
 from ray_sampler.storage.archive import ArchiveLayout, DamagedPiece, merge
 from ray_sampler.storage.coverage import Piece
-from ray_sampler.storage.fragment import DamagedFragment, FragmentName, Record, Samples
+from ray_sampler.storage.fragment import DamagedFragment, FragmentName, MissingFragment, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.verify import check_fragment
 
@@ -27,6 +27,8 @@ class Checked:
     records: dict[FragmentName, Record]
     damaged: list[tuple[FragmentName, str]]
     """With the reason."""
+    gone: list[FragmentName]
+    """Those that this node does not see."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Damage:
     reason: str
     changed: bool
     """Whether it is whole by itself, but another than the one counted on."""
+    gone: bool
+    """Whether the merging node does not see it."""
 
 
 def check(output: str, fingerprint: str, names: Sequence[FragmentName]) -> Checked:
@@ -53,12 +57,15 @@ def check(output: str, fingerprint: str, names: Sequence[FragmentName]) -> Check
     run_dir = RunDir(output)
     records: dict[FragmentName, Record] = {}
     damaged: list[tuple[FragmentName, str]] = []
+    gone: list[FragmentName] = []
     for name in names:
         try:
             records[name] = check_fragment(run_dir, name, fingerprint)
+        except MissingFragment:
+            gone.append(name)
         except DamagedFragment as error:
             damaged.append((name, str(error)))
-    return Checked(records, damaged)
+    return Checked(records, damaged, gone)
 
 
 def merge_fragments(
@@ -86,7 +93,7 @@ def merge_fragments(
             RunDir(output), pieces, records, num_samples, image_shape, labelled, fingerprint, on_samples=look
         )
     except DamagedPiece as damage:
-        return Damage(damage.fragment, damage.reason, damage.changed)
+        return Damage(damage.fragment, damage.reason, damage.changed, isinstance(damage.__cause__, MissingFragment))
     return Merged(layout, pixels, labels if labelled else None)
 
 
