@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from safetensors.torch import save_file
 
 from ray_sampler.cli import main
-from ray_sampler.cluster import driver
+from ray_sampler.cluster import driver, inventory
 from ray_sampler.cluster.driver import run
+from ray_sampler.cluster.reduce import check
 from ray_sampler.storage.fragment import Samples, encode
 from tests.cluster.runs import ARCHIVE, contents, flags_of, fragments, leave, part, random_weights, sampled, savez
 
@@ -72,6 +75,15 @@ def test_an_unconditional_run_has_images_alone(configure, tmp_path):
     assert Path(result.archive).read_bytes() == savez(sampled(config))
     assert set(np.load(result.archive)) == {"arr_0"}
     assert result.summary["labels"] is None
+
+
+def test_a_relative_output_is_relative_to_the_driver_whatever_directory_ray_was_started_in(
+    configure, tmp_path, samples, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    result = run(configure(output="run"))
+    assert result.archive == str(tmp_path / "run" / ARCHIVE)
+    assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)
 
 
 # A run again.
@@ -250,3 +262,17 @@ def test_a_fragment_that_changes_between_its_check_and_the_merge_never_gets_into
     assert (copy / ARCHIVE).read_bytes() == savez(samples)
     assert [row["name"] for row in summary["rejected"]] == [name(16, 24)]
     assert summary["computed"] == 8
+
+
+def test_fragments_that_another_node_does_not_see_are_left_where_they_are(
+    configure, copy, tmp_path, samples, monkeypatch
+):
+    elsewhere = str(tmp_path / "elsewhere")
+    blind: Any = ray.remote(num_cpus=0)(lambda output, fingerprint, names: check(elsewhere, fingerprint, names))
+    monkeypatch.setattr(inventory, "check_task", blind)
+    before = fragments(copy)
+    (copy / ARCHIVE).unlink()
+    run(configure())
+    assert fragments(copy) == before
+    assert not (copy / "rejected").exists()
+    assert (copy / ARCHIVE).read_bytes() == savez(samples)

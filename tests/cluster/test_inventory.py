@@ -1,0 +1,28 @@
+"""What becomes missing when a fragment turns out to be damaged is sampled again, and nothing else."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_sampler.cluster.inventory import newly
+from ray_sampler.storage.coverage import cover, missing
+from ray_sampler.storage.fragment import FragmentName
+
+NAMES = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(1, 12)).map(lambda p: FragmentName(p[0], p[0] + p[1], "parquet")),
+    max_size=12,
+    unique=True,
+)
+
+
+@given(NAMES, st.data())
+def test_the_ranges_that_only_damaged_fragments_held_become_missing(names, data):
+    damaged = set(data.draw(st.lists(st.sampled_from(names), unique=True))) if names else set()
+    before = missing(cover(names, 45), 45)
+    now = missing(cover([name for name in names if name not in damaged], 45), 45)
+    whole = {i for name in names if name not in damaged for i in range(name.start, name.stop)}
+    lost = {i for name in damaged for i in range(name.start, min(name.stop, 45))} - whole
+    ranges = newly(now, before)
+    assert [i for start, stop in ranges for i in range(start, stop)] == sorted(lost)
+    assert all(start < stop for start, stop in ranges)

@@ -1,0 +1,63 @@
+"""Ray is found, started or refused as the request says; actors share a machine fairly."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import ray
+from ray._private import ray_constants
+
+from ray_sampler.cluster.session import Fleet, gpus_per_actor, joins_cluster, on_loopback, plan_fleet
+from ray_sampler.config import RunConfig
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.mark.parametrize(
+    ("max_actors", "shards", "local", "fleet"),
+    [
+        (None, 100, True, Fleet(0, 1, 2)),  # an actor a core
+        (1, 100, True, Fleet(0, 2, 1)),  # one actor has both cores
+        (8, 100, True, Fleet(0, 1, 2)),  # no more than there are cores
+        (None, 1, True, Fleet(0, 1, 1)),
+        (None, 100, False, Fleet(0, 1, 100)),  # a cluster may grow
+        (8, 100, False, Fleet(0, 1, 8)),
+        (1, 100, False, Fleet(0, 2, 1)),
+    ],
+)
+def test_cpu_actors_split_the_two_cores_of_a_machine_fairly(max_actors, shards, local, fleet):
+    assert plan_fleet(RunConfig(max_actors=max_actors), 0.0, shards, local) == fleet
+
+
+def test_gpu_actors_of_a_cluster_may_pend(local_ray):
+    assert plan_fleet(RunConfig(), 1.0, 50, local=False) == Fleet(1.0, 1, 50)
+    assert plan_fleet(RunConfig(max_actors=4), 0.5, 50, local=False) == Fleet(0.5, 1, 4)
+
+
+def test_gpus_are_used_where_there_are_some_unless_the_request_says_otherwise():
+    assert gpus_per_actor(RunConfig()) == (1.0 if ray.cluster_resources().get("GPU") else 0.0)
+    assert gpus_per_actor(RunConfig(gpus_per_actor=0.5)) == 0.5
+
+
+def test_a_started_ray_is_joined():
+    assert joins_cluster(RunConfig())
+
+
+def test_a_ray_of_our_own_is_reachable_from_this_machine_only():
+    (node,) = ray.nodes()
+    assert node["NodeManagerAddress"] == "127.0.0.1"
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    assert host == "127.0.0.1"
+    outward = socket.gethostbyname(socket.gethostname())
+    if not outward.startswith("127."):
+        with socket.socket() as caller:
+            assert caller.connect_ex((outward, int(port))) != 0
+
+
+def test_loopback_is_for_the_start_alone():
+    before = os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"), ray_constants.ENABLE_RAY_CLUSTER
+    with on_loopback():
+        assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    assert (os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"), ray_constants.ENABLE_RAY_CLUSTER) == before
