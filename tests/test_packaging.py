@@ -1,0 +1,106 @@
+"""The wheel holds all that a run needs, and works from any folder with nothing else of the checkout."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `python -m build --wheel` makes of a copy of the checkout."""
+    pytest.importorskip("build", reason="build is not installed")
+    source = tmp_path_factory.mktemp("source") / "checkout"
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "runs")
+    shutil.copytree(ROOT, source, ignore=left_out)
+    isolation = ["--no-isolation"] if importlib.util.find_spec("setuptools") else []
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", *isolation, "--outdir", str(source.parent / "dist")],
+        cwd=source, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = (source.parent / "dist").iterdir()
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the installed wheel and nothing else."""
+    folder = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder)]
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    return folder
+
+
+def ray_sampler(installed: Path, elsewhere: Path, *arguments: str) -> str:
+    """What the installed command prints, called in another folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(installed / "bin" / "ray-sampler"), *arguments]
+    done = subprocess.run(
+        command, cwd=elsewhere, env=environment | {"PYTHONPATH": str(installed)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_holds_models_templates_and_types_and_no_tests(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    package = ROOT / "ray_sampler"
+    wanted = {
+        str(path.relative_to(ROOT))
+        for pattern in ("**/*.py", "**/py.typed", "**/*.safetensors", "**/*.md", "**/templates/*")
+        for path in package.glob(pattern)
+    }
+    assert len(wanted) > 40
+    assert wanted <= names
+    assert {"ray_sampler/py.typed", "ray_sampler/models/digits/digits.safetensors"} <= wanted
+    others = {name.split("/")[0] for name in names} - {"ray_sampler"}
+    assert all(name.endswith(".dist-info") for name in others)
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_its_metadata_names_the_extras(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [each for each in archive.namelist() if each.endswith(".dist-info/METADATA")]
+    lines = archive.read(name).decode().splitlines()
+    assert {"s3", "gcs", "azure", "examples"} <= {line[16:] for line in lines if line.startswith("Provides-Extra: ")}
+    assert "License-Expression: MIT" in lines
+
+
+def test_the_installed_command_plans_a_run_from_any_folder(installed: Path, tmp_path: Path) -> None:
+    shown = json.loads(ray_sampler(installed, tmp_path, "sample", "--num_samples", "20", "--dry_run"))
+    assert (shown["model"], shown["num_samples"], shown["image_size"]) == ("digits", 20, 32)
+    assert list(tmp_path.iterdir()) == []
+    assert "cd-imagenet64-lpips" in ray_sampler(installed, tmp_path, "presets")
+
+
+def test_the_installed_package_is_the_one_that_runs_and_samples_its_model(installed: Path, tmp_path: Path) -> None:
+    """One image: weights, architecture and the report's template come out of the wheel."""
+    program = f"""
+import sys
+from pathlib import Path
+import ray_sampler
+assert Path(ray_sampler.__file__).is_relative_to({str(installed)!r}), ray_sampler.__file__
+from ray_sampler.cli import main
+sys.exit(main("sample --num_samples 1 --batch_size 1 --steps 2 --gpus_per_actor 0 --output out".split()))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "samples_1x32x32x3.npz").is_file()
+    assert (tmp_path / "out" / "report.html").is_file()
