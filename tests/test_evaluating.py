@@ -161,7 +161,7 @@ def test_torch_fidelity_reads_the_archive_as_documented(
     archive: Path, reals: Path, samples: Samples, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tool("torch_fidelity")
-    base = tool("torch_fidelity.feature_extractor_base").FeatureExtractorBase
+    base: Any = tool("torch_fidelity.feature_extractor_base").FeatureExtractorBase
 
     class Moments(base):  # type: ignore[misc]
         def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
