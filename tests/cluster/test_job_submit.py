@@ -25,8 +25,8 @@ from tests.cluster.runs import ARCHIVE, LONGER, flags_of, fragments, sampled, sa
 
 ROOT = Path(__file__).parent.parent.parent
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-STOPPABLE = LONGER | {"steps": 200}
-"""A run that goes on for some seconds after its first fragments."""
+STOPPABLE_S = 20.0
+"""Seconds of a run that goes on for longer after its first fragments than `ray job stop` takes to begin."""
 
 pytestmark = pytest.mark.slow
 
@@ -182,10 +182,19 @@ def eventually(head: Head, run: str, name: str, value: float) -> dict[str, float
     return totals
 
 
+def steps_that_last(seconds: float, checkpoint: Path) -> int:
+    """Solver steps with which the twelve shards of the longer run take about so long on this machine, now."""
+    shard = small(checkpoint, Path("unused"), **LONGER | {"num_samples": 4, "steps": 20})
+    sampled(shard)
+    began = time.perf_counter()
+    sampled(shard)
+    return max(20, int(20 * seconds / 12 / (time.perf_counter() - began)))
+
+
 def test_a_stopped_job_says_how_to_go_on_and_the_next_submit_finishes_it(
     head: Head, checkpoint: Path, tmp_path: Path
 ) -> None:
-    config = small(checkpoint, tmp_path / "run", **STOPPABLE)
+    config = small(checkpoint, tmp_path / "run", **LONGER | {"steps": steps_that_last(STOPPABLE_S, checkpoint)})
     head.submit(flags_of(config), "--no-wait", "--submission-id", "first")
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "fragments").is_dir() or len(fragments(tmp_path / "run")) < 2:
