@@ -81,6 +81,7 @@ def test_a_relative_output_is_relative_to_the_driver_whatever_directory_ray_was_
     configure, tmp_path, samples, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    leave(configure(), samples, [(0, 40)])
     result = run(configure(output="run"))
     assert result.archive == str(tmp_path / "run" / ARCHIVE)
     assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)

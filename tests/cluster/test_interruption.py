@@ -81,13 +81,13 @@ def fragment_times(output: Path) -> dict[str, int]:
 def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(
     configure: Configure, tmp_path: Path, longer_samples, local_ray
 ):
-    """Killed with all its actors: before its first fragment, between two fragments, and before its archive."""
+    """Killed with all its actors: while Ray starts, and in the middle of its fragments."""
     from ray_sampler.cluster.driver import run
 
     output, log = tmp_path / "run", tmp_path / "log"
     config = configure(**LONGER)
     kept: dict[str, int] = {}
-    for moment in (claimed, written(3), written(12)):
+    for moment in (claimed, written(5)):
         with started(config, log) as process:
             wait_for(moment, output, process, log)
             kill_group(process)
@@ -97,17 +97,23 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(
     summary = run(config).summary
     assert (output / LONG_ARCHIVE).read_bytes() == savez(longer_samples)
     assert fragment_times(output).items() >= kept.items()
-    assert (summary["reused"], summary["computed"]) == (48, 0)
+    assert summary["reused"] == 4 * len(kept) >= 20
     assert summary["rejected"] == []
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("sent", "code", "moment"),
+    [
+        pytest.param(signal.SIGTERM, 143, written(2), id="SIGTERM while samples are written"),
+        pytest.param(signal.SIGINT, 130, claimed, id="SIGINT while Ray starts"),
+    ],
+)
 def test_an_interrupted_run_says_in_one_sentence_how_to_go_on_and_leaves_no_process(
-    configure: Configure, tmp_path: Path, sent: signal.Signals, code: int
+    configure: Configure, tmp_path: Path, sent: signal.Signals, code: int, moment: Moment
 ):
     output, log = tmp_path / "run", tmp_path / "log"
     with started(configure(**LONGER | {"num_samples": 4000}), log) as process:
-        wait_for(written(2), output, process, log)
+        wait_for(moment, output, process, log)
         began = time.monotonic()
         process.send_signal(sent)
         assert process.wait(30) == code
@@ -120,4 +126,3 @@ def test_an_interrupted_run_says_in_one_sentence_how_to_go_on_and_leaves_no_proc
     assert not [line for line in lines if "Traceback" in line or "Error" in line]
     assert not list(output.rglob(".*.tmp"))
     assert not (output / ".probe").exists()
-    assert len(fragments(output)) >= 2
