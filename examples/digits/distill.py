@@ -30,7 +30,7 @@ class Recipe:
     """Weights of the EDM model."""
     out: Path = Path("runs/distil-digits")
     """Folder of the checkpoint and of the finished weights."""
-    images: int = 130_000
+    images: int = 64_000
     """Training images seen in all, repeats included."""
     batch: int = 64
     lr: float = 5e-4
