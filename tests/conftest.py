@@ -15,6 +15,8 @@ import pytest
 from ray_sampler.config import RunConfig
 from ray_sampler.storage.fragment import Samples
 
+ROOT = Path(__file__).resolve().parents[1]
+
 Configure = Callable[..., RunConfig]
 
 
@@ -26,7 +28,8 @@ def local_ray() -> Iterator[None]:
     from ray_sampler.cluster.session import on_loopback
 
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    with on_loopback():
+    with on_loopback(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # for the workers of whoever joins it from another folder
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     for each, handler in handlers.items():
         signal.signal(each, handler)

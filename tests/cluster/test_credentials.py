@@ -55,7 +55,12 @@ def test_a_run_into_a_bucket_shows_no_credential_anywhere(configure: Configure, 
         model=f"http://user:{PASSWORD}@{served}/tiny.safetensors?signature={SIGNATURE}", output="s3://samples/some/run"
     )
     credentials = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_SESSION_TOKEN": SESSION}
-    settings = {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1", "OMP_NUM_THREADS": "1"}
+    settings = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "jobs" / "sample.py"), *flags_of(config)],
