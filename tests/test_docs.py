@@ -108,7 +108,7 @@ def test_make_has_the_targets(page: str, command: str) -> None:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     dry = subprocess.run(
-        ["make", "-n", target, *variables], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", target, *variables], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     if target == "sample":
         started = re.sub(r"^.*jobs/sample\.py", "", dry.strip().splitlines()[-1])

@@ -105,7 +105,7 @@ class Code:
 
 @pytest.mark.parametrize("new_format", [True, False])
 @pytest.mark.parametrize("place", [lambda code: code, lambda code: {"w": torch.zeros(1), "extra": code}])
-@pytest.mark.parametrize("function", [os.mkdir, os.system, eval, exec, print])
+@pytest.mark.parametrize("function", [os.mkdir, os.system, eval, exec])
 def test_a_malicious_pickle_is_refused_and_never_runs(
     function: Callable[..., object], place: Callable[[Code], object], new_format: bool, tmp_path: Path
 ) -> None:
@@ -115,7 +115,6 @@ def test_a_malicious_pickle_is_refused_and_never_runs(
         os.system: f"touch {marker}",
         eval: f"__import__('os').mkdir({str(marker)!r})",
         exec: f"import os; os.mkdir({str(marker)!r})",
-        print: "it ran",
     }
     path = tmp_path / "w.pt"
     torch.save(place(Code(function, arguments[function])), path, _use_new_zipfile_serialization=new_format)
