@@ -1,5 +1,9 @@
-"""The entry point of `ray job submit -- python jobs/sample.py`: the same as `ray-sampler sample`."""
+"""The entry point of `ray job submit -- python jobs/sample.py`: the same as `ray-sampler sample`.
 
+It runs from any folder, with the package installed or only beside it: Ray's workers inherit PYTHONPATH.
+"""
+
+import os
 import sys
 from pathlib import Path
 
@@ -8,4 +12,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ray_sampler.cli import main
 
 if __name__ == "__main__":
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[0], os.environ.get("PYTHONPATH"))))
     sys.exit(main(["sample", *sys.argv[1:]]))

@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,8 @@ def _read(path: Path, suffix: str, shown: str) -> State:
     require(path.exists(), f"--model is {shown}; there is no such file")
     try:
         content = load_file(path) if suffix == ".safetensors" else _unpickle(path)
-    except OSError as error:
-        raise RequestError(f"--model is {shown}; it cannot be read ({error.strerror or error})") from error
+    except PermissionError as error:
+        raise RequestError(f"--model is {shown}; it cannot be read ({error.strerror})") from error
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes lead a parser to any exception
@@ -100,7 +101,9 @@ def _read(path: Path, suffix: str, shown: str) -> State:
 def _unpickle(path: Path) -> Any:
     with path.open("rb") as file:
         mappable = file.read(4) == b"PK\x03\x04"  # checkpoints of before PyTorch 1.6 are not
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it warns of, it refuses
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
 
 
 def _state_dict(content: Any, shown: str) -> State:
