@@ -8,7 +8,7 @@ ARGS ?=
 OUTPUT := $(if $(filter --model% --preset%,$(ARGS)),,--output runs/digits)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv sample test lint system clean
+.PHONY: help venv sample test chaos lint system clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ sample: venv ## 1,000 handwritten digits into runs/digits; ARGS="--num_samples 2
 
 test: lint ## linter, type checker and all tests
 	$(BIN)/python -m pytest
+
+chaos: venv ## runs that are killed and spoiled on purpose; ARGS="--rounds 50 --seed 1" or ARGS="--minutes 30"
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 lint: venv ## linter, formatter (as a check) and type checker
 	$(BIN)/ruff check .
