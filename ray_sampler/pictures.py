@@ -80,9 +80,11 @@ def sheet_of(tiles: list[Tile], title: str, caption: str) -> bytes:
 class PreviewKeeper:
     """Redraws preview.png while a run goes on, in a thread of its own."""
 
-    def __init__(self, run_dir: RunDir, fingerprint: str, num_samples: int, title: str) -> None:
+    def __init__(
+        self, run_dir: RunDir, fingerprint: str, num_samples: int, title: str, there: Iterable[FragmentName]
+    ) -> None:
         self.sheet = Sheet(run_dir, fingerprint, num_samples, title)
-        self.names: set[FragmentName] = set()
+        self.names = set(there)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="preview")
         self.drawing: Future[None] | None = None
         self.drawn = 0

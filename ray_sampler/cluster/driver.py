@@ -73,7 +73,7 @@ def fill(job: Job, report: Reporter, began: float) -> RunResult:
     config = job.run.request
     inventory = Inventory(job, report)
     tally = Tally(config.num_samples, reused=config.num_samples - inventory.missing_samples())
-    preview = PreviewKeeper(job.run_dir, job.fingerprint, config.num_samples, describe(job))
+    preview = PreviewKeeper(job.run_dir, job.fingerprint, config.num_samples, describe(job), inventory.names)
     merge_s = 0.0
     try:
         for _ in range(REPAIR_ROUNDS + 1):

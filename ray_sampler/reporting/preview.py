@@ -97,13 +97,14 @@ def class_strips(images: np.ndarray, labels: np.ndarray, count: int = 10) -> dic
         count: images of a class, at most.
 
     Returns:
-        A picture for each label that occurs, in ascending order.
+        A picture for each label that occurs, in ascending order, all of one width, so that a page scales them alike.
     """
     strips = {}
+    most = min(count, max(np.unique(labels, return_counts=True)[1], default=0))
     for label in np.unique(labels):
         chosen = images[labels == label][:count]
         tile = _tile_size(chosen.shape[2], chosen.shape[1])
-        strip = Image.new("RGBA", _grid_size(len(chosen), len(chosen), tile, False))
+        strip = Image.new("RGBA", _grid_size(most, most, tile, False))
         _paste(strip, chosen, None, len(chosen), tile, (0, 0))
         strips[int(label)] = _png(strip)
     return strips

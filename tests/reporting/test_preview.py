@@ -71,6 +71,7 @@ def test_a_sheet_of_no_images_is_a_picture() -> None:
 def test_each_class_has_a_strip_of_its_own_images(images: np.ndarray) -> None:
     strips = class_strips(images[:6], np.array([7, 3, 7, 7, 3, 7]), count=3)
     assert list(strips) == [3, 7]
+    assert len({Image.open(io.BytesIO(png)).size for png in strips.values()}) == 1
     strip = np.asarray(Image.open(io.BytesIO(strips[7])).convert("RGB"))
     for position, image in enumerate((0, 2, 3)):
         assert np.array_equal(strip[::12, position * 104 : position * 104 + 96 : 12], images[image])
