@@ -102,7 +102,6 @@ class Dispatch:
         self.deaths: Counter[Shard] = Counter()
         self.start_failures = 0
         self.given_up: dict[Shard, str] = {}
-        self.waited_since: float | None = None
 
     def run(self) -> dict[Shard, str]:
         """Compute everything; returns the shards that were given up, with the reason.

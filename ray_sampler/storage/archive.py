@@ -260,7 +260,6 @@ def merge(
     image_shape: tuple[int, int, int],
     labelled: bool,
     fingerprint: str | None,
-    on_progress: Callable[[int], None] | None = None,
     on_samples: Callable[[Samples], None] | None = None,
 ) -> ArchiveLayout:
     """Write the archive in one forward pass, every fragment checked on the way.
@@ -271,7 +270,6 @@ def merge(
         image_shape: (H, W, C).
         labelled: whether the archive has arr_1.
         fingerprint: of the run.
-        on_progress: called with the samples written so far.
         on_samples: called with the samples of each piece.
 
     Raises:
@@ -293,8 +291,6 @@ def merge(
             if on_samples:
                 on_samples(piece_of(fragment.samples, piece))
             del images, labels, fragment
-            if on_progress:
-                on_progress(piece.stop)
         require_crc32(crc32, images_member)
         for labels_member in layout.members[1:]:
             file.write(labels_member.header)

@@ -18,7 +18,6 @@ from ray_sampler.config import RequestError, RunError
 from ray_sampler.storage.connect import open_store
 from ray_sampler.storage.fragment import DamagedFragment, Fragment, FragmentName, MissingFragment, decode
 from ray_sampler.storage.local_store import LocalStore
-from ray_sampler.storage.object_store import ObjectStore
 from ray_sampler.storage.store import StagedFile
 
 __all__ = ["DamagedFragment", "FragmentName", "Listing", "MissingFragment", "RunDir"]
@@ -58,7 +57,6 @@ class RunDir:
         self._store = open_store(url)
         self.url = self._store.url
         self.is_local = isinstance(self._store, LocalStore)
-        self.is_memory = isinstance(self._store, ObjectStore) and self._store.protocol == "memory"
         if isinstance(self._store, LocalStore) and self._store.root.exists() and not self._store.root.is_dir():
             raise RequestError(f"{self.url} is a file; an output must be a folder")
 
@@ -181,11 +179,6 @@ class RunDir:
     def probe_seen(self, name: str) -> bool:
         """Whether a probe can be read from here."""
         return self._store.read(f"{PROBE}/{own_name(name)}") is not None
-
-    def probe_names(self) -> list[str]:
-        """Which probes can be seen from here and, each of them, read."""
-        names = sorted(entry.name for entry in self._store.list(PROBE) if entry.is_file)
-        return [name for name in names if self._store.read(f"{PROBE}/{name}") is not None]
 
     def probes_clear(self, prefix: str = "") -> None:
         """Remove the probes whose names begin with `prefix`, and those that a killed driver left an hour ago."""

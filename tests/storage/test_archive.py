@@ -102,12 +102,11 @@ def test_the_archive_is_what_savez_writes(num_samples, labelled, tmp_path):
 def test_the_archive_has_the_same_bytes_in_every_store(output, tmp_path):
     run_dir = RunDir(output)
     names = [FragmentName(0, 9, "parquet"), FragmentName(5, 14, "npz"), FragmentName(14, 30, "parquet")]
-    done: list[int] = []
     seen: list[Samples] = []
-    layout = merged(run_dir, names, 23, on_progress=done.append, on_samples=seen.append)
+    layout = merged(run_dir, names, 23, on_samples=seen.append)
     np.testing.assert_array_equal(np.concatenate([part.images for part in seen]), make_samples(0, 23).images)
     assert written(run_dir, layout) == savez(tmp_path / "x.npz", 23)
-    assert done == [9, 14, 23]
+    assert [part.stop for part in seen] == [9, 14, 23]
     assert archive_intact(run_dir, layout)
     assert {entry.name for entry in run_dir._store.list("")} == {"fragments", "samples_23x8x8x3.npz"}
 
