@@ -162,14 +162,14 @@ def test_a_shard_that_kills_every_actor_is_given_up_and_the_others_are_kept(tmp_
 
 
 def test_a_shard_that_fails_by_itself_is_tried_again(tmp_path):
-    story = Story(tmp_path, {8: ["raise"] * (ATTEMPTS - 1)})
+    story = Story(tmp_path, {8: ["raise"] * (ATTEMPTS - 1)}, max_actors=1)  # a second might be at a copy already
     assert story.run() == {}
     assert sorted(story.results) == [shard.start for shard in SHARDS]
     assert story.tally.retries == ATTEMPTS - 1
 
 
 def test_a_shard_that_always_fails_is_given_up_with_its_reason_and_the_others_are_kept(tmp_path):
-    story = Story(tmp_path, {8: ["raise"] * 100})
+    story = Story(tmp_path, {8: ["raise"] * 100}, max_actors=1)  # a second might be at a copy already
     assert story.run() == {Shard(8, 16): "no luck with shard-8"}
     assert sorted(story.results) == [0, 16, 24, 32, 40]
     assert len(list(tmp_path.glob("shard-8.*"))) == ATTEMPTS
