@@ -72,6 +72,8 @@ class Engine:
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.device = device
+        self.evaluations = 0
+        """Calls of the network so far, about: several threads count. A number that rises shows that work goes on."""
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Splitting an operation among threads changes its last bits (seen in convolution, GroupNorm and SiLU), so
         # a CPU's cores work on a block each. A GPU has one thread: grad mode and CUDA graph pools are per thread.
@@ -130,6 +132,7 @@ class Engine:
 
         def watched(x: Tensor, times: Tensor, y: Tensor | None) -> Tensor:
             output = self.network(x, times, y)
+            self.evaluations += 1
             finite.logical_and_(output.isfinite().flatten(1).all(dim=1))
             return output
 
