@@ -12,6 +12,7 @@ from ray_sampler.cluster.dispatch import shards_of
 from ray_sampler.cluster.pool import Shard, reason_of
 from ray_sampler.cluster.prepare import Job
 from ray_sampler.cluster.reduce import Checked, Damage, check_task
+from ray_sampler.cluster.session import beside_driver
 from ray_sampler.config import RunError
 from ray_sampler.reporting.progress import Reporter
 from ray_sampler.reporting.summary import Part
@@ -106,7 +107,8 @@ class Inventory:
         shards = self._replace(damaged, gone) if damaged or gone else []
         while self.to_check and len(self.checking) < CHECK_TASKS:
             names = [self.to_check.pop() for _ in range(min(CHECK_FRAGMENTS, len(self.to_check)))]
-            self.checking.append(check_task.remote(self.job.output, self.job.fingerprint, names))
+            task = check_task.options(scheduling_strategy=beside_driver())
+            self.checking.append(task.remote(self.job.output, self.job.fingerprint, names))
         return shards
 
     def _replace(self, damaged: list[tuple[FragmentName, str]], gone: list[FragmentName]) -> list[Shard]:

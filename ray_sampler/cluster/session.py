@@ -17,6 +17,8 @@ import torch
 from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from ray_sampler.config import RequestError, RunConfig, require
 
 LOCAL_ACTORS = 8
@@ -46,6 +48,11 @@ def joins_cluster(config: RunConfig) -> bool:
 def in_submitted_job() -> bool:
     """Whether this process is the entry point of a submitted Ray job, whose working directory is temporary."""
     return RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
+
+
+def beside_driver() -> NodeAffinitySchedulingStrategy:
+    """Where tasks run that the driver waits for: on its own node, so that no other one can freeze or take them away."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @contextmanager
