@@ -139,6 +139,10 @@ class SamplerActor:
         key = numerics_key(self.device, self.spec.batch_size, self.spec.precision, self.spec.compile)
         return ActorInfo(ray.get_runtime_context().get_node_id(), os.getpid(), name, key)
 
+    def evaluations(self) -> int:
+        """Calls of the network so far: a number that rises shows that a slow shard is being computed."""
+        return self.engine.evaluations
+
     def sample(self, start: int, stop: int) -> ShardResult:
         """Compute the samples [start, stop) and write their fragment.
 

@@ -24,6 +24,13 @@ DEATHS = 5
 START_FAILURES = 3
 """Actors in a row that may fail to start, with no shard finished between, before the run stops."""
 
+FAILURES_IN_A_ROW = 12
+"""Failures, with no shard finished between, at which the run stops: the cause is none of the shards', but perhaps a
+bucket that takes nothing any more."""
+
+NOTHING_BUT_NON_FINITE = 25
+"""Shards given up, with none ever finished, at which the run stops: the model gives nothing else."""
+
 SHARDS_PER_ACTOR = 2
 """Shards left for each actor that is asked for, at least: a start costs more than a shard is worth."""
 
@@ -101,6 +108,7 @@ class Dispatch:
         self.attempts: Counter[Shard] = Counter()
         self.deaths: Counter[Shard] = Counter()
         self.start_failures = 0
+        self.failures_in_a_row = 0
         self.given_up: dict[Shard, str] = {}
 
     def run(self) -> dict[Shard, str]:
@@ -121,6 +129,7 @@ class Dispatch:
                 self._handle(event)
             if time.monotonic() - last_tick >= TICK_S or not (self.queue or self.copies):
                 last_tick = time.monotonic()
+                self.pool.look_around()
                 found = self.background()
                 more_to_come = found is not None
                 self.queue.extend(found or ())
@@ -149,7 +158,7 @@ class Dispatch:
                 self.start_failures = 0
                 self.tally.max_actors = max(self.tally.max_actors, len(self.pool.ready))
             case Finished(shard, result):
-                self.start_failures = 0
+                self.start_failures = self.failures_in_a_row = 0
                 if self.copies.pop(shard, 0):
                     self.left -= shard.stop - shard.start
                     self.tally.last_sample = time.monotonic()
@@ -164,9 +173,9 @@ class Dispatch:
                     self.deaths[shards[0]] += 1
                 for shard in reversed(shards):
                     self._return(shard, front=True, give_up=self.deaths[shard] >= DEATHS and reason)
-            case StartFailed(reason):
+            case StartFailed(reason, guilty):
                 self.tally.failures += 1
-                self.start_failures += 1
+                self.start_failures += guilty
                 self.reporter.message(f"an actor could not start: {reason}", "warning")
                 if self.start_failures >= START_FAILURES:
                     raise RunError(f"{START_FAILURES} actors in a row could not start; the last one said: {reason}")
@@ -180,6 +189,14 @@ class Dispatch:
         hopeless = isinstance(error, NonFiniteError | RequestError)
         self.reporter.message(f"samples {shard.start} to {shard.stop - 1} failed: {reason}", "warning")
         self._return(shard, front=False, give_up=(hopeless or self.attempts[shard] >= ATTEMPTS) and reason)
+        self.failures_in_a_row += not isinstance(error, NonFiniteError)
+        if self.failures_in_a_row >= FAILURES_IN_A_ROW:
+            raise RunError(
+                f"sampling failed {FAILURES_IN_A_ROW} times with no shard finished between, so the run stopped; "
+                f"the last time at samples {shard.start} to {shard.stop - 1}: {reason}"
+            )
+        if len(self.given_up) >= NOTHING_BUT_NON_FINITE and not self.tally.rates.done and not self.tally.reused:
+            raise RunError(f"{len(self.given_up)} shards failed and none was finished, so the run stopped: {reason}")
 
     def _return(self, shard: Shard, *, front: bool, give_up: str | bool) -> None:
         """Take back a copy of a shard, and queue it again if that was the last and it was not finished meanwhile."""

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Container
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,12 +16,23 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from ray_sampler.cluster.actor import ActorInfo, ShardResult
 from ray_sampler.cluster.session import Fleet
+from ray_sampler.sampling.engine import NonFiniteError
 
 MOST_IN_FLIGHT = 8
 """Shards of one actor at once, however slow its uploads are: this bounds its memory."""
 
+MOST_PENDING = 100
+"""Actors that may wait for a machine at once, or as many as are ready if those are more: a queue of a million shards
+is no reason to ask for a million machines."""
+
 SILENCE_FACTOR = 10
-"""An actor is silent when it gave no result for so many times the median shard, and for the timeout at least."""
+"""An actor is silent when it gave no sign for so many times the median shard, and for the timeout at least."""
+
+START_FACTOR = 3
+"""A start may take so many times that long: networks are compiled in it."""
+
+BROKEN_AFTER = 2
+"""Shards in a row that raise on an actor before it is replaced: its device may be broken, and theirs not the fault."""
 
 STRAGGLER_FACTOR = 2
 """A shard straggles when it has taken so many times the median."""
@@ -66,6 +78,8 @@ class StartFailed(NamedTuple):
     """An actor could not start."""
 
     reason: str
+    guilty: bool
+    """Whether it may be its own fault: its node lives."""
 
 
 Event = Finished | Failed | Lost | Ready | StartFailed
@@ -79,12 +93,25 @@ class Member:
     hello: ray.ObjectRef[ActorInfo]
     info: ActorInfo | None = None
     """None until it is ready."""
+    node_id: str | None = None
+    """Where it is or starts; None while it waits for a machine."""
     tasks: dict[ray.ObjectRef[ShardResult], Shard] = field(default_factory=dict)
     """In the order of submission."""
     depth: int = 2
     """Shards that it may have at once, so that one computes while others are written."""
-    last_sign: float = 0.0
+    last_result: float = 0.0
     """When it last gave a result, or was given work while idle; seconds of the monotonic clock."""
+    last_sign: float = 0.0
+    """When it last gave a result, or showed that it had got on."""
+    pulse: ray.ObjectRef[int] | None = None
+    """Its answer to the question how far it is."""
+    evaluations: int = 0
+    """What it answered last."""
+    raised: int = 0
+    """Shards in a row that raised on it."""
+
+    def work_begins(self) -> None:
+        self.last_result = self.last_sign = time.monotonic()
 
 
 class Pool:
@@ -101,6 +128,8 @@ class Pool:
         self.fleet = fleet
         self.shard_timeout = shard_timeout
         self.members: list[Member] = []
+        self.draining: set[str] = set()
+        """Ids of the nodes that are about to go."""
         self.durations: deque[float] = deque(maxlen=100)
 
     @property
@@ -114,27 +143,39 @@ class Pool:
         return sum(len(member.tasks) for member in self.members)
 
     def pending(self) -> int:
-        """Actors that wait for a machine. Ray 2.60 gives an actor's address only once it has its resources."""
-        waiting = [member for member in self.members if not member.info]
-        if not waiting:
-            return 0
-        placed = {
-            actor_id: bool(actor["Address"]["IPAddress"]) or actor["State"] == "ALIVE"
-            for actor_id, actor in cluster_state.actor_table(None).items()
-        }
-        return sum(not placed.get(member.handle._actor_id.hex(), False) for member in waiting)
+        """Actors that wait for a machine."""
+        return sum(member.node_id is None for member in self.members)
+
+    def look_around(self) -> None:
+        """Learn where actors are and which nodes are about to go; actors with nothing to do leave those.
+
+        Ray 2.60 gives an actor's address only once it has its resources.
+        """
+        self.draining = draining_nodes()
+        for member in self.members:
+            if member.node_id is None and (node_id := place_of(member.handle._actor_id.hex())):
+                member.node_id = node_id
+                member.work_begins()
+        for member in [m for m in self.members if m.node_id in self.draining and not m.tasks]:
+            self.remove(member)
 
     def median_s(self) -> float | None:
         """The median time from submission to result of recent shards, in seconds."""
         return statistics.median(self.durations) if self.durations else None
 
     def scale(self, wanted: int) -> None:
-        """Ask for actors until there are `wanted`, those that still start counted in; take back surplus requests."""
-        for _ in range(len(self.members), wanted):
+        """Ask for actors until there are `wanted`, those that still start counted in; take back surplus requests.
+
+        Actors on nodes that are about to go do not count, so that others are asked for while they finish.
+        """
+        staying = [member for member in self.members if member.node_id not in self.draining]
+        room = max(MOST_PENDING, len(self.ready)) - self.pending()
+        for _ in range(min(wanted - len(staying), room)):
             handle = self.start()
-            self.members.append(Member(handle, handle.start.remote(), last_sign=time.monotonic()))
-        surplus = len(self.members) - wanted
-        for member in [m for m in self.members if not m.info][: max(surplus, 0)]:
+            self.members.append(Member(handle, handle.start.remote()))
+        starting = [member for member in staying if not member.info]
+        starting.sort(key=lambda member: member.node_id is not None)
+        for member in starting[: max(len(staying) - wanted, 0)]:
             self.remove(member)
 
     def remove(self, member: Member) -> None:
@@ -160,8 +201,7 @@ class Pool:
         given: list[Shard] = []
         if not queue or not self.ready:
             return given
-        draining = draining_nodes()
-        members = [m for m in self.ready if m.info and m.info.node_id not in draining]
+        members = [member for member in self.ready if member.node_id not in self.draining]
         for busy in range(MOST_IN_FLIGHT):
             for member in members:
                 if not queue or (busy and len(queue) < len(members)):
@@ -173,7 +213,7 @@ class Pool:
 
     def submit(self, member: Member, shard: Shard) -> None:
         if not member.tasks:
-            member.last_sign = time.monotonic()
+            member.work_begins()
         member.tasks[member.handle.sample.remote(shard.start, shard.stop)] = shard
 
     def straggler(self, unfinished: Container[Shard]) -> Shard | None:
@@ -185,7 +225,7 @@ class Pool:
         copies = Counter(shard for member in self.members for shard in member.tasks.values())
         now = time.monotonic()
         for member in self.ready:
-            late = median is not None and now - member.last_sign > STRAGGLER_FACTOR * median
+            late = median is not None and now - member.last_result > STRAGGLER_FACTOR * median
             for position, shard in enumerate(member.tasks.values()):
                 if shard in unfinished and copies[shard] == 1 and (late or position > 0):
                     return shard
@@ -205,8 +245,8 @@ class Pool:
             done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         events: list[Event] = []
         for ref in done:
-            if owners[ref] in self.members:
-                events.append(self._greet(owners[ref]) if not owners[ref].info else self._collect(owners[ref], ref))
+            if (member := owners[ref]) in self.members:
+                events += self._collect(member, ref) if member.info else [self._greet(member)]
         return events + self._silent()
 
     def _greet(self, member: Member) -> Event:
@@ -214,44 +254,78 @@ class Pool:
             member.info = ray.get(member.hello)
         except RayError as error:
             self.remove(member)
-            return StartFailed(reason_of(error))
+            return StartFailed(reason_of(error), guilty=not went_with_its_node(error, member))
+        member.node_id = member.info.node_id
         return Ready(member.info)
 
-    def _collect(self, member: Member, ref: ray.ObjectRef[ShardResult]) -> Event:
+    def _collect(self, member: Member, ref: ray.ObjectRef[ShardResult]) -> list[Event]:
         try:
             result: ShardResult = ray.get(ref, timeout=60)
         except RayTaskError as error:
-            member.last_sign = time.monotonic()
-            return Failed(member.tasks.pop(ref), error.cause)
+            return self._raised(member, member.tasks.pop(ref), error.cause)
         except (RayActorError, GetTimeoutError, RayError) as error:
-            return self._lose(member, reason_of(error), guilty=not is_unavailable(error) and node_lives(member))
+            return [self._lose(member, reason_of(error), guilty=not went_with_its_node(error, member))]
         shard = member.tasks.pop(ref)
-        now = time.monotonic()
-        self.durations.append(now - member.last_sign)
-        member.last_sign = now
+        self.durations.append(time.monotonic() - member.last_result)
+        member.work_begins()
+        member.raised = 0
         if result.compute_s > 0:
             member.depth = min(MOST_IN_FLIGHT, 2 + int(result.upload_s / result.compute_s))
-        return Finished(shard, result)
+        return [Finished(shard, result)]
+
+    def _raised(self, member: Member, shard: Shard, error: BaseException) -> list[Event]:
+        member.work_begins()
+        if not isinstance(error, NonFiniteError):
+            member.raised += 1
+        events: list[Event] = [Failed(shard, error)]
+        if member.raised >= BROKEN_AFTER:
+            events.append(self._lose(member, f"{member.raised} shards in a row failed on it", guilty=False))
+        return events
 
     def _lose(self, member: Member, reason: str, guilty: bool) -> Lost:
         self.remove(member)
         return Lost(list(member.tasks.values()), reason, guilty)
 
     def _silent(self) -> list[Event]:
+        """Give up actors that hang. Those that take long are asked how far they are, and get time while they get on."""
         limit = max(self.shard_timeout, SILENCE_FACTOR * (self.median_s() or 0))
+        events: list[Event] = []
         now = time.monotonic()
-        silent = [m for m in self.ready if m.tasks and now - m.last_sign > limit]
-        return [self._lose(m, f"no result for {limit:.0f} s", guilty=True) for m in silent]
+        for member in list(self.members):
+            silence = now - member.last_sign
+            if member.info and member.tasks:
+                if silence > limit:
+                    events.append(self._lose(member, f"no sign of progress for {limit:.0f} s", guilty=True))
+                elif silence > limit / 4:
+                    self._feel_pulse(member)
+            elif member.node_id and not member.info and silence > START_FACTOR * limit:
+                self.remove(member)
+                events.append(StartFailed(f"no sign of it for {START_FACTOR * limit:.0f} s", guilty=True))
+        return events
+
+    def _feel_pulse(self, member: Member) -> None:
+        if member.pulse is None:
+            member.pulse = member.handle.evaluations.remote()
+        if not ray.wait([member.pulse], timeout=0)[0]:
+            return
+        answer, member.pulse = member.pulse, None
+        with suppress(RayError):  # what ails it, its shards will tell
+            if (evaluations := ray.get(answer)) != member.evaluations:
+                member.evaluations, member.last_sign = evaluations, time.monotonic()
 
 
-def is_unavailable(error: BaseException) -> bool:
-    """Whether an actor is only out of reach: what Ray reports first when a node is lost."""
-    return isinstance(error, ray.exceptions.ActorUnavailableError | GetTimeoutError)
+def went_with_its_node(error: RayError, member: Member) -> bool:
+    """Whether an actor is lost by no fault of its own. Ray 2.60 reports the loss of a node first as unavailability."""
+    if isinstance(error, ray.exceptions.ActorUnavailableError | GetTimeoutError):
+        return True
+    lives = {node["NodeID"]: node["Alive"] for node in ray.nodes()}
+    return not lives.get(member.node_id or place_of(member.handle._actor_id.hex()), True)
 
 
-def node_lives(member: Member) -> bool:
-    assert member.info
-    return any(node["NodeID"] == member.info.node_id and node["Alive"] for node in ray.nodes())
+def place_of(actor_id: str) -> str | None:
+    """The id of the node that an actor was given, None where it waits for one."""
+    address = (cluster_state.actor_table(actor_id) or {}).get("Address", {})
+    return address.get("NodeID") if address.get("IPAddress") else None
 
 
 def draining_nodes() -> set[str]:

@@ -16,7 +16,6 @@ import ray
 import torch
 from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_sampler.config import RequestError, RunConfig, require
