@@ -22,7 +22,8 @@ from ray_sampler.config import RequestError, RunError
 from ray_sampler.storage import object_store
 from ray_sampler.storage.fragment import DamagedFragment, FragmentName
 from ray_sampler.storage.run_dir import RunDir
-from tests.storage.conftest import KEY, SECRET, s3_client
+from tests.faults.servers import KEY, SECRET
+from tests.faults.servers import client as s3_client
 from tests.storage.fill import FINGERPRINT, fill
 
 NAME = FragmentName(0, 4, "parquet")
