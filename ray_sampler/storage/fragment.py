@@ -7,12 +7,13 @@ is told apart from a whole one by its bytes alone.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -145,13 +146,16 @@ def json_crc32(body: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def checksums(samples: Samples) -> dict[str, int]:
-    """CRC-32 of each column's bytes, little-endian, in C order."""
+def checksums(samples: Samples, before: Mapping[str, int] | None = None) -> dict[str, int]:
+    """CRC-32 of each column's bytes, little-endian, in C order; goes on from those of the samples `before` these."""
     index = np.arange(samples.start, samples.stop, dtype="<i8")
     columns = {"image": samples.images, "index": index}
     if samples.labels is not None:
         columns |= {"label": samples.labels.astype("<i4", copy=False), "label_int64": samples.labels.astype("<i8")}
-    return {name: zlib.crc32(np.ascontiguousarray(column).data) for name, column in columns.items()}
+    before = before or {}
+    return {
+        name: zlib.crc32(np.ascontiguousarray(column).data, before.get(name, 0)) for name, column in columns.items()
+    }
 
 
 def encode(
@@ -186,22 +190,62 @@ def decode(data: bytes, name: FragmentName, fingerprint: str | None) -> Fragment
     Raises:
         DamagedFragment: it is not whole, was changed, or belongs elsewhere.
     """
+    record, groups = decode_groups(data, name, fingerprint)
+    rows = record.stop - record.start
+    images = np.empty((rows, *record.shape), np.uint8)
+    labels = np.empty(rows, np.int32) if record.conditional else None
+    for group in groups:
+        part = slice(group.start - record.start, group.stop - record.start)
+        images[part] = group.images
+        if labels is not None and group.labels is not None:
+            labels[part] = group.labels
+    return Fragment(record, Samples(record.start, images, labels))
+
+
+def decode_groups(data: bytes, name: FragmentName, fingerprint: str | None) -> tuple[Record, Iterator[Samples]]:
+    """The record of the fragment in `data`, and its samples group by group, without a copy of the whole.
+
+    What a group holds is proved only when the last one was taken: the CRC-32s are compared then. Each group lies
+    within the record's range and follows the one before.
+
+    Args and raises: as of `decode`; the groups raise DamagedFragment too.
+    """
+    with explained(name):
+        record, groups = (decode_parquet if name.format == "parquet" else decode_npz)(data, name, fingerprint)
+    return record, checked(record, groups, name)
+
+
+@contextlib.contextmanager
+def explained(name: FragmentName) -> Iterator[None]:
+    """Say of whatever a reader of a file format raises that the file is damaged."""
     try:
-        record, columns = (decode_parquet if name.format == "parquet" else decode_npz)(data, name, fingerprint)
-        samples = Samples(record.start, columns["image"], columns.get("label"))
+        yield
     except (pa.ArrowException, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedFragment(f"it is no readable {name.format} file ({type(error).__name__})") from error
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise DamagedFragment(f"it is no readable {name.format} file ({type(error).__name__})") from error
     except (EOFError, OverflowError, MemoryError, NotImplementedError, RuntimeError, SyntaxError) as error:
         raise DamagedFragment(f"it is no readable {name.format} file ({type(error).__name__})") from error
-    if not np.array_equal(columns["index"], np.arange(record.start, record.stop)):
-        raise DamagedFragment(f"its index column is not {record.start} to {record.stop - 1}")
-    actual = checksums(samples)
+
+
+def checked(record: Record, groups: Iterator[dict[str, np.ndarray]], name: FragmentName) -> Iterator[Samples]:
+    """The samples in groups of columns, each group checked for its place, and all of them for their CRC-32s."""
+    reached = record.start
+    actual: dict[str, int] = {}
+    with explained(name):
+        for columns in groups:
+            end = reached + len(columns["index"])
+            if end > record.stop or not np.array_equal(columns["index"], np.arange(reached, end)):
+                raise DamagedFragment(f"its index column is not {record.start} to {record.stop - 1}")
+            samples = Samples(reached, columns["image"], columns.get("label"))
+            actual = checksums(samples, actual)
+            yield samples
+            reached = end
+    if reached != record.stop:
+        raise DamagedFragment(f"it holds {reached - record.start} rows, not {record.stop - record.start}")
     if actual != dict(record.crc32):
         wrong = sorted(column for column in actual if actual[column] != record.crc32.get(column))
         raise DamagedFragment(f"the CRC-32 of {' and '.join(wrong) or 'a column'} does not match its record")
-    return Fragment(record, samples)
 
 
 def check_record(record: Record, name: FragmentName, fingerprint: str | None, size: int) -> None:
@@ -255,7 +299,9 @@ def encode_parquet(samples: Samples, record: Record) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def decode_parquet(data: bytes, name: FragmentName, fingerprint: str | None) -> tuple[Record, dict[str, np.ndarray]]:
+def decode_parquet(
+    data: bytes, name: FragmentName, fingerprint: str | None
+) -> tuple[Record, Iterator[dict[str, np.ndarray]]]:
     file = pq.ParquetFile(pa.BufferReader(data))
     text = (file.schema_arrow.metadata or {}).get(RECORD_KEY)
     if text is None:
@@ -270,22 +316,19 @@ def decode_parquet(data: bytes, name: FragmentName, fingerprint: str | None) -> 
     rows = record.stop - record.start
     if file.metadata.num_rows != rows:
         raise DamagedFragment(f"it has {file.metadata.num_rows} rows, not {rows}")
-    columns: dict[str, np.ndarray] = {
-        "index": np.empty(rows, np.int64),
-        "image": np.empty((rows, *record.shape), np.uint8),
-    }
-    if record.conditional:
-        columns["label"] = np.empty(rows, np.int32)
-    done = 0
+    return record, parquet_groups(file, record)
+
+
+def parquet_groups(file: pq.ParquetFile, record: Record) -> Iterator[dict[str, np.ndarray]]:
     for group in range(file.num_row_groups):
         for batch in file.iter_batches(row_groups=[group], use_threads=False):
-            for column, target in columns.items():
-                flat = target[done : done + len(batch)].reshape(-1)
-                flat[:] = values(batch.column(column), target.dtype)
-            done += len(batch)
-    if done != rows:
-        raise DamagedFragment(f"its row groups hold {done} rows, not {rows}")
-    return record, columns
+            columns = {
+                "index": values(batch.column("index"), np.dtype("<i8")),
+                "image": values(batch.column("image"), np.dtype("u1")).reshape(-1, *record.shape),
+            }
+            if record.conditional:
+                columns["label"] = values(batch.column("label"), np.dtype("<i4"))
+            yield columns
 
 
 def values(array: pa.Array, dtype: np.dtype[Any]) -> np.ndarray:
@@ -314,7 +357,9 @@ def encode_npz(samples: Samples, record: Record) -> bytes:
     return sink.getvalue()
 
 
-def decode_npz(data: bytes, name: FragmentName, fingerprint: str | None) -> tuple[Record, dict[str, np.ndarray]]:
+def decode_npz(
+    data: bytes, name: FragmentName, fingerprint: str | None
+) -> tuple[Record, Iterator[dict[str, np.ndarray]]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for info in archive.infolist():
             if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(data):
@@ -333,7 +378,7 @@ def decode_npz(data: bytes, name: FragmentName, fingerprint: str | None) -> tupl
     for column, array in columns.items():
         if (array.dtype.str[1:], array.shape) != expected[column]:
             raise DamagedFragment(f"its {column} column is {array.dtype} {array.shape}")
-    return record, columns
+    return record, iter([columns])
 
 
 def npy_values(content: bytes) -> np.ndarray:
