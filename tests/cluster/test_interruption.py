@@ -2,76 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from ray_sampler.config import RunConfig
-from tests.cluster.runs import LONGER, flags_of, fragments, savez
+from tests.cluster.processes import Moment, claimed, group_is_gone, kill_group, started, wait_for, written
+from tests.cluster.runs import LONGER, savez
 from tests.conftest import Configure
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 LONG_ARCHIVE = "samples_48x8x8x3.npz"
-
-Moment = Callable[[Path], bool]
-
-
-@contextmanager
-def started(config: RunConfig, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The command of `config`, with a Ray of its own, in a process group of its own; none of it outlives the block."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("RAY_ADDRESS", None)
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "jobs/sample.py", *flags_of(config)],
-            cwd=ROOT, env=environment, stdout=sink, stderr=sink, start_new_session=True,
-        )  # fmt: skip
-    try:
-        yield process
-    finally:
-        kill_group(process)
-
-
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(30)
-
-
-def wait_for(moment: Moment, output: Path, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 90
-    while not moment(output):
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.005)
-
-
-def group_is_gone(group: int, within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def claimed(output: Path) -> bool:
-    return (output / "run.json").exists()
-
-
-def written(count: int) -> Moment:
-    return lambda output: (output / "fragments").is_dir() and len(fragments(output)) >= count
 
 
 def fragment_times(output: Path) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,6 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +19,10 @@ import pytest
 from ray._private.runtime_env.packaging import create_package
 
 from ray_sampler.storage.fragment import Samples
+from tests.cluster.fleets import RAY, free_ports
 from tests.cluster.runs import ARCHIVE, LONGER, flags_of, fragments, sampled, savez, small
 
 ROOT = Path(__file__).parent.parent.parent
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 STOPPABLE_S = 20.0
 """Seconds of a run that goes on for longer after its first fragments than `ray job stop` takes to begin."""
 
@@ -63,14 +61,6 @@ class Head:
             if f'run="{run}"' in labels:
                 found[name] = found.get(name, 0.0) + float(value)
         return found
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,182 @@
+"""Ray clusters on this machine whose nodes come, freeze, drain and die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray._private.state import GlobalState
+from ray._raylet import GcsClientOptions  # type: ignore[attr-defined]
+from ray.cluster_utils import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+STORE_BYTES = 100_000_000
+FAKE_HEAD = "f" * 51 + "00000"
+"""Node id under which Ray's fake provider knows the head."""
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+class Fleet:
+    """A head without CPUs, on which drivers run, and worker nodes of one CPU each."""
+
+    def __init__(self, workers: int = 0) -> None:
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES},
+        )
+        self.address: str = self.cluster.address
+        self.workers: list[Any] = []
+        for _ in range(workers):
+            self.add()
+
+    def add(self) -> Any:
+        """A new node; it is there when this returns."""
+        self.workers.append(self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES))
+        return self.workers[-1]
+
+    def processes(self, node: Any) -> list[psutil.Process]:
+        """The raylet of a node first, then all that it started, actors among them."""
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        return [raylet, *raylet.children(recursive=True)]
+
+    def kill(self, node: Any) -> None:
+        """Everything on a node dies at once, as when a spot instance is taken away."""
+        doomed = self.processes(node)
+        send(signal.SIGKILL, doomed)
+        self.workers.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def freeze(self, node: Any) -> list[psutil.Process]:
+        """Everything on a node stops without a word, as in a partition; returns what to thaw."""
+        frozen = self.processes(node)
+        send(signal.SIGSTOP, frozen)
+        return frozen
+
+    def alive(self) -> set[str]:
+        """Ids of the living nodes, the head's among them."""
+        return {entry["NodeID"] for entry in self.cluster.global_state.node_table() if entry["Alive"]}
+
+    def drain(self, node: Any, seconds: int = 300) -> None:
+        """Announce that a node will go, as an autoscaler does when a spot instance is about to be taken away."""
+        subprocess.run(
+            [
+                *RAY, "drain-node", "--address", self.address, "--node-id", node.node_id,
+                "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+                "--deadline-remaining-seconds", str(seconds),
+            ],
+            check=True, capture_output=True,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        for node in [*self.workers, self.cluster.head_node]:
+            self.cluster.remove_node(node, allow_graceful=False)
+
+
+def send(sent: signal.Signals, processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(sent)
+
+
+def state_of(address: str) -> GlobalState:
+    """What a cluster says of itself, without joining it."""
+    state = GlobalState()
+    state._initialize_global_state(
+        GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+    )
+    return state
+
+
+def workers_of(state: GlobalState) -> int:
+    return sum(entry["Alive"] for entry in state.node_table()) - 1
+
+
+@contextmanager
+def autoscaling(most: int) -> Iterator[str]:
+    """The address of a head whose autoscaler starts and ends up to `most` nodes of one CPU on this machine."""
+    [port] = free_ports(1)
+    address = f"127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory(prefix="rs-", ignore_cleanup_errors=True) as home:
+        file = Path(home) / "cluster.json"
+        file.write_text(json.dumps(autoscaler_config(address, most)))
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment = outside | {
+            "HOME": home,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD,
+        }
+        command = [
+            *RAY, "start", "--head", "--block", "--num-cpus", "0", "--object-store-memory", str(STORE_BYTES),
+            "--node-ip-address", "127.0.0.1", "--port", str(port), "--temp-dir", f"{home}/ray",
+            "--include-dashboard", "false", "--autoscaling-config", str(file),
+        ]  # fmt: skip
+        log = Path(home) / "head.log"
+        with log.open("wb") as sink:
+            head = subprocess.Popen(
+                command, cwd=home, env=environment, stdout=sink, stderr=sink, start_new_session=True
+            )
+        try:
+            wait_until_it_answers(port, head, log)
+            yield address
+        finally:
+            started = psutil.Process(head.pid).children(recursive=True)
+            head.terminate()  # with --block it ends what it started, but not the fake provider's nodes
+            head.wait(60)
+            send(signal.SIGKILL, started)
+
+
+def autoscaler_config(address: str, most: int) -> dict[str, Any]:
+    worker = {"CPU": 1, "object_store_memory": STORE_BYTES}
+    return {
+        "cluster_name": "test",
+        "max_workers": most,
+        "idle_timeout_minutes": 0.05,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "launch_multiple": True,
+            "head_node_id": FAKE_HEAD,
+            "gcs_address": address,
+        },
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
+            "worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": most},
+        },
+    }
+
+
+def wait_until_it_answers(port: int, head: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert head.poll() is None, log.read_text()
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())

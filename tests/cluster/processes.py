@@ -1,0 +1,70 @@
+"""Runs in processes of their own, to be watched, interrupted and killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ray_sampler.config import RunConfig
+from tests.cluster.runs import flags_of, fragments
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Moment = Callable[[Path], bool]
+
+
+@contextmanager
+def started(
+    config: RunConfig, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The command of `config` in a process group of its own, as is the Ray that it starts; none outlives the block."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {})
+    variables.pop("RAY_ADDRESS", None)
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "jobs/sample.py", *flags_of(config)],
+            cwd=ROOT, env=variables, stdout=sink, stderr=sink, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        kill_group(process)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+
+
+def wait_for(moment: Moment, output: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not moment(output):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.005)
+
+
+def group_is_gone(group: int, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def claimed(output: Path) -> bool:
+    return (output / "run.json").exists()
+
+
+def written(count: int) -> Moment:
+    return lambda output: (output / "fragments").is_dir() and len(fragments(output)) >= count

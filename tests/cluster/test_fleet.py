@@ -1,0 +1,132 @@
+"""Nodes that come late, die, freeze, drain or never come: the run waits, goes on, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ray_sampler.cluster.pool import MOST_IN_FLIGHT
+from ray_sampler.config import RunConfig
+from tests.cluster.fleets import Fleet, autoscaling, send, state_of, workers_of
+from tests.cluster.processes import claimed, started, wait_for, written
+from tests.cluster.runs import fragments, sampled, savez
+
+pytestmark = pytest.mark.slow
+
+SEVERAL = {"num_samples": 400, "shard_size": 4, "steps": 40, "max_actors": 2, "progress": "log"}
+"""A hundred shards, which take two actors on this machine long enough to have nodes come and go."""
+ARCHIVE = "samples_400x8x8x3.npz"
+
+
+@pytest.fixture
+def fleet() -> Iterator[Fleet]:
+    fleet = Fleet()
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> bytes:
+    from tests.cluster.runs import small
+
+    return savez(sampled(small(checkpoint, Path("unused"), **SEVERAL)))
+
+
+def says(text: str, log: Path) -> Callable[[Path], bool]:
+    return lambda output: text in log.read_text()
+
+
+def ended(process: subprocess.Popen[bytes], output: Path, log: Path) -> dict[str, object]:
+    """Wait for the end of a run; its summary."""
+    assert process.wait(180) == 0, log.read_text()
+    summary: dict[str, object] = json.loads((output / "summary.json").read_text())
+    return summary
+
+
+def run_into(configure: Callable[..., RunConfig], fleet: Fleet, **flags: object) -> RunConfig:
+    return configure(**SEVERAL | {"address": fleet.address} | flags)
+
+
+def test_nodes_that_come_late_work_at_once_and_nodes_that_die_cost_only_what_was_in_flight(
+    configure, tmp_path, fleet, expected
+):
+    output, log = tmp_path / "run", tmp_path / "log"
+    with started(run_into(configure, fleet), log) as process:
+        wait_for(says("waiting for capacity", log), output, process, log)
+        first = fleet.add()
+        wait_for(written(3), output, process, log)
+        fleet.add()
+        wait_for(says("actors 2 ready", log), output, process, log)
+        before = len(fragments(output))
+        fleet.kill(first)
+        wait_for(written(before + 4), output, process, log)
+        fleet.kill(fleet.workers[0])  # now there is none: a state to wait in
+        wait_for(says("actors 0 ready, 2 pending", log), output, process, log)
+        fleet.add()
+        summary = ended(process, output, log)
+    assert (output / ARCHIVE).read_bytes() == expected
+    assert 1 <= int(str(summary["retries"])) <= 2 * MOST_IN_FLIGHT  # two deaths
+    assert summary["computed"] == 400
+
+
+def test_a_run_without_capacity_waits_says_so_and_ends_in_a_sentence_on_ctrl_c(configure, tmp_path, fleet):
+    output, log = tmp_path / "run", tmp_path / "log"
+    with started(run_into(configure, fleet), log) as process:
+        wait_for(says("waiting for capacity", log), output, process, log)
+        time.sleep(2)
+        assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert time.monotonic() - began < 10
+    assert log.read_text().splitlines()[-1].startswith("ray-sampler: interrupted; what was finished is kept")
+    assert claimed(output)
+
+
+def test_a_frozen_node_raises_nothing_and_is_done_without(configure, tmp_path, fleet, expected):
+    output, log = tmp_path / "run", tmp_path / "log"
+    fleet.add()
+    with started(run_into(configure, fleet, shard_timeout=4.0), log) as process:
+        wait_for(written(2), output, process, log)
+        frozen = fleet.freeze(fleet.workers[0])
+        try:
+            fleet.add()
+            ended(process, output, log)
+        finally:
+            send(signal.SIGCONT, frozen)
+    assert "no sign of progress for" in log.read_text()
+    assert (output / ARCHIVE).read_bytes() == expected
+
+
+def test_a_draining_node_gets_no_new_shard_and_goes_before_the_run_ends(configure, tmp_path, fleet, expected):
+    output, log = tmp_path / "run", tmp_path / "log"
+    leaving, _ = fleet.add(), fleet.add()
+    with started(run_into(configure, fleet), log) as process:
+        wait_for(says("actors 2 ready", log), output, process, log)
+        assert leaving.node_id in fleet.alive()
+        fleet.drain(leaving)
+        wait_for(lambda _: leaving.node_id not in fleet.alive(), output, process, log)
+        summary = ended(process, output, log)
+    assert summary["failures"] == summary["retries"] == 0  # what it was at was finished
+    assert (output / ARCHIVE).read_bytes() == expected
+
+
+def test_an_autoscaler_brings_nodes_for_the_run_and_takes_them_away_again(configure, tmp_path, expected):
+    output, log = tmp_path / "run", tmp_path / "log"
+    with autoscaling(most=3) as address:
+        state = state_of(address)
+        assert workers_of(state) == 0
+        with started(configure(**SEVERAL | {"address": address, "max_actors": 3}), log) as process:
+            wait_for(lambda _: workers_of(state) == 3, output, process, log)
+            ended(process, output, log)
+        deadline = time.monotonic() + 60
+        while workers_of(state) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert workers_of(state) == 0
+    assert (output / ARCHIVE).read_bytes() == expected
