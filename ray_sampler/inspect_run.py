@@ -12,7 +12,7 @@ from rich.console import Console
 from ray_sampler.config import RequestError, RunError
 from ray_sampler.pictures import PREVIEW, Sheet
 from ray_sampler.reporting.status import FragmentFact, Status, render, status
-from ray_sampler.storage.archive import DamagedPiece, merge
+from ray_sampler.storage.archive import DamagedPiece, content_of, merge
 from ray_sampler.storage.coverage import cover, missing
 from ray_sampler.storage.fragment import DamagedFragment, FragmentName
 from ray_sampler.storage.run_dir import RunDir
@@ -113,10 +113,11 @@ def merge_run(url: str) -> int:
         raise RunError(
             f"{count} of {num_samples} samples are missing from {run_dir.url}; run the run's command to sample them"
         )
+    contents = {name: content_of(record) for name, record in found.records.items()}
     height, width, channels = run["image_shape"]
     try:
         layout = merge(
-            run_dir, pieces, found.records, num_samples, (height, width, channels), run["labelled"], run["fingerprint"]
+            run_dir, pieces, contents, num_samples, (height, width, channels), run["labelled"], run["fingerprint"]
         )
     except DamagedPiece as damage:
         raise RunError(f"{damage} while it was merged; run merge again") from damage

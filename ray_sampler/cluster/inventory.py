@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import ray
 
@@ -16,6 +17,7 @@ from ray_sampler.cluster.session import beside_driver
 from ray_sampler.config import RunError
 from ray_sampler.reporting.progress import Reporter
 from ray_sampler.reporting.summary import Part
+from ray_sampler.storage.archive import Content, content_of
 from ray_sampler.storage.coverage import Piece, cover, missing
 from ray_sampler.storage.fragment import FragmentName, Record
 from ray_sampler.storage.verify import FOREIGN
@@ -27,6 +29,14 @@ CHECK_TASKS = 4
 """Such tasks at once."""
 
 
+class Maker(NamedTuple):
+    """What computed a fragment."""
+
+    numerics: str
+    """The numerics key."""
+    device: str
+
+
 class Inventory:
     """The fragments of a run directory, by name, and what is known of them."""
 
@@ -35,7 +45,12 @@ class Inventory:
         self.reporter = reporter
         self.num_samples = job.run.request.num_samples
         self.rejected: list[tuple[str, str]] = []
-        self.records: dict[FragmentName, Record] = {}
+        self.contents: dict[FragmentName, Content] = {}
+        """Of the fragments that were checked, or written by this run."""
+        self.makers: dict[FragmentName, Maker] = {}
+        """Of the same."""
+        self._shared: dict[Any, Any] = {}
+        """One copy of each value that most fragments have in common."""
         listing = job.run_dir.fragments()
         self.names = set(listing.fragments)
         self.to_check = [piece.fragment for piece in cover(self.names, self.num_samples)][::-1]
@@ -52,12 +67,22 @@ class Inventory:
 
     def unchecked(self) -> bool:
         """Whether fragments that the archive needs have not been checked."""
-        return any(piece.fragment not in self.records for piece in cover(self.names, self.num_samples))
+        return any(piece.fragment not in self.contents for piece in cover(self.names, self.num_samples))
 
     def add(self, result: ShardResult) -> None:
         """An actor wrote a fragment."""
         self.names.add(result.name)
-        self.records[result.name] = compact(result.record)
+        self._know(result.name, result.record)
+
+    def _know(self, name: FragmentName, record: Record) -> None:
+        """Keep of a record what the archive and the summary need: there may be a million."""
+        made = record.computed_by
+        maker = Maker(str(made.get("numerics_key", "unknown")), str(made.get("device", "unknown")))
+        self.makers[name] = self._shared.setdefault(maker, maker)
+        content = content_of(record)
+        self.contents[name] = content._replace(
+            image_shape=self._shared.setdefault(content.image_shape, content.image_shape)
+        )
 
     def reject(self, name: FragmentName, reason: str) -> None:
         """Set a fragment aside, so that its range is missing again."""
@@ -71,12 +96,13 @@ class Inventory:
 
     def _drop(self, name: FragmentName) -> None:
         self.names.discard(name)
-        self.records.pop(name, None)
+        self.contents.pop(name, None)
+        self.makers.pop(name, None)
 
     def repair(self, damage: Damage) -> None:
         """Act on what the merge found: have the range sampled again, or the fragment checked again if it changed."""
         if damage.changed:
-            del self.records[damage.fragment]
+            del self.contents[damage.fragment]
             self.to_check.append(damage.fragment)
         elif damage.gone:
             self.forget(damage.fragment)
@@ -101,7 +127,9 @@ class Inventory:
         damaged: list[tuple[FragmentName, str]] = []
         gone: list[FragmentName] = []
         for checked in map(self._result, done):
-            self.records |= {name: compact(record) for name, record in checked.records.items() if name in self.names}
+            for name, record in checked.records.items():
+                if name in self.names:
+                    self._know(name, record)
             damaged += checked.damaged
             gone += checked.gone
         shards = self._replace(damaged, gone) if damaged or gone else []
@@ -119,7 +147,7 @@ class Inventory:
         for name in gone:
             self.forget(name)
         pieces = cover(self.names, self.num_samples)
-        known = self.records.keys() | set(self.to_check)
+        known = self.contents.keys() | set(self.to_check)
         self.to_check += [piece.fragment for piece in pieces if piece.fragment not in known]
         return list(shards_of(newly(missing(pieces, self.num_samples), before), self.job.run.shard_size))
 
@@ -129,23 +157,16 @@ class Inventory:
         except ray.exceptions.RayError as error:
             raise RunError(f"the fragments in {self.job.run_dir.url} cannot be checked: {reason_of(error)}") from error
 
-    def pieces(self) -> tuple[list[Piece], dict[FragmentName, Record]]:
-        """Which fragment each sample of the archive comes from, and those fragments' records."""
+    def pieces(self) -> tuple[list[Piece], dict[FragmentName, Content]]:
+        """Which fragment each sample of the archive comes from, and those fragments' contents."""
         pieces = cover(self.names, self.num_samples)
-        return pieces, {piece.fragment: self.records[piece.fragment] for piece in pieces}
+        return pieces, {piece.fragment: self.contents[piece.fragment] for piece in pieces}
 
     def parts(self) -> tuple[Part, ...]:
-        """Who computed what."""
-        return tuple(
-            Part(p.start, p.stop, str(made.get("numerics_key", "unknown")), str(made.get("device", "unknown")))
-            for p in cover(self.names, self.num_samples)
-            for made in (self.records[p.fragment].computed_by,)
-        )
-
-
-def compact(record: Record) -> Record:
-    """The record without what only its fragment need keep."""
-    return replace(record, computed_by={key: record.computed_by.get(key) for key in ("numerics_key", "device")})
+        """Who computed what, once nothing is missing."""
+        by_maker = groupby(cover(self.names, self.num_samples), lambda piece: self.makers[piece.fragment])
+        runs = ((maker, list(pieces)) for maker, pieces in by_maker)
+        return tuple(Part(pieces[0].start, pieces[-1].stop, maker.numerics, maker.device) for maker, pieces in runs)
 
 
 def newly(now: Iterable[tuple[int, int]], before: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

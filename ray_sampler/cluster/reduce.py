@@ -10,7 +10,7 @@ import numpy as np
 import ray
 
 from ray_sampler.reporting.pixels import PixelStatistics
-from ray_sampler.storage.archive import ArchiveLayout, DamagedPiece, merge
+from ray_sampler.storage.archive import ArchiveLayout, Content, DamagedPiece, merge
 from ray_sampler.storage.coverage import Piece
 from ray_sampler.storage.fragment import DamagedFragment, FragmentName, MissingFragment, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
@@ -72,7 +72,7 @@ def merge_fragments(
     output: str,
     fingerprint: str,
     pieces: Sequence[Piece],
-    records: dict[FragmentName, Record],
+    contents: dict[FragmentName, Content],
     num_samples: int,
     image_shape: tuple[int, int, int],
     labelled: bool,
@@ -90,7 +90,7 @@ def merge_fragments(
 
     try:
         layout = merge(
-            RunDir(output), pieces, records, num_samples, image_shape, labelled, fingerprint, on_samples=look
+            RunDir(output), pieces, contents, num_samples, image_shape, labelled, fingerprint, on_samples=look
         )
     except DamagedPiece as damage:
         return Damage(damage.fragment, damage.reason, damage.changed, isinstance(damage.__cause__, MissingFragment))

@@ -1,20 +1,22 @@
-"""The npz archive, streamed: one forward pass over the fragments, in memory that does not grow with N.
+"""The npz archive, streamed: one pass over the fragments, in memory that does not grow with N.
 
 All of its bytes but the images and labels follow from the layout, which follows from the fragments' records:
 CRC-32s of consecutive parts combine into the CRC-32 of the whole. So the headers are right when they are first
-written, and no store needs to seek.
+written, no store needs to seek, and where a store takes bytes at any offset several threads write at once.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import os
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import IO, NamedTuple
 
@@ -22,14 +24,18 @@ import numpy as np
 
 from ray_sampler.config import RunError
 from ray_sampler.storage.coverage import Piece, missing
-from ray_sampler.storage.fragment import DamagedFragment, Fragment, FragmentName, Record, Samples
+from ray_sampler.storage.fragment import DamagedFragment, FragmentName, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
+from ray_sampler.storage.store import StagedFile
 
 CRC32_POLYNOMIAL = 0xEDB88320
 """Of CRC-32, with the bits reflected: x^0 is the highest bit."""
 
-READ_AHEAD = 3
-"""Fragments that are read while one is written."""
+READERS = 4
+"""Threads that read fragments, at most."""
+
+FRAGMENT_MEMORY = 128 * 2**20
+"""Bytes of fragments that are held at once; fragments beyond a quarter of it have fewer readers, but at least one."""
 
 CHUNK_BYTES = 8 * 2**20
 
@@ -43,6 +49,21 @@ class DamagedPiece(Exception):
         self.reason = reason
         self.changed = changed
         """Whether it is whole by itself, but of other content than the record says: read its record again."""
+
+
+class Content(NamedTuple):
+    """What the archive counts on of a fragment: two fragments of one name and equal content hold the same samples."""
+
+    image_shape: tuple[int, int, int]
+    """(H, W, C)."""
+    labelled: bool
+    image_crc32: int
+    label_crc32: int
+    """Of the labels as int64, as the archive holds them; 0 if there are none."""
+
+
+def content_of(record: Record) -> Content:
+    return Content(record.shape, record.conditional, record.crc32["image"], record.crc32.get("label_int64", 0))
 
 
 def multiply(a: int, b: int) -> int:
@@ -168,7 +189,7 @@ def member_info(name: str) -> zipfile.ZipInfo:
 def lay_out(
     run_dir: RunDir,
     pieces: Sequence[Piece],
-    records: Mapping[FragmentName, Record],
+    contents: Mapping[FragmentName, Content],
     num_samples: int,
     image_shape: tuple[int, int, int],
     labelled: bool,
@@ -184,124 +205,190 @@ def lay_out(
     if gaps:
         raise RunError(f"samples {gaps[0][0]} to {gaps[0][1]} are missing; run the same command again")
     image_bytes = int(np.prod(image_shape))
-    parts = {piece: record_checksums(piece, records, image_shape, labelled) for piece in pieces}
-    partial = [piece for piece in pieces if parts[piece] is None]
-    for piece, fragment in read_pieces(run_dir, partial, records, fingerprint):
-        images, labels = piece_values(piece, fragment)
-        parts[piece] = zlib.crc32(images), zlib.crc32(labels)
     image_crc32 = label_crc32 = 0
     for piece in pieces:
-        image, label = parts[piece] or (0, 0)
+        image, label = piece_checksums(run_dir, piece, contents, image_shape, labelled, fingerprint)
         image_crc32 = crc32_combine(image_crc32, image, (piece.stop - piece.start) * image_bytes)
         label_crc32 = crc32_combine(label_crc32, label, (piece.stop - piece.start) * 8)
     return ArchiveLayout(num_samples, image_shape, image_crc32, label_crc32 if labelled else None)
 
 
-def record_checksums(
-    piece: Piece, records: Mapping[FragmentName, Record], image_shape: tuple[int, int, int], labelled: bool
-) -> tuple[int, int] | None:
-    """CRC-32 of a piece's images and labels if its fragment's record says them, None if it is a part only."""
-    record = records.get(piece.fragment)
-    if record is None:
+def piece_checksums(
+    run_dir: RunDir,
+    piece: Piece,
+    contents: Mapping[FragmentName, Content],
+    image_shape: tuple[int, int, int],
+    labelled: bool,
+    fingerprint: str | None,
+) -> tuple[int, int]:
+    """CRC-32 of a piece's images and labels: as its fragment's record says, or as read where it is a part only."""
+    content = contents.get(piece.fragment)
+    if content is None:
         raise DamagedPiece(piece.fragment, "its record is not known", changed=True)
-    if record.shape != tuple(image_shape) or record.conditional != labelled:
-        raise DamagedPiece(piece.fragment, f"it holds {'labelled ' * record.conditional}images of {record.shape}")
-    if (piece.start, piece.stop) != (record.start, record.stop):
-        return None
-    return record.crc32["image"], record.crc32.get("label_int64", 0)
+    if content.image_shape != tuple(image_shape) or content.labelled != labelled:
+        raise DamagedPiece(piece.fragment, f"it holds {'labelled ' * content.labelled}images of {content.image_shape}")
+    if (piece.start, piece.stop) == (piece.fragment.start, piece.fragment.stop):
+        return content.image_crc32, content.label_crc32
+    image = label = 0
+    for part in parts_of(piece, read_groups(run_dir, piece, content, fingerprint)):
+        image, label = zlib.crc32(image_values(part), image), zlib.crc32(label_values(part), label)
+    return image, label
 
 
-def piece_values(piece: Piece, fragment: Fragment) -> tuple[memoryview, memoryview]:
-    """The bytes of a piece's images, and of its labels as the archive holds them (int64)."""
-    samples = piece_of(fragment.samples, piece)
-    labels = np.empty(0, np.int64) if samples.labels is None else samples.labels.astype("<i8")
-    return np.ascontiguousarray(samples.images).data.cast("B"), labels.data.cast("B")
-
-
-def piece_of(samples: Samples, piece: Piece) -> Samples:
-    part = slice(piece.start - samples.start, piece.stop - samples.start)
-    return Samples(piece.start, samples.images[part], None if samples.labels is None else samples.labels[part])
-
-
-def read_pieces(
-    run_dir: RunDir, pieces: Sequence[Piece], records: Mapping[FragmentName, Record], fingerprint: str | None
-) -> Iterator[tuple[Piece, Fragment]]:
-    """Each piece with its fragment, in order, a few of them read ahead.
+def read_groups(run_dir: RunDir, piece: Piece, content: Content, fingerprint: str | None) -> Iterator[Samples]:
+    """All samples of a piece's fragment, group by group; they are proved when the last one was taken.
 
     Raises:
-        DamagedPiece: a fragment fails its check, is gone, or differs from its record.
+        DamagedPiece: the fragment fails its check, is gone, or differs from `content`.
     """
-    pool = ThreadPoolExecutor(READ_AHEAD)
-    ahead: deque[tuple[Piece, Future[Fragment]]] = deque()
     try:
-        for piece in [*pieces, *[None] * READ_AHEAD]:
-            if piece is not None:
-                ahead.append((piece, pool.submit(run_dir.read_fragment, piece.fragment, fingerprint)))
-            if ahead and (piece is None or len(ahead) > READ_AHEAD):
-                first, future = ahead.popleft()
-                try:
-                    fragment = future.result()
-                except DamagedFragment as damage:
-                    raise DamagedPiece(first.fragment, str(damage)) from damage
-                if fragment.record != records[first.fragment]:
-                    raise DamagedPiece(first.fragment, "it is not the one that was counted on", changed=True)
-                del future
-                yield first, fragment
-                del fragment
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        record, groups = run_dir.read_groups(piece.fragment, fingerprint)
+        if content_of(record) != content:
+            raise DamagedPiece(piece.fragment, "it is not the one that was counted on", changed=True)
+        yield from groups
+    except DamagedFragment as damage:
+        raise DamagedPiece(piece.fragment, str(damage)) from damage
+
+
+def parts_of(piece: Piece, groups: Iterable[Samples]) -> Iterator[Samples]:
+    """What of `groups` belongs to the piece."""
+    for group in groups:
+        start, stop = max(piece.start, group.start), min(piece.stop, group.stop)
+        if start < stop:
+            part = slice(start - group.start, stop - group.start)
+            yield Samples(start, group.images[part], None if group.labels is None else group.labels[part])
+
+
+def image_values(samples: Samples) -> memoryview:
+    return np.ascontiguousarray(samples.images).data.cast("B")
+
+
+def label_values(samples: Samples) -> memoryview:
+    """The bytes of labels as the archive holds them, int64."""
+    labels = np.empty(0, np.int64) if samples.labels is None else samples.labels.astype("<i8")
+    return labels.data.cast("B")
+
+
+def readers_for(pieces: Sequence[Piece], image_shape: tuple[int, int, int]) -> int:
+    """Threads that may each hold a fragment."""
+    largest = max(piece.fragment.stop - piece.fragment.start for piece in pieces) * int(np.prod(image_shape))
+    return max(1, min(READERS, FRAGMENT_MEMORY // largest, len(pieces)))
 
 
 def merge(
     run_dir: RunDir,
     pieces: Sequence[Piece],
-    records: Mapping[FragmentName, Record],
+    contents: Mapping[FragmentName, Content],
     num_samples: int,
     image_shape: tuple[int, int, int],
     labelled: bool,
     fingerprint: str | None,
     on_samples: Callable[[Samples], None] | None = None,
 ) -> ArchiveLayout:
-    """Write the archive in one forward pass, every fragment checked on the way.
+    """Write the archive in one pass, every fragment checked on the way.
+
+    No CRC-32 is taken of the archive itself: a fragment's is taken of the very bytes that are written, and must be
+    the one from which the layout was made.
 
     Args:
         pieces: what `cover` gave; together they must be [0, num_samples).
-        records: of every fragment in `pieces`.
+        contents: of every fragment in `pieces`.
         image_shape: (H, W, C).
         labelled: whether the archive has arr_1.
         fingerprint: of the run.
-        on_samples: called with the samples of each piece.
+        on_samples: called with all samples, a few at a time, in no order, by one thread at a time.
 
     Raises:
         DamagedPiece: a fragment is damaged, gone or changed. No archive was written.
         RunError: the pieces leave samples out, or the store failed. No archive was written.
     """
-    layout = lay_out(run_dir, pieces, records, num_samples, image_shape, labelled, fingerprint)
+    layout = lay_out(run_dir, pieces, contents, num_samples, image_shape, labelled, fingerprint)
     name = run_dir.archive_name(num_samples, image_shape)
+    images_member, *labels_members = layout.members
+    image_bytes, looking = int(np.prod(image_shape)), threading.Lock()
     with tempfile.TemporaryFile() as spool, run_dir.stage_archive(name, layout.size) as file:
-        images_member = layout.members[0]
-        file.write(images_member.header)
-        crc32 = images_member.npy_crc32
-        for piece, fragment in read_pieces(run_dir, pieces, records, fingerprint):
-            images, labels = piece_values(piece, fragment)
-            for offset in range(0, len(images), CHUNK_BYTES):
-                file.write(images[offset : offset + CHUNK_BYTES])
-            crc32 = zlib.crc32(images, crc32)
-            spool.write(labels)
-            if on_samples:
-                on_samples(piece_of(fragment.samples, piece))
-            del images, labels, fragment
-        require_crc32(crc32, images_member)
-        for labels_member in layout.members[1:]:
-            file.write(labels_member.header)
+        write = file.write_at or in_order(file)
+
+        def pass_on(piece: Piece, groups: Iterable[Samples]) -> None:
+            for part in parts_of(piece, groups):
+                write(len(images_member.header) + part.start * image_bytes, image_values(part))
+                os.pwrite(spool.fileno(), label_values(part), part.start * 8)
+                if on_samples:
+                    with looking:
+                        on_samples(part)
+
+        def read(piece: Piece) -> Iterator[Samples]:
+            return read_groups(run_dir, piece, contents[piece.fragment], fingerprint)
+
+        write(0, images_member.header)
+        readers = readers_for(pieces, image_shape)
+        if file.write_at:
+            at_once(readers, pieces, lambda piece: pass_on(piece, read(piece)))
+        else:
+            for piece, groups in ahead(readers, pieces, lambda piece: list(read(piece))):
+                pass_on(piece, groups)
+        end = len(images_member.header) + images_member.size
+        for labels_member in labels_members:
+            write(end, labels_member.header)
+            end += len(labels_member.header)
             crc32 = labels_member.npy_crc32
-            spool.seek(0)
             while chunk := spool.read(CHUNK_BYTES):
-                file.write(chunk)
+                write(end, chunk)
+                end += len(chunk)
                 crc32 = zlib.crc32(chunk, crc32)
             require_crc32(crc32, labels_member)
-        file.write(layout.directory)
+        write(end, layout.directory)
     return layout
+
+
+def in_order(file: StagedFile) -> Callable[[int, bytes | memoryview], None]:
+    """Writing for stores that take one byte after the other: each call must go on where the last one ended."""
+
+    def write(offset: int, data: bytes | memoryview) -> None:
+        for start in range(0, len(data), CHUNK_BYTES):
+            file.write(data[start : start + CHUNK_BYTES])
+
+    return write
+
+
+def at_once(threads: int, pieces: Sequence[Piece], work: Callable[[Piece], None]) -> None:
+    """Do `work` for each piece on several threads; the first exception stops all of them."""
+    stop = threading.Event()
+
+    def work_on(own: Sequence[Piece]) -> None:
+        for piece in own:
+            if stop.is_set():
+                return
+            work(piece)
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            futures = [pool.submit(work_on, pieces[i::threads]) for i in range(threads)]
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+    for future in futures:
+        future.result()
+
+
+def ahead(
+    threads: int, pieces: Sequence[Piece], read: Callable[[Piece], list[Samples]]
+) -> Iterator[tuple[Piece, list[Samples]]]:
+    """Each piece with what `read` gives for it, in order; as many as there are threads are read ahead."""
+    pool = ThreadPoolExecutor(threads)
+    reading: deque[tuple[Piece, Future[list[Samples]]]] = deque()
+    try:
+        for piece in [*pieces, *[None] * threads]:
+            if piece is not None:
+                reading.append((piece, pool.submit(read, piece)))
+            if reading and (piece is None or len(reading) > threads):
+                first, future = reading.popleft()
+                groups = future.result()
+                del future
+                yield first, groups
+                del groups
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def require_crc32(crc32: int, member: Member) -> None:

@@ -123,8 +123,15 @@ class LocalStore:
             with self._explained("write", path):
                 file.write(data)
 
+        def write_at(offset: int, data: bytes | memoryview) -> None:
+            left = memoryview(data)
+            with self._explained("write", path):
+                while left:
+                    done = os.pwrite(file.fileno(), left, offset)
+                    offset, left = offset + done, left[done:]
+
         try:
-            yield StagedFile(write)
+            yield StagedFile(write, write_at)
             with self._explained("write", path):
                 file.flush()
                 os.fsync(file.fileno())

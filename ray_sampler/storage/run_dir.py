@@ -16,7 +16,16 @@ from typing import IO, Any, NamedTuple
 
 from ray_sampler.config import RequestError, RunError
 from ray_sampler.storage.connect import open_store
-from ray_sampler.storage.fragment import DamagedFragment, Fragment, FragmentName, MissingFragment, decode
+from ray_sampler.storage.fragment import (
+    DamagedFragment,
+    Fragment,
+    FragmentName,
+    MissingFragment,
+    Record,
+    Samples,
+    decode,
+    decode_groups,
+)
 from ray_sampler.storage.local_store import LocalStore
 from ray_sampler.storage.store import StagedFile
 
@@ -119,10 +128,17 @@ class RunDir:
             MissingFragment: it is not there.
             DamagedFragment: it is not whole, or of another run.
         """
+        return decode(self._fragment_bytes(name), name, fingerprint)
+
+    def read_groups(self, name: FragmentName, fingerprint: str | None) -> tuple[Record, Iterator[Samples]]:
+        """As `read_fragment`, but the samples come group by group, and are proved when the last one was taken."""
+        return decode_groups(self._fragment_bytes(name), name, fingerprint)
+
+    def _fragment_bytes(self, name: FragmentName) -> bytes:
         data = self._store.read(f"{FRAGMENTS}/{name.filename}")
         if data is None:
             raise MissingFragment("it is not there any more")
-        return decode(data, name, fingerprint)
+        return data
 
     def reject(self, filename: str, reason: str) -> None:
         """Move a file or folder from fragments/ to rejected/, with `reason` beside it."""

@@ -31,6 +31,9 @@ class StagedFile:
     """A file that is being written and stands under its name only once it is whole."""
 
     write: Callable[[bytes | memoryview], object]
+    """Write what comes next."""
+    write_at: Callable[[int, bytes | memoryview], None] | None = None
+    """Write at an offset, from any thread, instead of `write`; None where bytes can only follow each other."""
 
 
 class Store(Protocol):
