@@ -8,7 +8,7 @@ ARGS ?=
 OUTPUT := $(if $(filter --model% --preset%,$(ARGS)),,--output runs/digits)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv sample test chaos lint system clean
+.PHONY: help venv sample test chaos bench lint system clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: lint ## linter, type checker and all tests
 
 chaos: venv ## runs that are killed and spoiled on purpose; ARGS="--rounds 50 --seed 1" or ARGS="--minutes 30"
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+bench: venv ## every benchmark, with results in benchmarks/README.md; ARGS="engine noise" runs those two, and writes nothing
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 lint: venv ## linter, formatter (as a check) and type checker
 	$(BIN)/ruff check .
