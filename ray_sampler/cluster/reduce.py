@@ -17,6 +17,7 @@ from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.verify import check_fragment
 
 PICTURES = 20_000
+PICTURE_BYTES = 256 * 2**20
 """Images that the pixel statistics look at, at most, evenly spaced: so that their cost does not grow with N."""
 
 
@@ -80,7 +81,8 @@ def merge_fragments(
     """Write the archive, unless a fragment fails its check; raises RunError where the store fails."""
     pixels = PixelStatistics()
     labels: Counter[int] = Counter()
-    every = -(-num_samples // PICTURES)
+    most = max(1, min(PICTURES, PICTURE_BYTES // int(np.prod(image_shape))))
+    every = -(-num_samples // most)
 
     def look(samples: Samples) -> None:
         pixels.add(samples.images[-samples.start % every :: every])
