@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from ray_sampler.config import RunError
 from ray_sampler.storage.coverage import Piece, missing
 from ray_sampler.storage.fragment import DamagedFragment, FragmentName, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
-from ray_sampler.storage.store import StagedFile
+from ray_sampler.storage.store import Readable, StagedFile
 
 CRC32_POLYNOMIAL = 0xEDB88320
 """Of CRC-32, with the bits reflected: x^0 is the highest bit."""
@@ -410,7 +410,7 @@ def archive_intact(run_dir: RunDir, layout: ArchiveLayout) -> bool:
         return False
 
 
-def values_crc32(file: IO[bytes], size: int, crc32: int) -> int | None:
+def values_crc32(file: Readable, size: int, crc32: int) -> int | None:
     """CRC-32 going on from `crc32` over the next `size` bytes, None if there are fewer."""
     while size:
         chunk = file.read(min(size, CHUNK_BYTES))

@@ -24,10 +24,16 @@ EXTRAS = {
 }
 """The extra of this package that a protocol needs."""
 
+READ_TIMEOUT_S = 20
+"""Silence, after all of a request was sent and between two pieces of its answer, that counts as a failure."""
+
 S3_OPTIONS: dict[str, Any] = {
-    "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 5}, "read_timeout": 60},
-    # Parts of equal size, which some stores beside S3 itself insist on.
-    "fixed_upload_size": True,
+    # One attempt: ObjectStore makes the next ones.
+    "config_kwargs": {
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+        "connect_timeout": 10,
+        "read_timeout": READ_TIMEOUT_S,
+    },
     # With more, a long object is read in several ranges at once, which may belong to two versions of it.
     "max_concurrency": 1,
 }
@@ -58,4 +64,9 @@ def open_store(url: str) -> LocalStore | ObjectStore:
         raise RequestError(
             f"{redact(url)} has an unknown protocol; use a local path, s3://, gs:// or abfs://"
         ) from None
-    return ObjectStore(filesystem, root.rstrip("/"), str(redact(url)).rstrip("/"))
+    shown = str(redact(url)).rstrip("/")
+    if protocol in ("s3", "s3a"):
+        from ray_sampler.storage.s3_store import S3Store
+
+        return S3Store(filesystem, root.rstrip("/"), shown)
+    return ObjectStore(filesystem, root.rstrip("/"), shown)

@@ -1,4 +1,8 @@
-"""A folder in a bucket, or on any other filesystem that fsspec knows."""
+"""A folder in a bucket, or on any other filesystem that fsspec knows; S3's has requests of its own in s3_store.py.
+
+This is the one layer that tries again: with backoff, jitter, a bound and a warning for each. Where a library beneath it
+would do so as well, their attempts multiply, and a lasting failure takes hours.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,40 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime, timedelta, timezone
-from typing import IO, Any, TypeVar
+from datetime import datetime
+from typing import Any, TypeVar
 
 import fsspec
 import tenacity
 
 from ray_sampler.config import RequestError, RunError
-from ray_sampler.storage.store import ABANDONED_SECONDS, Entry, StagedFile, is_unfinished, unfinished_name
+from ray_sampler.storage.store import (
+    ABANDONED_SECONDS,
+    Entry,
+    OpenFile,
+    StagedFile,
+    is_unfinished,
+    unfinished_name,
+)
 
 logger = logging.getLogger(__name__)
 
-STAGING = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl")
-"""Protocols whose open files show nothing under their name until they are committed."""
+CLOUDS = ("gs", "gcs", "abfs", "abfss", "az", "adl")
+"""Protocols of Google's and Azure's stores. Their open files show nothing under their name until they are committed,
+and their libraries try again by themselves."""
 
-ATTEMPTS = 5
+ATTEMPTS = 6
+CLOUD_ATTEMPTS = 2
+"""Where the library below makes several of each."""
+
+BACKOFF_S = 1.0
+"""Longest wait before the second attempt; it doubles with each, and what is waited is drawn from 0 to it."""
+
+LONGEST_WAIT_S = 16.0
+GIVE_UP_S = 60.0
+"""A request that fails so long after its first attempt is not tried again."""
+
 PART_BYTES = 16 * 2**20
-PARTS = 9000
-"""S3 takes 10,000 parts of an object; this leaves room."""
 
 FAMILIES = (
     ("botocore.exceptions", "BotoCoreError"),
@@ -40,6 +60,8 @@ FAMILIES = (
 
 PASSING_KINDS = {
     "HTTPClientError",
+    "EndpointConnectionError",
+    "ConnectTimeoutError",
     "ClientConnectionError",
     "ClientPayloadError",
     "ServiceRequestError",
@@ -49,7 +71,9 @@ PASSING_KINDS = {
     "ResponseParserError",
 }
 PASSING_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "OperationAborted"}
-PASSING_CODES |= {"ConditionalRequestConflict", "429", "500", "502", "503", "504"}
+PASSING_CODES |= {"ConditionalRequestConflict", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"}
+PASSING_CODES |= {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}  # damaged on its way
+PASSING_CODES |= {"429", "500", "502", "503", "504"}
 PASSING_ERRNOS = {errno.EBUSY, errno.EAGAIN, getattr(errno, "EREMOTEIO", errno.EAGAIN)}
 FORBIDDEN_CODES = {
     "AccessDenied",
@@ -97,6 +121,8 @@ def code(error: BaseException) -> str:
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
             return str(response.get("Error", {}).get("Code", ""))
+        if "HttpProcessingError" in kinds(cause):  # aiohttp's own number for an answer that was cut short
+            return ""
         for attribute in ("error_code", "code", "status_code", "status"):
             value = getattr(cause, attribute, None)
             if isinstance(value, str | int):
@@ -117,10 +143,9 @@ def is_passing(error: BaseException) -> bool:
     )
 
 
-def log_retry(state: tenacity.RetryCallState) -> None:
-    error = state.outcome.exception() if state.outcome else None
-    reason = f"{type(error).__name__} {code(error)}".strip() if error else "unknown"
-    logger.warning("storage answered %s; attempt %d of %d follows", reason, state.attempt_number + 1, ATTEMPTS)
+def said(error: BaseException) -> str:
+    """What a store said, in two words; its text is left out, as it may quote a key."""
+    return f"{type(error).__name__} {code(error)}".strip()
 
 
 def failure(error: BaseException, action: str, url: str) -> RequestError | RunError:
@@ -140,16 +165,15 @@ def failure(error: BaseException, action: str, url: str) -> RequestError | RunEr
         return RunError(
             f"cannot {action} {url}: the store takes no more data; make room and run the same command again"
         )
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and word != "NoSuchUpload":
         return RequestError(f"cannot {action} {url}: there is no such bucket or folder; create it or correct the URL")
-    kind = f"{type(error).__name__} {word}".strip()
     return RunError(
-        f"cannot {action} {url}: the store did not answer as it should ({kind}); run the same command again"
+        f"cannot {action} {url}: the store did not answer as it should ({said(error)}); run the same command again"
     )
 
 
 class ObjectStore:
-    """A folder in a bucket; every method retries what may pass."""
+    """A folder in a bucket; every method tries again what may pass."""
 
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, url: str) -> None:
         self.filesystem = filesystem
@@ -157,6 +181,7 @@ class ObjectStore:
         self.url = url
         protocols = filesystem.protocol
         self.protocol = protocols if isinstance(protocols, str) else protocols[0]
+        self.attempts = CLOUD_ATTEMPTS if self.protocol in CLOUDS else ATTEMPTS
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root
@@ -169,11 +194,18 @@ class ObjectStore:
             raise failure(error, action, f"{self.url}/{path}".rstrip("/")) from None
 
     def _retry(self, request: Callable[[], Result]) -> Result:
+        def log(state: tenacity.RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            logger.warning(
+                "the store of %s answered %s; attempt %d of %d follows in %.1f s",
+                self.url, said(error) if error else "", state.attempt_number + 1, self.attempts, state.upcoming_sleep,
+            )  # fmt: skip
+
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
+            stop=tenacity.stop_after_attempt(self.attempts) | tenacity.stop_after_delay(GIVE_UP_S),
+            wait=tenacity.wait_random_exponential(multiplier=BACKOFF_S, max=LONGEST_WAIT_S),
             retry=tenacity.retry_if_exception(is_passing),
-            before_sleep=log_retry,
+            before_sleep=log,
             reraise=True,
         )
         return retrying(request)
@@ -191,12 +223,11 @@ class ObjectStore:
         with self._explained("write", path):
             self._retry(lambda: self._pipe(path, data))
 
-    def _pipe(self, path: str, data: bytes, **options: Any) -> None:
-        if self.protocol in ("s3", "s3a"):
-            options["chunksize"] = max(len(data), 50 * 2**20)  # one PUT, however long
-        elif self.protocol not in STAGING:
+    def _pipe(self, path: str, data: bytes, create: bool = False) -> None:
+        """Write a whole file in one request, with `create` only if there is none."""
+        if self.protocol not in CLOUDS:
             self.filesystem.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
-        self.filesystem.pipe_file(self._full(path), data, **options)
+        self.filesystem.pipe_file(self._full(path), data, mode="create" if create else "overwrite")
 
     def create(self, path: str, data: bytes) -> bool:
         # Some stores take a conditional put and ignore the condition; looking first leaves them a moment's race.
@@ -204,7 +235,7 @@ class ObjectStore:
             return False
         with self._explained("write", path):
             try:
-                self._retry(lambda: self._pipe(path, data, mode="create"))
+                self._retry(lambda: self._pipe(path, data, create=True))
             except FileExistsError:
                 return False
             except OSError as error:
@@ -235,7 +266,7 @@ class ObjectStore:
     def move(self, source: str, target: str) -> None:
         with self._explained("move", source), contextlib.suppress(FileNotFoundError):
             is_folder = self._retry(lambda: self.filesystem.isdir(self._full(source)))
-            if self.protocol not in STAGING:
+            if self.protocol not in CLOUDS:
                 self.filesystem.makedirs(self._full(target).rpartition("/")[0], exist_ok=True)
             self._retry(lambda: self.filesystem.mv(self._full(source), self._full(target), recursive=is_folder))
 
@@ -251,13 +282,12 @@ class ObjectStore:
             self.put(path, buffer.getvalue())
             return
         folder, slash, name = path.rpartition("/")
-        staged = self.protocol in STAGING
+        staged = self.protocol in CLOUDS
         target = path if staged else f"{folder}{slash}{unfinished_name(name)}"
-        part = -(-max(PART_BYTES, size // PARTS) // 2**20) * 2**20
         with self._explained("write", path):
             if not staged:
                 self.filesystem.makedirs(self._full(folder), exist_ok=True)
-            options = {"autocommit": False, "block_size": part} if staged else {}
+            options = {"autocommit": False, "block_size": PART_BYTES} if staged else {}
             file = self.filesystem.open(self._full(target), "wb", **options)
 
         def write(data: bytes | memoryview) -> None:
@@ -291,32 +321,29 @@ class ObjectStore:
                 file.closed = True  # else its finaliser would flush what is left
 
     @contextlib.contextmanager
-    def open(self, path: str) -> Iterator[IO[bytes]]:
+    def open(self, path: str) -> Iterator[OpenFile]:
         with self._explained("read", path):
             try:
-                file = self.filesystem.open(self._full(path), "rb", block_size=PART_BYTES, cache_type="readahead")
+                file = self._retry(
+                    lambda: self.filesystem.open(self._full(path), "rb", block_size=PART_BYTES, cache_type="readahead")
+                )
             except FileNotFoundError as error:
                 if code(error) in NO_BUCKET_CODES:
                     raise
                 file = None
         if file is None:
             raise FileNotFoundError(f"{self.url}/{path}")
-        with self._explained("read", path), file:
-            yield file
+
+        def read(size: int) -> bytes:
+            # What cannot be fetched moves nothing: the position is that of the bytes that were given.
+            with self._explained("read", path):
+                return bytes(self._retry(lambda: file.read(size)))
+
+        with file:
+            yield OpenFile(read)
 
     def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
-        """Abort the multipart uploads to this folder that were begun long ago; S3 keeps and bills them for ever."""
-        if self.protocol not in ("s3", "s3a"):
-            return
-        bucket, _, prefix = self._full(folder).rstrip("/").partition("/")
-        limit = datetime.now(timezone.utc) - timedelta(seconds=seconds)
-        try:
-            found = self.filesystem.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/".lstrip("/"))
-            for upload in found.get("Uploads", []):
-                if upload["Initiated"] < limit:
-                    self.filesystem.abort_mpu(bucket, upload["Key"], upload["UploadId"])
-        except families() as error:
-            logger.info("abandoned uploads in %s could not be listed (%s)", self.url, type(error).__name__)
+        """Nothing is left of uploads that were abandoned: these stores drop them after a while by themselves."""
 
 
 def modified(info: Mapping[str, Any]) -> float | None:

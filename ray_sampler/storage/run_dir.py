@@ -12,7 +12,7 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ray_sampler.config import RequestError, RunError
 from ray_sampler.storage.connect import open_store
@@ -27,7 +27,7 @@ from ray_sampler.storage.fragment import (
     decode_groups,
 )
 from ray_sampler.storage.local_store import LocalStore
-from ray_sampler.storage.store import StagedFile
+from ray_sampler.storage.store import Readable, StagedFile
 
 __all__ = ["DamagedFragment", "FragmentName", "Listing", "MissingFragment", "RunDir"]
 
@@ -183,7 +183,7 @@ class RunDir:
         return any(entry.name == name and entry.is_file for entry in self._store.list(""))
 
     @contextlib.contextmanager
-    def open_file(self, name: str) -> Iterator[IO[bytes]]:
+    def open_file(self, name: str) -> Iterator[Readable]:
         """Read a file at the top of the directory piece by piece. Raises FileNotFoundError."""
         with self._store.open(own_name(name)) as file:
             yield file

@@ -1,7 +1,7 @@
 """A folder on disk or in a bucket: whole files in, whole files out.
 
-There are two stores with the same methods, `LocalStore` and `ObjectStore`; `open_store` tells which one a URL
-needs. Both keep one promise: under its name a file is complete or absent, whatever happens while it is written.
+There are stores with the same methods, `LocalStore`, `S3Store` and `ObjectStore`; `open_store` tells which one a URL
+needs. All keep one promise: under its name a file is complete or absent, whatever happens while it is written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import IO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 ABANDONED_SECONDS = 86400.0
 """Age at which an unfinished write has certainly been abandoned."""
@@ -34,6 +34,20 @@ class StagedFile:
     """Write what comes next."""
     write_at: Callable[[int, bytes | memoryview], None] | None = None
     """Write at an offset, from any thread, instead of `write`; None where bytes can only follow each other."""
+
+
+class Readable(Protocol):
+    """A file that is read piece by piece."""
+
+    def read(self, size: int, /) -> bytes:
+        """The next `size` bytes, fewer at the end."""
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A file of an object store that is read piece by piece."""
+
+    read: Callable[[int], bytes]
 
 
 class Store(Protocol):
@@ -63,7 +77,7 @@ class Store(Protocol):
     def stage(self, path: str, size: int) -> AbstractContextManager[StagedFile]:
         """Write about `size` bytes piece by piece; committed on a clean exit, discarded on any exception."""
 
-    def open(self, path: str) -> AbstractContextManager[IO[bytes]]:
+    def open(self, path: str) -> AbstractContextManager[Readable]:
         """Read piece by piece. Raises FileNotFoundError."""
 
     def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
