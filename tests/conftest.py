@@ -21,7 +21,13 @@ Configure = Callable[..., RunConfig]
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
+def aws_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the workers of the shared Ray look for an S3 server and its keys; written by the tests that have one."""
+    return tmp_path_factory.mktemp("aws") / "config"
+
+
+@pytest.fixture(scope="session")
+def local_ray(aws_config: Path) -> Iterator[None]:
     """A Ray of two CPUs, reachable from this machine only, that all tests share."""
     import ray
 
@@ -29,6 +35,7 @@ def local_ray() -> Iterator[None]:
 
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     with on_loopback(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_CONFIG_FILE", str(aws_config))
         patch.setenv("PYTHONPATH", str(ROOT))  # for the workers of whoever joins it from another folder
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     for each, handler in handlers.items():

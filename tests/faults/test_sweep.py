@@ -1,0 +1,40 @@
+"""Whichever storage request of a run fails, the run ends in the same archive, at once or when it is given again."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.proxy import Fault, once
+from tests.faults.sweep import PASSING, Sweep
+
+OPERATIONS = (
+    "GetObject",
+    "ListObjectsV2",
+    "PutObject",
+    "DeleteObjects",
+    "HeadObject",
+    "CreateMultipartUpload",
+    "UploadPart",
+    "CompleteMultipartUpload",
+)
+"""All that a run asks for, but the listing of abandoned uploads, which it can do without."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turn", [0, 3])
+def test_a_run_succeeds_though_the_first_request_of_each_operation_fails(sweep: Sweep, turn: int):
+    kinds = [PASSING[(i + turn) % len(PASSING)] for i in range(len(OPERATIONS))]
+    sweep.passing(*(once(kind, 1, [operation]) for kind, operation in zip(kinds, OPERATIONS, strict=True)))
+    assert sweep.swept.failed == dict.fromkeys(OPERATIONS, 1)
+    assert set(sweep.swept.faults) == set(PASSING)
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_at_a_lasting_error_goes_on_when_it_is_over(sweep: Sweep):
+    sweep.lasting(
+        *(Fault("403", 1, operations=[operation]) for operation in OPERATIONS),
+        *(Fault("403", number, operations=["PutObject"]) for number in (2, 4, 7)),
+        *(Fault("403", number, operations=["GetObject"]) for number in (2, 4, 9)),
+    )
+    assert set(OPERATIONS) <= set(sweep.swept.failed)
+    assert sweep.swept.exits[0] < 3
