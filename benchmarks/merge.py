@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_sampler.cluster.reduce import Merged, merge_fragments
+from ray_sampler.cluster.reduce import Merged, merge_fragments, pack_pieces
 from ray_sampler.storage.archive import Content, content_of
 from ray_sampler.storage.coverage import cover
 from ray_sampler.storage.fragment import FragmentName, Samples, encode
@@ -57,8 +57,8 @@ def fill(folder: Path, num_samples: int) -> Contents:
 def merge(folder: Path, contents: Contents) -> Path:
     """The archive's path."""
     num_samples = max(name.stop for name in contents)
-    pieces = cover(contents, num_samples)
-    merged = merge_fragments(str(folder), FINGERPRINT, pieces, contents, num_samples, SHAPE, True)
+    packed = pack_pieces(cover(contents, num_samples), contents)
+    merged = merge_fragments(str(folder), FINGERPRINT, packed, num_samples, SHAPE, True)
     assert isinstance(merged, Merged)
     return folder / RunDir(str(folder)).archive_name(num_samples, SHAPE)
 

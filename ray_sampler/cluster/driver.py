@@ -18,7 +18,7 @@ from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.outcome import already_done, write_outcome
 from ray_sampler.cluster.pool import Pool, Shard, reason_of
 from ray_sampler.cluster.prepare import Job, claim, prepare, still_ours
-from ray_sampler.cluster.reduce import Damage, Merged, merge_task
+from ray_sampler.cluster.reduce import Damage, Merged, merge_task, pack_pieces
 from ray_sampler.cluster.session import Fleet, beside_driver, connect, joins_cluster, plan_fleet
 from ray_sampler.config import RunConfig, RunError
 from ray_sampler.pictures import PreviewKeeper
@@ -194,9 +194,9 @@ def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Mer
         rate=tally.latest.rate,
     )
     report.update(tally.latest)
-    pieces, records = inventory.pieces()
+    packed = pack_pieces(inventory.cover(), inventory.contents)
     task: ray.ObjectRef[Merged | Damage] = merge_task.options(scheduling_strategy=beside_driver()).remote(
-        job.output, job.fingerprint, pieces, records, num_samples, job.image_shape, job.labels is not None
+        job.output, job.fingerprint, packed, num_samples, job.image_shape, job.labels is not None
     )
     try:
         return ray.get(task)

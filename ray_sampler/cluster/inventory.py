@@ -49,29 +49,40 @@ class Inventory:
         """Of the fragments that were checked, or written by this run."""
         self.makers: dict[FragmentName, Maker] = {}
         """Of the same."""
+        self._pieces: list[Piece] | None = None
+        """What `cover` gives for the names, until those change."""
         self._shared: dict[Any, Any] = {}
         """One copy of each value that most fragments have in common."""
         listing = job.run_dir.fragments()
-        self.names = set(listing.fragments)
-        self.to_check = [piece.fragment for piece in cover(self.names, self.num_samples)][::-1]
+        # Keys keep the order in which fragments come, which is nearly the sorted one: with a million of them a set's
+        # order costs seconds to sort.
+        self.names = dict.fromkeys(listing.fragments)
+        self.to_check = [piece.fragment for piece in self.cover()][::-1]
         self.checking: list[ray.ObjectRef[Checked]] = []
         for filename in listing.foreign:
             self._set_aside(filename, FOREIGN)
 
+    def cover(self) -> list[Piece]:
+        """Which fragment each sample comes from, as far as there is one."""
+        if self._pieces is None:
+            self._pieces = cover(self.names, self.num_samples)
+        return self._pieces
+
     def missing(self) -> list[tuple[int, int]]:
         """Ranges that no fragment covers, as far as is known."""
-        return missing(cover(self.names, self.num_samples), self.num_samples)
+        return missing(self.cover(), self.num_samples)
 
     def missing_samples(self) -> int:
         return sum(stop - start for start, stop in self.missing())
 
     def unchecked(self) -> bool:
         """Whether fragments that the archive needs have not been checked."""
-        return any(piece.fragment not in self.contents for piece in cover(self.names, self.num_samples))
+        return any(piece.fragment not in self.contents for piece in self.cover())
 
     def add(self, result: ShardResult) -> None:
         """An actor wrote a fragment."""
-        self.names.add(result.name)
+        self.names[result.name] = None
+        self._pieces = None
         self._know(result.name, result.record)
 
     def _know(self, name: FragmentName, record: Record) -> None:
@@ -95,7 +106,8 @@ class Inventory:
         self.reporter.message(f"{name.filename} is not there any more; its samples are computed again", "warning")
 
     def _drop(self, name: FragmentName) -> None:
-        self.names.discard(name)
+        self.names.pop(name, None)
+        self._pieces = None
         self.contents.pop(name, None)
         self.makers.pop(name, None)
 
@@ -146,7 +158,7 @@ class Inventory:
             self.reject(name, reason)
         for name in gone:
             self.forget(name)
-        pieces = cover(self.names, self.num_samples)
+        pieces = self.cover()
         known = self.contents.keys() | set(self.to_check)
         self.to_check += [piece.fragment for piece in pieces if piece.fragment not in known]
         return list(shards_of(newly(missing(pieces, self.num_samples), before), self.job.run.shard_size))
@@ -157,14 +169,9 @@ class Inventory:
         except ray.exceptions.RayError as error:
             raise RunError(f"the fragments in {self.job.run_dir.url} cannot be checked: {reason_of(error)}") from error
 
-    def pieces(self) -> tuple[list[Piece], dict[FragmentName, Content]]:
-        """Which fragment each sample of the archive comes from, and those fragments' contents."""
-        pieces = cover(self.names, self.num_samples)
-        return pieces, {piece.fragment: self.contents[piece.fragment] for piece in pieces}
-
     def parts(self) -> tuple[Part, ...]:
         """Who computed what, once nothing is missing."""
-        by_maker = groupby(cover(self.names, self.num_samples), lambda piece: self.makers[piece.fragment])
+        by_maker = groupby(self.cover(), lambda piece: self.makers[piece.fragment])
         runs = ((maker, list(pieces)) for maker, pieces in by_maker)
         return tuple(Part(pieces[0].start, pieces[-1].stop, maker.numerics, maker.device) for maker, pieces in runs)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ from ray_sampler.storage.verify import check_fragment
 PICTURES = 20_000
 PICTURE_BYTES = 128 * 2**20
 """Images that the pixel statistics look at, at most, evenly spaced: so that their cost does not grow with N."""
+
+PACK_PIECES = 4096
+"""Pieces that are pickled at once."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,39 @@ def check(output: str, fingerprint: str, names: Sequence[FragmentName]) -> Check
     return Checked(records, damaged, gone)
 
 
+def pack_pieces(pieces: Sequence[Piece], contents: Mapping[FragmentName, Content]) -> list[bytes]:
+    """Pieces with the contents of their fragments, as `merge_fragments` takes them.
+
+    Pickled a few thousand at a time: a pickler remembers every object that it has met, and there may be a million.
+    """
+    packs = (pieces[i : i + PACK_PIECES] for i in range(0, len(pieces), PACK_PIECES))
+    return [pickle.dumps([(piece, contents[piece.fragment]) for piece in pack]) for pack in packs]
+
+
+def unpack_pieces(packed: Iterable[bytes]) -> tuple[list[Piece], dict[FragmentName, Content]]:
+    pieces: list[Piece] = []
+    contents: dict[FragmentName, Content] = {}
+    for pack in packed:
+        for piece, content in pickle.loads(pack):
+            pieces.append(piece)
+            contents[piece.fragment] = content
+    return pieces, contents
+
+
 def merge_fragments(
     output: str,
     fingerprint: str,
-    pieces: Sequence[Piece],
-    contents: dict[FragmentName, Content],
+    packed: Sequence[bytes],
     num_samples: int,
     image_shape: tuple[int, int, int],
     labelled: bool,
 ) -> Merged | Damage:
-    """Write the archive, unless a fragment fails its check; raises RunError where the store fails."""
+    """Write the archive, unless a fragment fails its check; raises RunError where the store fails.
+
+    Args:
+        packed: from `pack_pieces`.
+    """
+    pieces, contents = unpack_pieces(packed)
     pixels = PixelStatistics()
     labels: Counter[int] = Counter()
     most = max(1, min(PICTURES, PICTURE_BYTES // int(np.prod(image_shape))))
