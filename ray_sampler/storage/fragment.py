@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +30,20 @@ RECORD_KEY = b"ray_sampler"
 """Key of the record in a Parquet file's schema metadata."""
 
 ROW_GROUP_BYTES = 4 * 2**20
+LONGEST_REASON = 400
+"""Characters that are said of a damaged file, at most."""
+
 EXTENSIONS: dict[str, FragmentFormat] = {"parquet": "parquet", "npz": "npz"}
+NPZ_MEMBERS = ("arr_0.npy", "arr_1.npy", "index.npy", "record.npy")
 FILENAME = re.compile(r"([0-9]{12,})-([0-9]{12,})\.([a-z]+)")
 
 
 class DamagedFragment(Exception):
-    """A file is not a whole, unchanged fragment of this run; its text says why."""
+    """A file is not a whole, unchanged fragment of this run; its text says why, in one printable line."""
+
+    def __init__(self, reason: str) -> None:
+        # It may quote the file, which may hold anything: line breaks, a terminal's commands, half a character.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason[:LONGEST_REASON]))
 
 
 class MissingFragment(DamagedFragment):
@@ -129,7 +138,15 @@ class Record:
                 raise DamagedFragment("its record does not match the record's own CRC-32")
             if body["version"] != RECORD_VERSION:
                 raise DamagedFragment(f"its record has version {body['version']}; this code reads {RECORD_VERSION}")
-            return cls(**body | {"shape": tuple(body["shape"])})
+            kinds = (("shape", tuple), ("crc32", dict), ("computed_by", dict))
+            record = cls(**body | {name: kind(body[name]) for name, kind in kinds})
+            # True equals 1 and 8.0 equals 8: of another type, a value passes for a number until it is used as one.
+            numbers = (record.start, record.stop, *record.shape, *record.crc32.values())
+            if {type(number) for number in numbers} != {int} or len(record.shape) != 3:
+                raise TypeError
+            if type(record.fingerprint) is not str or type(record.conditional) is not bool:
+                raise TypeError
+            return record
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedFragment(f"its record cannot be read ({type(error).__name__})") from error
 
@@ -224,7 +241,7 @@ def explained(name: FragmentName) -> Iterator[None]:
         raise DamagedFragment(f"it is no readable {name.format} file ({type(error).__name__})") from error
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise DamagedFragment(f"it is no readable {name.format} file ({type(error).__name__})") from error
-    except (EOFError, OverflowError, MemoryError, NotImplementedError, RuntimeError, SyntaxError) as error:
+    except (EOFError, OverflowError, MemoryError, NotImplementedError, RuntimeError, SyntaxError, TokenError) as error:
         raise DamagedFragment(f"it is no readable {name.format} file ({type(error).__name__})") from error
 
 
@@ -258,7 +275,7 @@ def check_record(record: Record, name: FragmentName, fingerprint: str | None, si
         raise DamagedFragment(
             f"its name says samples {name.start} to {name.stop}, its record {record.start} to {record.stop}"
         )
-    if len(record.shape) != 3 or not all(isinstance(n, int) and n > 0 for n in record.shape) or record.dtype != "uint8":
+    if not all(n > 0 for n in record.shape) or record.dtype != "uint8":
         raise DamagedFragment(f"its record says images of {record.dtype} {record.shape}")
     if (record.stop - record.start) * image_bytes(record) > size:
         raise DamagedFragment(f"it has {size} bytes, fewer than its images need: it was cut short")
@@ -316,7 +333,21 @@ def decode_parquet(
     rows = record.stop - record.start
     if file.metadata.num_rows != rows:
         raise DamagedFragment(f"it has {file.metadata.num_rows} rows, not {rows}")
+    check_groups(file.metadata, rows)
     return record, parquet_groups(file, record)
+
+
+def check_groups(metadata: pq.FileMetaData, rows: int) -> None:
+    """Check that the row groups hold what the file is said to hold, as it is, so that none grows while it is read."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    if sum(group.num_rows for group in groups) != rows or any(group.num_rows <= 0 for group in groups):
+        raise DamagedFragment(f"its row groups do not make {rows} rows")
+    for group in groups:
+        for column in map(group.column, range(group.num_columns)):
+            # Its codec is not asked for: where a flipped bit makes it an unknown one, Arrow aborts the process.
+            as_it_is = column.total_uncompressed_size == column.total_compressed_size
+            if not as_it_is or column.num_values != group.num_rows:
+                raise DamagedFragment(f"its column {column.path_in_schema!r} is not stored as it is")
 
 
 def parquet_groups(file: pq.ParquetFile, record: Record) -> Iterator[dict[str, np.ndarray]]:
@@ -361,10 +392,13 @@ def decode_npz(
     data: bytes, name: FragmentName, fingerprint: str | None
 ) -> tuple[Record, Iterator[dict[str, np.ndarray]]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for info in archive.infolist():
+        infos = archive.infolist()
+        if len(infos) > len(NPZ_MEMBERS) or len({info.filename for info in infos}) < len(infos):
+            raise DamagedFragment(f"its {len(infos)} members are too many, or one is there twice")
+        for info in infos:
             if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(data):
                 raise DamagedFragment(f"its member {info.filename!r} is not stored as it is")
-        members = {info.filename: archive.read(info) for info in archive.infolist()}
+        members = {info.filename: archive.read(info) for info in infos}
     if "record.npy" not in members:
         raise DamagedFragment("it holds no record: it is another program's file")
     record = Record.from_json(npy_values(members.pop("record.npy")).tobytes())

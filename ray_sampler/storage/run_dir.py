@@ -145,7 +145,7 @@ class RunDir:
         if not is_plain(filename):
             logger.warning("%s/%s holds a name that is no file's, %r; it is left alone", self.url, FRAGMENTS, filename)
             return
-        target = urllib.parse.quote(filename, safe=" ").replace(" ", "%20")[:180]
+        target = urllib.parse.quote(filename, safe=" ", errors="surrogateescape").replace(" ", "%20")[:180]
         taken = {entry.name for entry in self._store.list(REJECTED)}
         if target in taken or f"{target}.reason.txt" in taken:
             target = f"{target}.{secrets.token_hex(4)}"

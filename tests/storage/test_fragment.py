@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -20,6 +21,7 @@ from ray_sampler.storage.fragment import (
     checksums,
     decode,
     encode,
+    json_crc32,
     parquet_schema,
     read_fragment,
 )
@@ -223,6 +225,156 @@ def test_a_changed_record_does_not_match_its_own_crc():
     for key, value in (("start", 5), ("fingerprint", "x"), ("computed_by", {}), ("version", 2), ("more", 1)):
         with pytest.raises(DamagedFragment):
             Record.from_json(json.dumps(body | {key: value}))
+
+
+def resealed(record: Record, **changes: object) -> str:
+    """The record as its own attacker would write it: changed, with a CRC-32 that matches."""
+    body = {key: value for key, value in json.loads(record.to_json()).items() if key != "record_crc32"} | changes
+    return json.dumps(body | {"record_crc32": json_crc32(body)}, sort_keys=True)
+
+
+def with_record(data: bytes, format: str, text: str) -> bytes:
+    """A fragment's file with another record in it."""
+    sink = io.BytesIO()
+    if format == "parquet":
+        table = pq.read_table(io.BytesIO(data)).replace_schema_metadata({"ray_sampler": text})
+        pq.write_table(table, sink, compression="none", use_dictionary=False)
+    else:
+        with np.load(io.BytesIO(data)) as arrays:
+            np.savez(sink, **dict(arrays) | {"record": np.array(text.encode())})
+    return sink.getvalue()
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"start": 0, "stop": 8},
+        {"start": 4.0},
+        {"stop": 12.0},
+        {"start": True},
+        {"start": "4"},
+        {"start": None},
+        {"start": -4},
+        {"stop": 10**400},
+        {"shape": [True, 1, 1]},
+        {"shape": [8, 8, 3.0]},
+        {"shape": [8, 8]},
+        {"shape": [8, -8, -3]},
+        {"shape": [2**40, 2**40, 3]},
+        {"shape": "883"},
+        {"shape": None},
+        {"conditional": 1},
+        {"conditional": False},
+        {"fingerprint": 7},
+        {"fingerprint": "\ud800\x1b[2J\n" * 1000},
+        {"crc32": {}},
+        {"crc32": [1]},
+        {"crc32": {"image": float("nan")}},
+        {"crc32": {"image": "7"}},
+        {"computed_by": 3},
+        {"dtype": "float64"},
+        {"dtype": ["uint8"]},
+        {"version": "1"},
+        {"more": 1},
+    ],
+    ids=repr,
+)
+def test_a_record_of_wrong_types_or_values_is_refused_though_its_own_crc_is_right(format, changes):
+    name, data, record, samples = encoded(format)
+    assert_same(decode(with_record(data, format, resealed(record)), name, FINGERPRINT).samples, samples)
+    with pytest.raises(DamagedFragment) as caught:
+        decode(with_record(data, format, resealed(record, **changes)), name, FINGERPRINT)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= 400
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "{}", "3", '"x"', "null", '{"record_crc32": 1}', "9" * 10_000, "\ud800"]
+)
+def test_a_record_that_is_other_json_or_none_is_refused(text):
+    with pytest.raises(DamagedFragment):
+        Record.from_json(text.encode("utf-8", "surrogatepass"))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [{"compression": "zstd"}, {"compression": "snappy"}, {"use_dictionary": True, "compression": "gzip"}],
+    ids=str,
+)
+def test_compressed_columns_are_refused_which_could_grow_without_bound(written):
+    name, data, *_ = encoded("parquet")
+    sink = io.BytesIO()
+    pq.write_table(pq.read_table(io.BytesIO(data)), sink, **written)
+    with pytest.raises(DamagedFragment, match="not stored as it is"):
+        decode(sink.getvalue(), name, FINGERPRINT)
+
+
+def npy(header: str, values: bytes = b"") -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode("latin1") + values
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy("{'descr': '|u1', 'fortran_order': False, 'shape': (" + "9" * 30 + ",), }\n"),
+        npy("{'descr': '|O', 'fortran_order': False, 'shape': (), }\n", b"cos\nsystem\n"),
+        npy("{'descr': '|V0', 'fortran_order': False, 'shape': (5,), }\n"),
+        npy("{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 3), }\n", b"abcdef"),
+        npy("{'descr': '|u1', 'fortran_order': True, 'shape': (2, 3), }\n", b"abcdef"),
+        npy("{'descr': [('a', '|u1')], 'fortran_order': False, 'shape': (3,), }\n", b"abc"),
+        npy("(" * 5000),
+        npy("-" * 5000 + "1"),
+        npy("'''"),
+        npy("{'descr': (\n"),
+        npy("__import__('os').system('true')\n"),
+        npy("\xff\xfe"),
+        b"\x93NUMPY\x02\x00",
+        b"",
+    ],
+    ids=range(14),
+)
+@pytest.mark.parametrize("member", ["record.npy", "arr_0.npy", "index.npy"])
+@pytest.mark.filterwarnings("ignore")  # numpy's, of headers that Python 2 might have written
+def test_a_member_of_an_npz_with_a_hostile_header_is_refused(member, content):
+    name, data, *_ = encoded("npz")
+    sink = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as whole, zipfile.ZipFile(sink, "w") as changed:
+        for other in whole.namelist():
+            changed.writestr(other, content if other == member else whole.read(other))
+    with pytest.raises(DamagedFragment):
+        decode(sink.getvalue(), name, FINGERPRINT)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_npz_with_a_member_twice_is_refused():
+    name, data, *_ = encoded("npz")
+    for member in ("record.npy", "arr_0.npy", "arr_1.npy", "index.npy"):
+        sink = io.BytesIO(data)
+        with zipfile.ZipFile(sink, "a") as archive:
+            archive.writestr(member, archive.read(member))
+        with pytest.raises(DamagedFragment, match="twice"):
+            decode(sink.getvalue(), name, FINGERPRINT)
+
+
+def test_an_npz_whose_members_overlap_thousands_of_times_takes_no_memory():
+    """Each entry of the directory may name the same megabyte: together they would be gigabytes."""
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        archive.writestr("arr_0.npy", bytes(2**20))
+        for i in range(5000):
+            info = zipfile.ZipInfo(f"{i}.npy")
+            first = archive.filelist[0]
+            info.file_size, info.compress_size, info.CRC = first.file_size, first.compress_size, first.CRC
+            info.header_offset = first.header_offset
+            archive.filelist.append(info)
+        archive._didModify = True  # type: ignore[attr-defined] # so that the directory is written
+    tracemalloc.start()
+    with pytest.raises(DamagedFragment, match="too many"):
+        decode(sink.getvalue(), FragmentName(0, 1, "npz"), None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * 2**20
 
 
 def test_a_record_says_the_crc_of_every_column():
