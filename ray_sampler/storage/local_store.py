@@ -44,11 +44,32 @@ class LocalStore:
         except OSError as error:
             raise local_failure(error, action, f"{self.url}/{path}".rstrip("/")) from error
 
+    def _inside(self, folder: str) -> Path:
+        """A folder of this one, or itself.
+
+        A link on the way would lead elsewhere, where whoever may write here could have files read, moved and replaced.
+
+        Raises:
+            RequestError: there is one.
+        """
+        place = self.root
+        for name in Path(folder).parts:
+            place /= name
+            if name == ".." or place.is_symlink():
+                raise RequestError(
+                    f"{place} is a link; a run's folders must be its own: put a folder there, or choose another output"
+                )
+        return place
+
+    def _file(self, path: str) -> Path:
+        folder, _, name = path.rpartition("/")
+        return self._inside(folder) / name
+
     def read(self, path: str) -> bytes | None:
         with self._explained("read", path):
             try:
                 # A link is another file's name: whoever put it there decides what is read.
-                descriptor = os.open(self.root / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                descriptor = os.open(self._file(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             except (FileNotFoundError, NotADirectoryError):
                 return None
             with os.fdopen(descriptor, "rb") as file:
@@ -59,7 +80,7 @@ class LocalStore:
             file.write(data)
 
     def create(self, path: str, data: bytes) -> bool:
-        target = self.root / path
+        target = self._file(path)
         with self._explained("write", path):
             temporary = self._temporary(target)
             try:
@@ -86,7 +107,7 @@ class LocalStore:
     def list(self, path: str) -> list[Entry]:
         with self._explained("list", path):
             try:
-                with os.scandir(self.root / path) as entries:
+                with os.scandir(self._inside(path)) as entries:
                     return [
                         Entry(
                             entry.name,
@@ -101,12 +122,13 @@ class LocalStore:
 
     def move(self, source: str, target: str) -> None:
         with self._explained("move", source):
-            (self.root / target).parent.mkdir(parents=True, exist_ok=True)
+            old, new = self._file(source), self._file(target)
+            new.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                os.replace(self.root / source, self.root / target)
+                os.replace(old, new)
 
     def remove(self, path: str) -> None:
-        target = self.root / path
+        target = self._file(path)
         with self._explained("delete", path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if stat.S_ISDIR(target.lstat().st_mode):
                 shutil.rmtree(target)
@@ -115,7 +137,7 @@ class LocalStore:
 
     @contextlib.contextmanager
     def stage(self, path: str, size: int) -> Iterator[StagedFile]:
-        target = self.root / path
+        target = self._file(path)
         with self._explained("write", path):
             temporary = self._temporary(target)
             file = open(temporary, "xb")  # noqa: SIM115 - it outlives this block
@@ -150,12 +172,15 @@ class LocalStore:
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[IO[bytes]]:
-        with open(self.root / path, "rb") as file:
+        target = self._file(path)
+        if target.is_symlink():
+            raise FileNotFoundError(f"{target} is a link")
+        with open(target, "rb") as file:
             yield file
 
     def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
         with self._explained("clean", folder), contextlib.suppress(FileNotFoundError):
-            with os.scandir(self.root / folder) as entries:
+            with os.scandir(self._inside(folder)) as entries:
                 unfinished = [entry.path for entry in entries if is_unfinished(entry.name)]
             for name in unfinished:
                 with contextlib.suppress(FileNotFoundError):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from ray_sampler.config import RequestError, RunError
+from ray_sampler.config import RequestError, RunError, fingerprint
 from ray_sampler.storage.connect import open_store
 from ray_sampler.storage.fragment import (
     DamagedFragment,
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 RUN = "run.json"
 FRAGMENTS = "fragments"
 REJECTED = "rejected"
+RUN_KINDS = {"fingerprint": str, "identity": dict, "num_samples": int, "labelled": bool, "settings": dict}
 PROBE = ".probe"
 PROBE_SECONDS = 3600.0
 PICTURES = ("preview.png", "summary.json", "report.html")
@@ -83,14 +84,14 @@ class RunDir:
             return None
         try:
             run = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             run = None
-        if not isinstance(run, dict):
+        if not is_whole(run):
             raise RunError(
                 f"{self.url}/{RUN} is not whole; delete that file alone and run the same command again, "
                 "which keeps every finished sample"
             )
-        return run
+        return dict(run)
 
     def create_run(self, run: Mapping[str, Any]) -> dict[str, Any]:
         """Write run.json unless there is one, and return what stands there: this one, or a rival's."""
@@ -226,6 +227,22 @@ class RunDir:
         if RUN in names:
             self._store.clear_abandoned("", seconds=0)
             self._store.remove(RUN)
+
+
+def is_whole(run: Any) -> bool:
+    """Whether what was read as run.json is an object, and says of a run, if of any, what it must, unchanged."""
+    if not isinstance(run, dict):
+        return False
+    if not run.keys() & {"fingerprint", "identity"}:
+        return True  # another program's; whoever asks for a run finds none in it
+    shape = run.get("image_shape")
+    return (
+        all(type(run.get(name)) is kind for name, kind in RUN_KINDS.items())
+        and fingerprint(run["identity"]) == run["fingerprint"]
+        and isinstance(shape, list)
+        and len(shape) == 3
+        and all(type(n) is int and n > 0 for n in (*shape, run["num_samples"]))
+    )
 
 
 def run_json(run: Mapping[str, Any]) -> bytes:

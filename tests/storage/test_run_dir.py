@@ -18,10 +18,11 @@ import botocore.exceptions
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ray_sampler.config import RequestError, RunError
+from ray_sampler.config import RequestError, RunError, fingerprint
 from ray_sampler.storage import object_store
 from ray_sampler.storage.fragment import DamagedFragment, FragmentName
 from ray_sampler.storage.run_dir import RunDir
+from ray_sampler.storage.verify import verify
 from tests.faults.servers import KEY, SECRET
 from tests.faults.servers import client as s3_client
 from tests.storage.fill import FINGERPRINT, fill
@@ -91,12 +92,63 @@ def test_a_later_rival_gets_what_stands_there(output):
     assert RunDir(output).create_run({"rival": 1}) == {"rival": 0}
 
 
-def test_a_run_json_cut_short_is_refused_with_the_remedy(output):
-    run_dir = RunDir(output)
-    for content in (b"", b'{"seed": 1', b"[1]", b"\xff"):
-        run_dir.write_file("run.json", content)
+def whole_run() -> dict[str, object]:
+    identity = {"seed": 1, "sigma_max": 80.0}
+    return {
+        "fingerprint": fingerprint(identity),
+        "identity": identity,
+        "image_shape": [8, 8, 3],
+        "labelled": True,
+        "num_samples": 40,
+        "settings": {"model": "x"},
+    }
+
+
+def test_a_run_json_cut_short_at_any_length_or_changed_in_any_byte_is_refused_or_means_the_same(tmp_path):
+    run_dir = RunDir(str(tmp_path))
+    assert run_dir.create_run(whole_run()) == whole_run()
+    data = (tmp_path / "run.json").read_bytes()
+    cut = [data[:length] for length in range(len(data) - 1)]  # the line's end is all that may be missing
+    others = [b"[1]", b"7", b"null", b'"x"', b"\xff", b"[" * 100_000, b"NaN", data + data]
+    for content in [*cut, *others]:
+        (tmp_path / "run.json").write_bytes(content)
         with pytest.raises(RunError, match=r"delete that file alone"):
             run_dir.read_run()
+    for i in range(len(data)):
+        (tmp_path / "run.json").write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
+        try:
+            run = run_dir.read_run()
+        except RunError:
+            continue
+        # What no samples depend on may be changed by hand, as num_samples is when a run grows.
+        assert run is not None
+        assert (run["fingerprint"], run["identity"]) == (whole_run()["fingerprint"], whole_run()["identity"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fingerprint": "ab" * 32},
+        {"fingerprint": None},
+        {"identity": {"seed": 2}},
+        {"identity": [1]},
+        {"identity": None},
+        {"num_samples": "40"},
+        {"num_samples": True},
+        {"num_samples": -1},
+        {"image_shape": [8, 8]},
+        {"image_shape": 8},
+        {"labelled": None},
+        {"settings": []},
+    ],
+    ids=str,
+)
+def test_a_run_json_that_contradicts_itself_is_refused(tmp_path, change):
+    run_dir = RunDir(str(tmp_path))
+    run_dir.create_run(whole_run())
+    run_dir.replace_run(whole_run() | change)
+    with pytest.raises(RunError, match=r"delete that file alone"):
+        run_dir.read_run()
 
 
 def test_what_is_no_fragment_is_foreign_and_never_followed(tmp_path):
@@ -279,6 +331,91 @@ def test_delete_follows_no_link(tmp_path):
     (tmp_path / "run" / "fragments").symlink_to(tmp_path / "elsewhere")
     run_dir.delete()
     assert (tmp_path / "elsewhere" / "kept").exists()
+
+
+@pytest.mark.parametrize("folder", ["fragments", "rejected", ".probe"])
+def test_a_link_in_place_of_a_folder_leads_nowhere(tmp_path, folder):
+    """Who may write to a shared directory must not have another user's run write, move or read elsewhere."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / NAME.filename).write_text("theirs")
+    (outside / "driver").write_text("theirs")
+    run_dir = RunDir(str(tmp_path / "run"))
+    fill(run_dir, [] if folder == "fragments" else [NAME])
+    run_dir.create_run({})
+    (tmp_path / "run" / folder).symlink_to(outside)
+    requests = {
+        "fragments": (
+            lambda: run_dir.write_fragment(NAME, b"x"),
+            lambda: run_dir.read_fragment(NAME, None),
+            run_dir.fragments,
+            lambda: run_dir.reject(NAME.filename, "x"),
+            lambda: run_dir._store.clear_abandoned("fragments"),
+        ),
+        "rejected": (lambda: run_dir.reject(NAME.filename, "x"),),
+        ".probe": (lambda: run_dir.probe_write("driver"), lambda: run_dir.probe_seen("driver"), run_dir.probes_clear),
+    }
+    for request in requests[folder]:
+        with pytest.raises(RequestError, match="is a link"):
+            request()
+    assert {path.name: path.read_text() for path in outside.iterdir()} == {NAME.filename: "theirs", "driver": "theirs"}
+    if folder == "rejected":
+        assert run_dir.fragments().fragments == [NAME]
+
+
+def test_a_link_in_place_of_a_file_is_replaced_and_what_it_names_stays(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"theirs")
+    run_dir = RunDir(str(tmp_path / "run"))
+    run_dir.create_run({})
+    archive = "samples_1x1x1x1.npz"
+    for name in (archive, "preview.png", "summary.json"):
+        (tmp_path / "run" / name).symlink_to(outside)
+        assert not run_dir.has(name)
+    with pytest.raises(FileNotFoundError), run_dir.open_file(archive):
+        pass
+    with run_dir.stage_archive(archive) as file:
+        file.write(b"ours")
+    run_dir.write_file("preview.png", b"ours")
+    assert run_dir.read_file("preview.png") == run_dir.read_file(archive) == b"ours"
+    with pytest.raises(RunError):
+        run_dir.read_file("summary.json")
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "run" / "run.json").symlink_to(outside)
+    with pytest.raises(RunError):
+        run_dir.create_run({})
+    assert outside.read_bytes() == b"theirs"
+
+
+def test_keys_that_no_folder_could_hold_are_left_where_they_are(moto):
+    """In a bucket, fragments/../run.json is a key like any other, and no path."""
+    prefix = uuid.uuid4().hex
+    run_dir = RunDir(f"s3://samples/{prefix}")
+    run_dir.create_run({"seed": 1})
+    fill(run_dir, [NAME])
+    client = s3_client(moto)
+    odd = [f"{prefix}/fragments/../run.json", f"{prefix}/fragments//{NAME.filename}", f"{prefix}/fragments/./x"]
+    for key in odd:
+        client.put_object(Bucket="samples", Key=key, Body=b"theirs")
+    client.put_object(Bucket="samples", Key=f"{prefix}/fragments/sub/x", Body=b"theirs")
+    listing = run_dir.fragments()
+    assert listing.fragments == [NAME]
+    assert listing.foreign == [".", "..", "sub"]
+    verify(run_dir, FINGERPRINT)
+    assert run_dir.read_run() == {"seed": 1}
+    keys = {entry["Key"] for entry in client.list_objects_v2(Bucket="samples", Prefix=prefix)["Contents"]}
+    assert {*odd, f"{prefix}/run.json", f"{prefix}/rejected/sub/x"} <= keys
+    assert all(key.startswith(f"{prefix}/") for key in keys)
+
+
+def test_a_file_name_of_any_bytes_is_set_aside(tmp_path):
+    run_dir = RunDir(str(tmp_path))
+    fill(run_dir, [NAME])
+    for name in (b"\xff\xfe.parquet", b"line\nbreak", b"\x1b[2J", b"%2e%2e%2frun.json", b"x" * 255, "ü".encode() * 120):
+        (tmp_path / "fragments" / os.fsdecode(name)).write_bytes(b"x")
+    assert len(verify(run_dir, FINGERPRINT).rejected) == 6
+    assert run_dir.fragments()[:2] == ([NAME], [])
+    assert len(list((tmp_path / "rejected").iterdir())) == 12
 
 
 def test_relative_paths_are_made_absolute(tmp_path, monkeypatch):
