@@ -28,7 +28,9 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Kind = Literal["403", "500", "503", "reset", "reset upload", "lost", "truncated", "stall", "slow"]
+Kind = Literal[
+    "403", "500", "503", "reset", "reset upload", "lost", "truncated", "stall", "slow", "refused deletions"
+]  # fmt: skip
 """How a request fails:
 
 403, 500, 503: it is refused with this status and S3's words for it; the server never sees it.
@@ -38,12 +40,13 @@ lost: the server does what was asked, and the connection is reset before the ans
 truncated: the answer ends in the middle, the connection closed as if it were whole.
 stall: the answer halts in the middle, for `seconds`, then the connection is reset.
 slow: the answer is right and comes after `seconds`.
+refused deletions: a request to delete many is answered with success, and a refusal of each; no other request fails.
 
 The middle of an answer without a body is before its first byte.
 """
 
 WORDS = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
-LISTINGS = ("ListObjectsV2", "ListObjects", "ListMultipartUploads")
+REFUSED_DELETIONS = b"<DeleteResult><Error><Key>x</Key><Code>AccessDenied</Code></Error></DeleteResult>"
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 
@@ -140,7 +143,8 @@ class FaultProxy:
             self.requests[operation] += 1
             drawn = None
             for i, fault in enumerate(self._faults):
-                if fault.operations is not None and operation not in fault.operations:
+                operations = ("DeleteObjects",) if fault.kind == "refused deletions" else fault.operations
+                if operations is not None and operation not in operations:
                     continue
                 self._matched[i] += 1
                 due = fault.first <= self._matched[i] and (fault.last is None or self._matched[i] <= fault.last)
@@ -183,6 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
                 word = WORDS[fault.kind]
                 text = f"<?xml version='1.0'?><Error><Code>{word}</Code><Message>{word}</Message></Error>".encode()
                 self._answer(int(fault.kind), [("Content-Type", "application/xml")], text)
+            case "refused deletions":
+                self._answer(200, [("Content-Type", "application/xml")], REFUSED_DELETIONS)
             case "lost":
                 self._forward(body)
                 self._reset()
