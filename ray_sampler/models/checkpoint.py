@@ -64,11 +64,13 @@ def _fetch(url: str, target: Path, shown: str) -> Path:
     except FileNotFoundError:
         raise RequestError(f"--model is {shown}; no such file can be reached") from None
     except Exception as error:  # each filesystem has exceptions of its own
-        reason = str(error).replace(url, shown).strip().partition("\n")[0]
+        # The address may be spelled anew in it, signature and all: %2F becomes a slash.
+        said = re.sub(r"[\w+.-]+://[^\s'\"]+", shown, str(error).replace(url, shown))
+        reason = said.strip().partition("\n")[0]
         raise RequestError(
             f"--model is {shown}; it cannot be read ({type(error).__name__}: {reason}); "
             "check its address and your credentials"
-        ) from error
+        ) from None
     require(info["type"] == "file", f"--model is {shown}, a directory; name the checkpoint file in it")
     size = info.get("size")
     require(

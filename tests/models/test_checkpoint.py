@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import io
 import os
 import pickle
+import tarfile
+import threading
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +212,59 @@ def test_an_error_holds_no_credential_of_the_url() -> None:
         message = refusal(f"{scheme}://user:very-secret@127.0.0.1:9/w.pt?sig=very-secret")
         assert "very-secret" not in message
         assert "127.0.0.1:9/w.pt" in message
+
+
+class Forbidding(BaseHTTPRequestHandler):
+    """A server that tells a file's size and gives it to nobody, as one does whose signed URL has expired."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "5")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_error(403)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_an_error_that_quotes_the_url_in_another_spelling_holds_no_credential_of_it() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forbidding) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"127.0.0.1:{server.server_port}"
+        for query in ("sig=very-secret", "sig=very-secret%2Fa%3D%2b", "a=b c&sig=very-secret%7E", "sig=%76ery-secret"):
+            url = f"http://user:very-secret@{host}/w.pt?{query}"
+            with pytest.raises(RequestError) as caught:
+                load_checkpoint(url)
+            assert "ClientResponseError: 403" in str(caught.value)
+            assert f"http://{host}/w.pt" in str(caught.value)
+            assert "ery-secret" not in str(caught.value)
+            assert caught.value.__suppress_context__  # nor does a traceback show the error that quotes it
+        server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip with another pickle", "zip with code"])
+def test_pickles_in_archives_of_older_or_made_up_layouts_never_run(kind: str, tmp_path: Path) -> None:
+    marker = tmp_path / "it-ran"
+    code = pickle.dumps(Code(os.mkdir, str(marker)), 2)
+    path = tmp_path / "w.pt"
+    if kind == "tar":  # torch's first layout: it unpickles members of these names
+        with tarfile.open(path, "w") as archive:
+            for name in ("sys_info", "pickle", "tensors", "storages"):
+                info = tarfile.TarInfo(name)
+                info.size = len(code)
+                archive.addfile(info, io.BytesIO(code))
+    else:
+        torch.save({"w": torch.zeros(3)}, path)
+        with zipfile.ZipFile(path, "a") as archive:
+            if kind == "zip with code":  # what TorchScript keeps its programs in
+                archive.writestr("w/constants.pkl", code)
+                archive.writestr("w/code/__torch__.py", f"import os; os.mkdir({str(marker)!r})")
+            archive.writestr("w/extra/data.pkl", code)
+    with contextlib.suppress(RequestError):  # what is not read may lie there
+        load_checkpoint(str(path))
+    assert not marker.exists()
 
 
 def test_the_hash_of_weights_is_the_same_in_every_version() -> None:
