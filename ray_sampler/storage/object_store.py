@@ -98,6 +98,9 @@ NO_KEY_KINDS = {
     "GoogleAuthError",
     "ProfileNotFound",
 }
+INVALID_KINDS = {"ValueError", "ParamValidationError", "EndpointResolutionError"}
+"""Of what was refused before it was sent; botocore gives some of it as a bare ValueError, with the address in it."""
+
 NO_BUCKET_CODES = {"NoSuchBucket", "ContainerNotFound"}
 
 Result = TypeVar("Result")
@@ -106,7 +109,7 @@ Result = TypeVar("Result")
 def families() -> tuple[type[BaseException], ...]:
     """The exceptions by which the loaded stores report a failure."""
     loaded = ((sys.modules.get(module), name) for module, name in FAMILIES)
-    return (OSError, *(getattr(module, name) for module, name in loaded if module is not None))
+    return (OSError, ValueError, *(getattr(module, name) for module, name in loaded if module is not None))
 
 
 def kinds(error: BaseException) -> set[str]:
@@ -153,6 +156,11 @@ def failure(error: BaseException, action: str, url: str) -> RequestError | RunEr
     word = code(error)
     if word in NO_BUCKET_CODES:
         return RequestError(f"cannot {action} {url}: its bucket does not exist; create it or correct the URL")
+    if kinds(error) & INVALID_KINDS:
+        return RequestError(
+            f"cannot {action} {url}: the bucket's name or the store's address is invalid; "
+            "correct the URL or the endpoint, neither of which may hold a credential"
+        )
     if kinds(error) & NO_KEY_KINDS:
         return RequestError(
             f"cannot {action} {url}: no credentials were found; set them in the environment or a profile"

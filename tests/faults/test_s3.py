@@ -293,3 +293,27 @@ def test_a_server_that_is_not_there_is_one_sentence(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(RunError, match="EndpointConnectionError"):
         RunDir(f"s3://{BUCKET}/x").read_run()
     assert caplog.text.count("follows in") == object_store.ATTEMPTS - 1
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["http://user:planted-password@127.0.0.1:9", "user:planted-password@host", "http://[::1", "http://"]
+)
+@pytest.mark.parametrize(
+    "url", [f"s3://PLANTEDKEY:planted/secret@{BUCKET}/run", f"s3://{BUCKET}/run", "s3://no bucket!/run"]
+)
+def test_a_credential_in_an_address_is_refused_and_never_shown(url: str, endpoint: str, monkeypatch, caplog):
+    monkeypatch.setattr(object_store, "BACKOFF_S", 0.02)
+    use_endpoint(monkeypatch, endpoint)
+    run_dir = RunDir(url)
+    for request in (
+        run_dir.read_run,
+        run_dir.fragments,
+        lambda: run_dir.create_run({}),
+        lambda: write_archive(run_dir, []),
+    ):
+        with pytest.raises((RequestError, RunError)) as caught:
+            request()
+        assert caught.value.__suppress_context__
+        shown = f"{caught.value} {run_dir!r} {caplog.text}".lower()
+        assert "planted" not in shown
+        assert SECRET not in shown
