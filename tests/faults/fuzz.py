@@ -9,7 +9,6 @@ import random
 import resource
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,7 +89,6 @@ def attack(format: FragmentFormat, seed: int, count: int) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # numpy's, of headers that Python 2 might have written
     decode(encode(make_samples(0, 1), "f", {}, "parquet")[0], FragmentName(0, 1, "parquet"), None)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM_BYTES,) * 2)

@@ -225,27 +225,30 @@ def test_a_staged_archive_is_there_after_a_clean_exit_only(output):
 
 def test_abandoned_multipart_uploads_are_aborted(moto, monkeypatch):
     client = s3_client(moto)
-    run_dir = RunDir(f"s3://samples/{uuid.uuid4().hex}")
+    prefix = uuid.uuid4().hex
+    run_dir = RunDir(f"s3://samples/{prefix}")
     begun = []
+
+    def uploads():
+        return client.list_multipart_uploads(Bucket="samples", Prefix=prefix).get("Uploads", [])
 
     def chunks():
         for _ in range(20):
             yield b"x" * 2**20
-        begun.extend(client.list_multipart_uploads(Bucket="samples").get("Uploads", []))
+        begun.extend(uploads())
 
     with pytest.raises(ValueError, match="stop"):
         stage_and_raise(run_dir, chunks(), ValueError("stop"))
     assert len(begun) == 1
     gc.collect()
-    assert client.list_multipart_uploads(Bucket="samples").get("Uploads", []) == []
-    prefix = str(run_dir._store.root).partition("/")[2]
+    assert uploads() == []
     # This server dates every upload 2010.
     client.create_multipart_upload(Bucket="samples", Key=f"{prefix}/samples_9x1x1x1.npz")
     client.create_multipart_upload(Bucket="samples", Key=f"{prefix}-other/samples_9x1x1x1.npz")
     run_dir._store.clear_abandoned("", seconds=2e9)
-    assert len(client.list_multipart_uploads(Bucket="samples")["Uploads"]) == 2
+    assert len(uploads()) == 2
     run_dir._store.clear_abandoned("", seconds=86400)
-    left = client.list_multipart_uploads(Bucket="samples")["Uploads"]
+    left = uploads()
     assert [upload["Key"] for upload in left] == [f"{prefix}-other/samples_9x1x1x1.npz"]
     client.abort_multipart_upload(Bucket="samples", Key=left[0]["Key"], UploadId=left[0]["UploadId"])
 
