@@ -16,6 +16,7 @@ from ray_sampler.config import Architecture
 
 GROUPS = 32
 MAX_PERIOD = 10_000.0
+ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -37,12 +38,27 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(input.float()).to(input.dtype)
 
 
+class Convolution(nn.Conv2d):
+    """A convolution that always takes oneDNN's kernel for float32 on a CPU.
+
+    Where one thread computes a batch of less than 16, torch chooses a gather and a matrix product, half as fast.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        chosen = ONEDNN and input.device.type == "cpu" and input.dtype == torch.float32 and not torch.is_grad_enabled()
+        if chosen and not isinstance(self.padding, str):
+            return torch.mkldnn_convolution(
+                input, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
+            )
+        return super().forward(input)
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Convolution(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(double(x))
@@ -53,7 +69,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.op = Convolution(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
@@ -81,18 +97,20 @@ class ResBlock(nn.Module):
         super().__init__()
         self.resample = resample
         self.scale_shift = arch.use_scale_shift_norm
-        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            GroupNorm(channels), nn.SiLU(inplace=True), Convolution(channels, out_channels, 3, padding=1)
+        )
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(arch.embedding_channels, out_channels * (2 if self.scale_shift else 1))
         )
         self.out_layers = nn.Sequential(
             GroupNorm(out_channels),
-            nn.SiLU(),
+            nn.SiLU(inplace=True),
             nn.Dropout(arch.dropout),
-            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zeroed(Convolution(out_channels, out_channels, 3, padding=1)),
         )
         same = channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+        self.skip_connection = nn.Identity() if same else Convolution(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm_in, silu_in, conv_in = self.in_layers
@@ -104,12 +122,12 @@ class ResBlock(nn.Module):
         norm_out, *activate_and_convolve = self.out_layers
         if self.scale_shift:
             scale, shift = shift.chunk(2, dim=1)
-            h = norm_out(h) * (1 + scale) + shift
+            h = torch.addcmul(shift, norm_out(h), 1 + scale)
         else:
             h = norm_out(h + shift)
         for layer in activate_and_convolve:
             h = layer(h)
-        return self.skip_connection(x) + h
+        return h.add_(self.skip_connection(x))
 
 
 class AttentionBlock(nn.Module):
@@ -119,8 +137,8 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = GroupNorm(channels)
-        self.qkv = nn.Conv2d(channels, channels * 3, 1)
-        self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
+        self.qkv = Convolution(channels, channels * 3, 1)
+        self.proj_out = zeroed(Convolution(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
@@ -128,7 +146,7 @@ class AttentionBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         a = F.scaled_dot_product_attention(q, k, v)
         a = a.transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2)
-        return x + self.proj_out(a)
+        return self.proj_out(a).add_(x)
 
 
 class Block(nn.Sequential):
@@ -161,7 +179,7 @@ class UNet(nn.Module):
             return AttentionBlock(channels, arch.heads_at(channels, heads))
 
         first = channels = int(multipliers[0] * width)
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(arch.in_channels, channels, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Block(Convolution(arch.in_channels, channels, 3, padding=1))])
         skips = [channels]
         for level, multiplier in enumerate(multipliers):
             for _ in range(arch.num_res_blocks):
@@ -194,7 +212,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(Block(*layers))
 
         self.out = nn.Sequential(
-            GroupNorm(channels), nn.SiLU(), zeroed(nn.Conv2d(first, arch.out_channels, 3, padding=1))
+            GroupNorm(channels), nn.SiLU(inplace=True), zeroed(Convolution(first, arch.out_channels, 3, padding=1))
         )
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
