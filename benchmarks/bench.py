@@ -22,7 +22,7 @@ from table import HEADINGS, Row, read_report
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results" / "latest.json", HERE / "README.md"
 BEGIN, END = "<!-- results: written by make bench -->", "<!-- end of results -->"
-NO_PROGRAMS = {"bench", "table"}
+NO_PROGRAMS = {"bench", "table", "textbook"}
 PACKAGES = ("torch", "ray", "numpy", "pyarrow", "fsspec")
 
 
