@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 
 from ray_sampler.config import Architecture, Compile, Precision, Sampling
-from ray_sampler.models.checkpoint import build, fit
-from ray_sampler.models.presets import BUNDLED, IMAGENET64, open_weights
+from ray_sampler.models.checkpoint import build, fit, open_weights
+from ray_sampler.models.presets import BUNDLED, IMAGENET64
 from ray_sampler.models.unet import UNet
 from ray_sampler.sampling.engine import Engine
 from ray_sampler.sampling.labels import LabelRule

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from ray_sampler.cli import main
 from ray_sampler.config import Architecture, RequestError, Run, RunConfig
 from ray_sampler.models import presets
-from ray_sampler.models.checkpoint import weights_hash
-from ray_sampler.models.presets import BUNDLED, PRESETS, open_weights, settings_for
+from ray_sampler.models.checkpoint import open_weights, weights_hash
+from ray_sampler.models.presets import BUNDLED, PRESETS, settings_for
 from ray_sampler.models.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,8 +21,8 @@ from ray_sampler.config import (
     redact,
     require,
 )
-from ray_sampler.models.checkpoint import fit, weights_hash
-from ray_sampler.models.presets import open_weights, settings_for
+from ray_sampler.models.checkpoint import fit, open_weights, weights_hash
+from ray_sampler.models.presets import settings_for
 from ray_sampler.sampling.labels import LabelRule, listed_labels
 from ray_sampler.storage.label_file import read_labels
 from ray_sampler.storage.run_dir import RunDir

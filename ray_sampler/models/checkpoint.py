@@ -8,6 +8,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Mapping
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ray_sampler.config import Architecture, Precision, RequestError, redact, require
+from ray_sampler.models.presets import BUNDLED
 from ray_sampler.models.unet import UNet
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -26,6 +28,14 @@ NAMED = 3
 """How many offending tensors an error names."""
 
 State = dict[str, Tensor]
+
+
+def open_weights(weights: str) -> State:
+    """The state dict of a bundled model's name, or of a path or URL; see `load_checkpoint`."""
+    if weights not in BUNDLED:
+        return load_checkpoint(weights)
+    with as_file(files("ray_sampler.models") / "digits" / BUNDLED[weights].file) as path:
+        return load_checkpoint(str(path))
 
 
 def load_checkpoint(url: str) -> State:

@@ -5,14 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import PurePosixPath
 from typing import Any
 
-from torch import Tensor
-
 from ray_sampler.config import RequestError, RunConfig, redact, require
-from ray_sampler.models.checkpoint import load_checkpoint
 
 PUBLISHED_AT = "https://openaipublic.blob.core.windows.net/consistency/"
 DEFAULT_MODEL = "digits"
@@ -189,11 +185,3 @@ def settings_for(config: RunConfig) -> tuple[str, dict[str, Any]]:
 def _known(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), cutoff=0.5)
     return f"the closest is {' or '.join(close)}" if close else f"it must be one of {', '.join(names)}"
-
-
-def open_weights(weights: str) -> dict[str, Tensor]:
-    """The state dict of a bundled model's name, or of a path or URL; see `load_checkpoint`."""
-    if weights not in BUNDLED:
-        return load_checkpoint(weights)
-    with as_file(files("ray_sampler.models") / "digits" / BUNDLED[weights].file) as path:
-        return load_checkpoint(str(path))
