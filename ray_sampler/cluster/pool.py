@@ -31,6 +31,10 @@ SILENCE_FACTOR = 10
 START_FACTOR = 3
 """A start may take so many times that long: networks are compiled in it."""
 
+START_S = 180.0
+"""And so many seconds at least: Ray 2.60 gives actors to a frozen node until it declares it dead, and only then
+gives them elsewhere."""
+
 BROKEN_AFTER = 2
 """Shards in a row that raise on an actor before it is replaced: its device may be broken, and theirs not the fault."""
 
@@ -147,13 +151,10 @@ class Pool:
         return sum(member.node_id is None for member in self.members)
 
     def look_around(self) -> None:
-        """Learn where actors are and which nodes are about to go; actors with nothing to do leave those.
-
-        Ray 2.60 gives an actor's address only once it has its resources.
-        """
+        """Learn where actors are and which nodes are about to go; actors with nothing to do leave those."""
         self.draining = draining_nodes()
         for member in self.members:
-            if member.node_id is None and (node_id := place_of(member.handle._actor_id.hex())):
+            if not member.info and (node_id := place_of(member.handle._actor_id.hex())) != member.node_id:
                 member.node_id = node_id
                 member.work_begins()
         for member in [m for m in self.members if m.node_id in self.draining and not m.tasks]:
@@ -298,9 +299,9 @@ class Pool:
                     events.append(self._lose(member, f"no sign of progress for {limit:.0f} s", guilty=True))
                 elif silence > limit / 4:
                     self._feel_pulse(member)
-            elif member.node_id and not member.info and silence > START_FACTOR * limit:
+            elif member.node_id and not member.info and silence > max(START_S, START_FACTOR * limit):
                 self.remove(member)
-                events.append(StartFailed(f"no sign of it for {START_FACTOR * limit:.0f} s", guilty=True))
+                events.append(StartFailed(f"no sign of it for {silence:.0f} s", guilty=True))
         return events
 
     def _feel_pulse(self, member: Member) -> None:
@@ -323,9 +324,12 @@ def went_with_its_node(error: RayError, member: Member) -> bool:
 
 
 def place_of(actor_id: str) -> str | None:
-    """The id of the node that an actor was given, None where it waits for one."""
-    address = (cluster_state.actor_table(actor_id) or {}).get("Address", {})
-    return address.get("NodeID") if address.get("IPAddress") else None
+    """The id of the node on which an actor has its resources and a process, None where it waits for them.
+
+    In Ray 2.60 an actor that queues at a node has its address, but no process yet.
+    """
+    actor = cluster_state.actor_table(actor_id) or {}
+    return actor["Address"]["NodeID"] if actor.get("Pid") else None
 
 
 def draining_nodes() -> set[str]:

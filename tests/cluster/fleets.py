@@ -12,12 +12,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from ray._private.state import GlobalState
-from ray._raylet import GcsClientOptions  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +86,7 @@ class Fleet:
         )  # fmt: skip
 
     def close(self) -> None:
+        self.cluster.global_state.disconnect()  # a client that outlives the head ends this process
         for node in [*self.workers, self.cluster.head_node]:
             self.cluster.remove_node(node, allow_graceful=False)
 
@@ -97,22 +97,25 @@ def send(sent: signal.Signals, processes: list[psutil.Process]) -> None:
             process.send_signal(sent)
 
 
-def state_of(address: str) -> GlobalState:
-    """What a cluster says of itself, without joining it."""
-    state = GlobalState()
-    state._initialize_global_state(
-        GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
-    )
-    return state
+@dataclass
+class Autoscaled:
+    """A head with an autoscaler, whose nodes are all processes below it."""
 
+    address: str
+    head: psutil.Process
 
-def workers_of(state: GlobalState) -> int:
-    return sum(entry["Alive"] for entry in state.node_table()) - 1
+    def nodes(self) -> int:
+        """How many there are, the head among them. A Ray client in this process would end it when the head goes."""
+        raylets = 0
+        for process in self.head.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                raylets += process.name() == "raylet"
+        return raylets
 
 
 @contextmanager
-def autoscaling(most: int) -> Iterator[str]:
-    """The address of a head whose autoscaler starts and ends up to `most` nodes of one CPU on this machine."""
+def autoscaling(most: int) -> Iterator[Autoscaled]:
+    """A head whose autoscaler starts and ends up to `most` nodes of one CPU on this machine."""
     [port] = free_ports(1)
     address = f"127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(prefix="rs-", ignore_cleanup_errors=True) as home:
@@ -141,13 +144,22 @@ def autoscaling(most: int) -> Iterator[str]:
                 command, cwd=home, env=environment, stdout=sink, stderr=sink, start_new_session=True
             )
         try:
-            wait_until_it_answers(port, head, log)
-            yield address
+            cluster = Autoscaled(address, psutil.Process(head.pid))
+            deadline = time.monotonic() + 60
+            while cluster.nodes() == 0:
+                assert head.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+            yield cluster
         finally:
             started = psutil.Process(head.pid).children(recursive=True)
             head.terminate()  # with --block it ends what it started, but not the fake provider's nodes
             head.wait(60)
             send(signal.SIGKILL, started)
+
+
+STEPS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+"""On real machines commands are run in these."""
 
 
 def autoscaler_config(address: str, most: int) -> dict[str, Any]:
@@ -163,20 +175,11 @@ def autoscaler_config(address: str, most: int) -> dict[str, Any]:
             "head_node_id": FAKE_HEAD,
             "gcs_address": address,
         },
+        **{f"{step}_commands": [] for step in STEPS},
+        "cluster_synced_files": [],
         "head_node_type": "ray.head.default",
         "available_node_types": {
             "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
             "worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": most},
         },
     }
-
-
-def wait_until_it_answers(port: int, head: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert head.poll() is None, log.read_text()
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise AssertionError(log.read_text())

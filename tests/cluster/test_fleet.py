@@ -13,7 +13,7 @@ import pytest
 
 from ray_sampler.cluster.pool import MOST_IN_FLIGHT
 from ray_sampler.config import RunConfig
-from tests.cluster.fleets import Fleet, autoscaling, send, state_of, workers_of
+from tests.cluster.fleets import Fleet, autoscaling, send
 from tests.cluster.processes import claimed, started, wait_for, written
 from tests.cluster.runs import fragments, sampled, savez
 
@@ -119,14 +119,13 @@ def test_a_draining_node_gets_no_new_shard_and_goes_before_the_run_ends(configur
 
 def test_an_autoscaler_brings_nodes_for_the_run_and_takes_them_away_again(configure, tmp_path, expected):
     output, log = tmp_path / "run", tmp_path / "log"
-    with autoscaling(most=3) as address:
-        state = state_of(address)
-        assert workers_of(state) == 0
-        with started(configure(**SEVERAL | {"address": address, "max_actors": 3}), log) as process:
-            wait_for(lambda _: workers_of(state) == 3, output, process, log)
+    with autoscaling(most=3) as cluster:
+        assert cluster.nodes() == 1
+        with started(configure(**SEVERAL | {"address": cluster.address, "max_actors": 3}), log) as process:
+            wait_for(lambda _: cluster.nodes() == 4, output, process, log)
             ended(process, output, log)
         deadline = time.monotonic() + 60
-        while workers_of(state) and time.monotonic() < deadline:
+        while cluster.nodes() > 1 and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert workers_of(state) == 0
+        assert cluster.nodes() == 1
     assert (output / ARCHIVE).read_bytes() == expected
