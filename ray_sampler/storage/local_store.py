@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -15,6 +16,10 @@ from typing import IO
 
 from ray_sampler.config import RequestError, RunError
 from ray_sampler.storage.store import ABANDONED_SECONDS, Entry, StagedFile, is_unfinished, unfinished_name
+
+QUIET_SECONDS = 30.0
+"""Age of the last write to an unfinished file at which its lock is asked whether somebody is still at it: some mounts
+do not show one machine's locks to another."""
 
 
 def local_failure(error: OSError, action: str, path: str) -> RequestError | RunError:
@@ -141,6 +146,7 @@ class LocalStore:
         with self._explained("write", path):
             temporary = self._temporary(target)
             file = open(temporary, "xb")  # noqa: SIM115 - it outlives this block
+            lock(file.fileno())
 
         def write(data: bytes | memoryview) -> None:
             with self._explained("write", path):
@@ -184,12 +190,34 @@ class LocalStore:
                 unfinished = [entry.path for entry in entries if is_unfinished(entry.name)]
             for name in unfinished:
                 with contextlib.suppress(FileNotFoundError):
-                    if os.lstat(name).st_mtime < time.time() - seconds:
+                    age = time.time() - os.lstat(name).st_mtime
+                    if age > seconds or (age > QUIET_SECONDS and is_unlocked(name)):
                         os.unlink(name)
 
     def _temporary(self, target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         return target.parent / unfinished_name(target.name)
+
+
+def lock(descriptor: int) -> bool:
+    """Whether this process has a file's lock now, which it loses when it ends, however it does."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another has it, or this mount knows no locks
+        return False
+    return True
+
+
+def is_unlocked(path: str) -> bool:
+    """Whether this is a file whose lock nobody holds."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return lock(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -262,16 +262,23 @@ def test_a_staged_archive_of_many_parts_is_whole(moto):
     assert run_dir.read_file("samples_9x1x1x1.npz") == block * 40
 
 
-def test_an_old_unfinished_local_file_is_cleared_and_a_new_one_stays(tmp_path):
+def test_unfinished_local_files_are_cleared_once_nobody_writes_them(tmp_path):
     run_dir = RunDir(str(tmp_path))
     fill(run_dir, [NAME])
-    old, new = tmp_path / "fragments" / ".a.parquet.00.tmp", tmp_path / ".samples.npz.01.tmp"
-    for path in (old, new):
+    old, abandoned = tmp_path / "fragments" / ".a.parquet.00.tmp", tmp_path / ".samples.npz.01.tmp"
+    new = tmp_path / ".samples.npz.02.tmp"
+    for path, age in ((old, 90000), (abandoned, 60), (new, 0)):
         path.write_bytes(b"x")
-    os.utime(old, (time.time() - 90000,) * 2)
-    with run_dir.stage_archive("samples_1x1x1x1.npz") as file:
-        file.write(b"x")
+        os.utime(path, (time.time() - age,) * 2)
+    with run_dir.stage_archive("samples_1x1x1x1.npz") as slow:
+        [written] = [path for path in tmp_path.glob(".samples_1x1x1x1*") if path != new]
+        os.utime(written, (time.time() - 60,) * 2)
+        with run_dir.stage_archive("samples_2x1x1x1.npz") as file:
+            file.write(b"x")
+        slow.write(b"y")
+    assert run_dir.read_file("samples_1x1x1x1.npz") == b"y"
     assert not old.exists()
+    assert not abandoned.exists()
     assert new.exists()
 
 
