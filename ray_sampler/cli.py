@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import errno
 import json
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from types import FrameType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import psutil
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +39,9 @@ from ray_sampler.flags import (
 from ray_sampler.models.presets import BUNDLED, PRESETS, Bundled, Preset
 
 DONE, FAILED, WRONG = 0, 1, 2
+
+WIND_UP_S = 10.0
+"""What an interrupted run may take to end its actors and its Ray."""
 
 
 @dataclass(frozen=True)
@@ -117,18 +122,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     received: list[int] = []
     try:
-        with interruptible(received):
+        with interruptible(received, interrupted(argv)):
             return execute(parse(argv))
     except RequestError as error:
         return complain(error, WRONG)
     except RunError as error:
         return complain(error, FAILED)
-    except (KeyboardInterrupt, SystemError):
-        # Ray's wait gives a SystemError where a signal's handler raised within it.
-        if not received:
+    except BaseException as error:
+        if received:  # whatever a library made of the handler's KeyboardInterrupt
+            return complain(interrupted(argv), 128 + received[0])
+        if not isinstance(error, OSError):
             raise
-        return complain(f"interrupted; what was finished is kept: {how_to_go_on(argv)}", 128 + received[0])
-    except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return complain(f"{'the disk is full' if full else 'the system refused'}: {error}", FAILED)
 
@@ -139,29 +143,43 @@ def complain(error: Exception | str, code: int) -> int:
 
 
 @contextmanager
-def interruptible(received: list[int]) -> Iterator[None]:
+def interruptible(received: list[int], sentence: str) -> Iterator[None]:
     """Turn SIGINT and SIGTERM into KeyboardInterrupt, and note in `received` which came.
 
-    It happens once: signals that follow, while the run is wound up, change nothing. Only a main thread can.
+    Winding up may take WIND_UP_S; when they are over, or at a second signal, the process says `sentence` and ends at
+    once. That is safe, as a run may be killed anywhere. Only a main thread hears signals.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in handled:
-            signal.signal(each, signal.SIG_IGN)
+        if received:
+            end_now()
         received.append(number)
+        patience.start()
         raise KeyboardInterrupt
 
+    def end_now() -> None:
+        cursor = "\033[?25h" if sys.stderr.isatty() else ""  # which a progress bar hides
+        os.write(2, f"{cursor}ray-sampler: {sentence}\n".encode())
+        for process in psutil.Process().children(recursive=True):  # a local Ray's
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        os._exit(128 + received[0])
+
+    patience = threading.Timer(WIND_UP_S, end_now)
+    patience.daemon = True
     handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     earlier = [signal.signal(each, interrupt) for each in handled]
     try:
         yield
     finally:
+        patience.cancel()
         for each, handler in zip(handled, earlier, strict=True):
             signal.signal(each, handler)
 
 
-def how_to_go_on(argv: Sequence[str]) -> str:
-    return "run the same command again to go on" if argv[:1] == ["sample"] else "run it again"
+def interrupted(argv: Sequence[str]) -> str:
+    again = "run the same command again to go on" if argv[:1] == ["sample"] else "run it again"
+    return f"interrupted; what was finished is kept: {again}"
 
 
 def parse(argv: Sequence[str]) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from threading import Thread
 
 import numpy as np
 
-from ray_sampler.config import RunError
+from ray_sampler.config import RequestError, RunError
 from ray_sampler.reporting.preview import choose_indices, contact_sheet
 from ray_sampler.storage.coverage import cover
 from ray_sampler.storage.fragment import DamagedFragment, FragmentName
@@ -20,6 +21,7 @@ TILES = 100
 REDRAW_S = 20.0
 REDRAW_SHARE = 50
 """Redrawing takes a fiftieth of the time at most."""
+CLOSING_S = 2.0
 NEW_FRAGMENTS = 25
 """Fragments that one redrawing reads while the run goes on, at most."""
 
@@ -88,8 +90,7 @@ class PreviewKeeper:
         self.sheet = Sheet(run_dir, fingerprint, num_samples, title)
         self.names = dict.fromkeys(there)
         """In the order in which they came, which is quicker to sort than a set's."""
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="preview")
-        self.drawing: Future[None] | None = None
+        self.drawing: Thread | None = None
         self.drawn = 0
         self.due = time.monotonic() + REDRAW_S / 4
 
@@ -98,23 +99,26 @@ class PreviewKeeper:
         self.names[name] = None
 
     def redraw_when_due(self) -> None:
-        if time.monotonic() < self.due or len(self.names) == self.drawn or (self.drawing and not self.drawing.done()):
+        if time.monotonic() < self.due or len(self.names) == self.drawn or (self.drawing and self.drawing.is_alive()):
             return
         self.due, self.drawn = time.monotonic() + REDRAW_S, len(self.names)
-        self.drawing = self.thread.submit(self._redraw, tuple(self.names))
+        # A daemon: a store that does not answer must not keep the process from ending.
+        self.drawing = Thread(target=self._redraw, args=(tuple(self.names),), name="preview", daemon=True)
+        self.drawing.start()
 
     def _redraw(self, names: tuple[FragmentName, ...]) -> None:
         began = time.monotonic()
-        tiles = self.sheet.read(names, NEW_FRAGMENTS)
-        if tiles:
-            self.sheet.run_dir.write_file(PREVIEW, self.sheet.draw(tiles))
+        # What ails the store, the run will tell; the next redrawing tries again.
+        with suppress(RequestError, RunError):
+            if tiles := self.sheet.read(names, NEW_FRAGMENTS):
+                self.sheet.run_dir.write_file(PREVIEW, self.sheet.draw(tiles))
         # Among very many fragments even looking takes seconds, which the driver would miss.
         self.due = max(self.due, began + REDRAW_SHARE * (time.monotonic() - began))
 
     def finish(self, names: Iterable[FragmentName]) -> tuple[bytes, dict[int, Tile]]:
         """Draw the finished run's sheet and write it; returns it with its tiles."""
         if self.drawing:
-            self.drawing.exception()
+            self.drawing.join()
         tiles = self.sheet.read(names)
         if not tiles:
             raise RunError(f"{self.sheet.run_dir.url} has no readable fragment to draw")
@@ -123,4 +127,6 @@ class PreviewKeeper:
         return png, tiles
 
     def close(self) -> None:
-        self.thread.shutdown(cancel_futures=True)
+        """Wait for a redrawing that is near its end, so that nothing half-written stays."""
+        if self.drawing:
+            self.drawing.join(CLOSING_S)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from ray_sampler.config import RunConfig
 from tests.cluster.runs import flags_of, fragments
 
@@ -52,14 +54,20 @@ def wait_for(moment: Moment, output: Path, process: subprocess.Popen[bytes], log
 
 
 def group_is_gone(group: int, within_s: float) -> bool:
+    """Whether all processes of a group end; those that ended and that nobody has asked about yet have."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
+        if not any(runs_in(process, group) for process in psutil.process_iter()):
             return True
         time.sleep(0.1)
     return False
+
+
+def runs_in(process: psutil.Process, group: int) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == group
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return False
 
 
 def claimed(output: Path) -> bool:
