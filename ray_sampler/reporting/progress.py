@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections import deque
@@ -167,16 +168,39 @@ def reporter(
     if mode == "bar" and not json_log:
         bar = _Bar(Console(file=stream, force_terminal=True, legacy_windows=False))
         try:
-            with bar.live:
+            with bar.live, _warnings_to(bar):
                 yield bar
         finally:
             bar.close()
     else:
         log = _Log(stream, json_log, mode == "none", clock)
         try:
-            yield log
+            with _warnings_to(log):
+                yield log
         finally:
             log.close()
+
+
+class _Handler(logging.Handler):
+    """Makes messages of log records."""
+
+    def __init__(self, target: Reporter) -> None:
+        super().__init__(logging.WARNING)
+        self.target = target
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.target.message(record.getMessage(), "warning")
+
+
+@contextmanager
+def _warnings_to(target: Reporter) -> Iterator[None]:
+    """Show what this package logs, as the attempts at a store, with the time or above the bar."""
+    handler, log = _Handler(target), logging.getLogger("ray_sampler")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 class _Bar:
