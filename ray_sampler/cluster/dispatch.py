@@ -225,7 +225,7 @@ class Dispatch:
         snapshot = Snapshot(
             num_samples=tally.num_samples,
             reused=tally.reused,
-            done=rates.done,
+            done=tally.num_samples - self.left - tally.reused,
             shards_in_flight=self.pool.in_flight(),
             actors_ready=ready,
             actors_starting=len(self.pool.members) - ready - pending,

@@ -187,7 +187,7 @@ def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Mer
     tally.latest = Snapshot(
         num_samples=num_samples,
         reused=tally.reused,
-        done=tally.rates.done,
+        done=num_samples - tally.reused,
         failures=tally.failures,
         stage="merging",
         elapsed_s=tally.latest.elapsed_s,

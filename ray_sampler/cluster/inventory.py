@@ -112,14 +112,14 @@ class Inventory:
         self.makers.pop(name, None)
 
     def repair(self, damage: Damage) -> None:
-        """Act on what the merge found: have the range sampled again, or the fragment checked again if it changed."""
-        if damage.changed:
-            del self.contents[damage.fragment]
-            self.to_check.append(damage.fragment)
-        elif damage.gone:
+        """Act on what the merge found: the range is sampled again, and as more may be wrong, all others are checked."""
+        if damage.gone:
             self.forget(damage.fragment)
-        else:
+        elif not damage.changed:
             self.reject(damage.fragment, damage.reason)
+        self.contents.clear()
+        self.makers.clear()
+        self.to_check = [piece.fragment for piece in self.cover()][::-1]
 
     def _set_aside(self, filename: str, reason: str) -> None:
         self.rejected.append((filename, reason))
