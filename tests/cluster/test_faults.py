@@ -15,7 +15,7 @@ from ray._private.state import state as cluster_state
 from safetensors.torch import save_file
 
 from ray_sampler.cli import main
-from ray_sampler.cluster.driver import run
+from ray_sampler.cluster.driver import REPAIR_ROUNDS, run
 from tests.cluster.runs import ARCHIVE, LONGER, flags_of, fragments, random_weights, savez
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -67,6 +67,27 @@ def test_an_actor_that_dies_or_freezes_is_replaced_and_costs_no_sample(configure
     assert summary["computed"] == 48
     with pytest.raises(ProcessLookupError):
         os.kill(struck[0], 0)
+
+
+@pytest.mark.slow
+def test_many_fragments_that_are_spoilt_after_they_were_written_are_all_sampled_again(
+    configure, tmp_path, longer_samples
+):
+    """More than there are repairs: when the merge meets one of them, all others are looked at."""
+    output = tmp_path / "run"
+    spoilt: list[str] = []
+
+    def spoil() -> None:
+        spoilt.extend(name for name in fragments(output) if not name.startswith("."))
+        for name in spoilt:
+            os.truncate(output / "fragments" / name, 100)
+
+    spoiler = once_there_are(REPAIR_ROUNDS + 3, output, spoil)
+    summary = run(configure(**LONGER)).summary
+    spoiler.join()
+    assert (output / LONG_ARCHIVE).read_bytes() == savez(longer_samples)
+    assert sorted(entry["name"] for entry in summary["rejected"]) == spoilt
+    assert len(spoilt) > REPAIR_ROUNDS
 
 
 def test_samples_that_come_out_as_nan_are_named_and_the_others_kept(configure, tmp_path, capsys):
