@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
@@ -13,7 +14,7 @@ import numpy as np
 from ray_sampler.config import RequestError, RunError
 from ray_sampler.reporting.preview import choose_indices, contact_sheet
 from ray_sampler.storage.coverage import cover
-from ray_sampler.storage.fragment import DamagedFragment, FragmentName
+from ray_sampler.storage.fragment import DamagedFragment, FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
 
 PREVIEW = "preview.png"
@@ -33,6 +34,18 @@ class Tile:
     image: np.ndarray
     """(H, W, 3) uint8."""
     label: int | None
+
+
+def tiles_of(samples: Samples, wanted: Sequence[int]) -> dict[int, Tile]:
+    """Those of the ascending indices `wanted` that `samples` hold."""
+    here = wanted[bisect_left(wanted, samples.start) : bisect_left(wanted, samples.stop)]
+    return {
+        i: Tile(
+            samples.images[i - samples.start].copy(),
+            None if samples.labels is None else int(samples.labels[i - samples.start]),
+        )
+        for i in here
+    }
 
 
 class Sheet:
@@ -65,9 +78,7 @@ class Sheet:
             samples = self.run_dir.read_fragment(name, self.fingerprint).samples
         except DamagedFragment:
             return  # the check that follows it reports it and sets it aside
-        for i in indices:
-            label = None if samples.labels is None else int(samples.labels[i - name.start])
-            self.tiles[i] = Tile(samples.images[i - name.start].copy(), label)
+        self.tiles |= tiles_of(samples, indices)
 
     def draw(self, tiles: dict[int, Tile]) -> bytes:
         """A PNG of `tiles`, ordered by index."""
@@ -115,16 +126,13 @@ class PreviewKeeper:
         # Among very many fragments even looking takes seconds, which the driver would miss.
         self.due = max(self.due, began + REDRAW_SHARE * (time.monotonic() - began))
 
-    def finish(self, names: Iterable[FragmentName]) -> tuple[bytes, dict[int, Tile]]:
-        """Draw the finished run's sheet and write it; returns it with its tiles."""
+    def finish(self, tiles: dict[int, Tile]) -> bytes:
+        """Draw the finished run's sheet and write it; returns it."""
         if self.drawing:
             self.drawing.join()
-        tiles = self.sheet.read(names)
-        if not tiles:
-            raise RunError(f"{self.sheet.run_dir.url} has no readable fragment to draw")
         png = self.sheet.draw(tiles)
         self.sheet.run_dir.write_file(PREVIEW, png)
-        return png, tiles
+        return png
 
     def close(self) -> None:
         """Wait for a redrawing that is near its end, so that nothing half-written stays."""

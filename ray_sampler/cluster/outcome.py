@@ -53,8 +53,8 @@ def write_outcome(
         pixels=merged.pixels,
         timeline=tally.timeline,
     ).as_json()
-    png, tiles = preview.finish(inventory.names)
-    job.run_dir.write_file(REPORT, render_report(summary, png, class_views(tiles)).encode())
+    page = render_report(summary, preview.finish(merged.tiles), class_views(merged.tiles))
+    job.run_dir.write_file(REPORT, page.encode())
     job.run_dir.write_file(SUMMARY, json.dumps(summary, indent=1).encode())
     return summary
 

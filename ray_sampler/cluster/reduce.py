@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 
+from ray_sampler.pictures import TILES, Tile, tiles_of
 from ray_sampler.reporting.pixels import PixelStatistics
+from ray_sampler.reporting.preview import choose_indices
 from ray_sampler.storage.archive import ArchiveLayout, Content, DamagedPiece, merge
 from ray_sampler.storage.coverage import Piece
 from ray_sampler.storage.fragment import DamagedFragment, FragmentName, MissingFragment, Record, Samples
@@ -43,6 +45,8 @@ class Merged:
     layout: ArchiveLayout
     pixels: PixelStatistics
     labels: Counter[int] | None
+    tiles: dict[int, Tile]
+    """For the contact sheet, by index."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,12 @@ def merge_fragments(
     labels: Counter[int] = Counter()
     most = max(1, min(PICTURES, PICTURE_BYTES // int(np.prod(image_shape))))
     every = -(-num_samples // most)
+    wanted = choose_indices(num_samples, [(0, num_samples)], TILES)
+    tiles: dict[int, Tile] = {}
 
     def look(samples: Samples) -> None:
         pixels.add(samples.images[-samples.start % every :: every])
+        tiles.update(tiles_of(samples, wanted))
         if samples.labels is not None:
             values, counts = np.unique(samples.labels, return_counts=True)
             labels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
@@ -123,7 +130,7 @@ def merge_fragments(
         )
     except DamagedPiece as damage:
         return Damage(damage.fragment, damage.reason, damage.changed, isinstance(damage.__cause__, MissingFragment))
-    return Merged(layout, pixels, labels if labelled else None)
+    return Merged(layout, pixels, labels if labelled else None, tiles)
 
 
 check_task = ray.remote(num_cpus=0, max_retries=3)(check)
