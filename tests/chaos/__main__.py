@@ -1,4 +1,4 @@
-"""`make chaos`: rounds of mistreated runs, and one table of what became of them."""
+"""`make chaos`: rounds of mistreated runs, then each storage request of a run failed, and one table of what became."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from tests.chaos.harness import Chaos
+from tests.chaos.harness import Chaos, Score, counted
 from tests.cluster.runs import random_weights
+from tests.faults.sweep import Swept, faulty_bucket, sweep
+
+ROUNDS_SHARE = 0.7
+"""Of the minutes that are given; the rest is for the sweep."""
 
 
 @dataclass(frozen=True)
@@ -25,25 +29,49 @@ class Request:
     seed: int = 0
 
 
-def main(request: Request) -> int:
+def disturbed(request: Request, checkpoint: Path, folder: Path) -> Score:
+    """The rounds."""
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_file(random_weights(), folder / "tiny.safetensors")
-        chaos = Chaos(folder / "tiny.safetensors", folder, request.seed)
+    with faulty_bucket(folder / "bucket", folder / "aws") as proxy:
+        chaos = Chaos(checkpoint, folder, proxy, request.seed)
         try:
             for _ in range(request.rounds):
-                if request.minutes is not None and time.monotonic() - began > 60 * request.minutes:
+                if request.minutes is not None and time.monotonic() - began > 60 * ROUNDS_SHARE * request.minutes:
                     break
                 chaos.round()
-                print(f"round {chaos.score.rounds}: {chaos.score.kills.total()} kills", file=sys.stderr, flush=True)
+                score = chaos.score
+                told = f"{score.kills.total()} kills, {score.damages.total()} fragments corrupted"
+                print(f"round {score.rounds}: {told}, {score.identical} identical", file=sys.stderr, flush=True)
         finally:
             chaos.close()
+    return chaos.score
+
+
+def rows_of(swept: Swept) -> list[tuple[str, str]]:
+    """The sweep's part of the table."""
+    return [
+        ("runs with a failing storage request", str(swept.runs)),
+        *counted("requests failed on purpose", swept.failed),
+        ("longest of these runs", f"{swept.longest_s:.0f} s"),
+        ("failures", "; ".join(swept.failures) or "none"),
+    ]
+
+
+def main(request: Request) -> int:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        checkpoint = Path(name) / "tiny.safetensors"
+        save_file(random_weights(), checkpoint)
+        for part in ("rounds", "sweep"):
+            (Path(name) / part).mkdir()
+        score = disturbed(request, checkpoint, Path(name) / "rounds")
+        left = None if request.minutes is None else request.minutes - (time.monotonic() - began) / 60
+        swept = sweep(checkpoint, Path(name) / "sweep", request.seed, minutes=left)
     table = Table(f"seed {request.seed}, {(time.monotonic() - began) / 60:.0f} minutes", "")
-    for row in chaos.score.rows():
+    for row in [*score.rows(), *rows_of(swept)]:
         table.add_row(*row)
-    Console().print(table)
-    return 0 if chaos.score.identical == chaos.score.rounds else 1
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 1 if score.failures or swept.failures else 0
 
 
 if __name__ == "__main__":

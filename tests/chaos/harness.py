@@ -1,16 +1,19 @@
-"""Runs that are killed, starved and spoiled on purpose, and must end in the bytes of an undisturbed one.
+"""Runs that are killed, frozen, starved and spoiled on purpose, and must end in the bytes of an undisturbed one.
 
 One Ray cluster of a head and two worker nodes serves all rounds. In each round a driver fills an archive while
-actors, nodes and the driver itself are killed and fragments are damaged, by chance from a seed; the same command is
-given again until it succeeds.
+actors, nodes and the driver itself are killed or frozen and fragments are damaged, by chance from a seed; the same
+command is given again until it succeeds. In some rounds the output is a bucket whose requests fail.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -19,30 +22,50 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
-import ray
-from ray.cluster_utils import Cluster
 
-from ray_sampler.cluster.driver import run
 from tests.chaos.damage import spoil
-from tests.cluster.runs import flags_of, small
+from tests.cluster.fleets import Fleet, send
+from tests.cluster.runs import flags_of, leave, sampled, savez, small
+from tests.faults.proxy import Fault, FaultProxy
+from tests.faults.servers import BUCKET
 
-FLAGS: dict[str, Any] = {"num_samples": 320, "shard_size": 4, "steps": 30, "max_actors": 2}
+FLAGS: dict[str, Any] = {"num_samples": 320, "shard_size": 4, "steps": 16, "max_actors": 2, "shard_timeout": 5.0}
 """Eighty shards, which take two actors some seconds."""
 
 ARCHIVE = "samples_320x8x8x3.npz"
 WORKERS = 2
 DISTURBANCES = 6
 """Kills in one round, at most; then the run is left alone."""
-SPOILED_AT_ONCE = 12
-PATIENCE_S = 300.0
+SPOILED_AT_ONCE = 16
+PATIENCE_S = 400.0
 """A run that is left alone and not done by then counts as stalled."""
-KILLS = ("actor", "all actors", "node", "driver SIGKILL", "driver SIGTERM", "driver SIGINT")
+NOTICED_S = 60.0
+"""How long the driver is watched for a sign that it knows of a node's death."""
+
+IN_BUCKET = 0.4
+"""Share of the rounds whose output is a bucket."""
+FAULTS = (
+    Fault("503", probability=0.04),
+    Fault("500", probability=0.02),
+    Fault("reset", probability=0.02),
+    Fault("reset upload", probability=0.02),
+    Fault("lost", probability=0.01),
+    Fault("truncated", probability=0.02),
+    Fault("slow", probability=0.03, seconds=0.5),
+    Fault("stall", probability=0.005, seconds=3),
+)
+CUT_SHORT = 0.3
+"""Share of the rounds whose archive is cut short when it is done; the same command must make it again."""
+
 DRIVER_SIGNALS = {
     "driver SIGKILL": signal.SIGKILL,
     "driver SIGTERM": signal.SIGTERM,
     "driver SIGINT": signal.SIGINT,
 }
+KILLS = ("actor", "all actors", "actor frozen", "node", "all nodes", "node frozen", *DRIVER_SIGNALS)
+"""A node is its raylet and all that it started."""
 
 
 @dataclass
@@ -50,67 +73,114 @@ class Score:
     """What was done to the runs, and what became of them."""
 
     rounds: int = 0
+    in_bucket: int = 0
     kills: Counter[str] = field(default_factory=Counter)
     damages: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    """Of storage requests."""
+    noticed_s: list[float] = field(default_factory=list)
+    """Seconds from the death of a node to its shards' going to others."""
+    passed_on: int = 0
+    """Shards that went to another actor."""
     set_aside: int = 0
+    cut_short: int = 0
     identical: int = 0
+    lost: int = 0
+    """Samples that are missing or wrong in the archives."""
     failures: list[str] = field(default_factory=list)
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and figures, for a table."""
+        noticed = f"{statistics.median(self.noticed_s):.1f} s, longest {max(self.noticed_s):.1f} s"
         return [
             ("rounds", str(self.rounds)),
-            ("kills", str(self.kills.total())),
-            *((f"  {kind}", str(count)) for kind, count in sorted(self.kills.items())),
-            ("fragments damaged", str(self.damages.total())),
-            *((f"  {kind.replace('_', ' ')}", str(count)) for kind, count in sorted(self.damages.items())),
-            ("fragments set aside by runs", str(self.set_aside)),
+            ("  into a bucket whose requests fail", str(self.in_bucket)),
+            *counted("kills", self.kills),
+            *counted("faults of storage requests", self.faults),
+            *counted("fragments corrupted", self.damages),
+            ("finished archives cut short", str(self.cut_short)),
+            ("shards recomputed", str(self.passed_on + self.set_aside + self.damages["gone"])),
+            ("  lost with their actor", str(self.passed_on)),
+            ("  set aside as damaged or foreign", str(self.set_aside)),
+            ("  deleted", str(self.damages["gone"])),
+            ("from a node's death to its shards' going to others", noticed if self.noticed_s else "not seen"),
             ("archives identical to the undisturbed run's", f"{self.identical} of {self.rounds}"),
+            ("samples lost", str(self.lost)),
             ("failures", "; ".join(self.failures) or "none"),
         ]
 
 
+def counted(what: str, counts: Counter[str]) -> list[tuple[str, str]]:
+    kinds = [(f"  {kind.replace('_', ' ')}", str(count)) for kind, count in sorted(counts.items())]
+    return [(what, str(counts.total())), *kinds]
+
+
+def wrong_samples(archive: Path, expected: bytes) -> int:
+    """How many of the expected samples an archive does not hold, at their places."""
+    right = np.load(io.BytesIO(expected))["arr_0"]
+    try:
+        with np.load(archive) as found:
+            images = found["arr_0"]
+    except (OSError, ValueError, KeyError):
+        return len(right)
+    same = min(len(right), len(images))
+    return len(right) - int((right[:same] == images[:same]).all(axis=(1, 2, 3)).sum())
+
+
 class Chaos:
-    """A cluster to be mistreated, and the archive that every run must end in."""
+    """A cluster to be mistreated, and the archive that every run must end in.
 
-    def __init__(self, checkpoint: Path, folder: Path, seed: int) -> None:
+    Args:
+        folder: an empty one.
+        proxy: before a bucket whose files lie in `folder`/bucket.
+    """
+
+    def __init__(self, checkpoint: Path, folder: Path, proxy: FaultProxy, seed: int) -> None:
         self.chance = random.Random(seed)
-        self.folder = folder
         self.checkpoint = checkpoint
+        self.folder = folder
+        self.proxy = proxy
         self.score = Score()
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        self.workers = [self.cluster.add_node(num_cpus=1) for _ in range(WORKERS)]
-        ray.init(address=self.cluster.address, log_to_driver=False)
-        try:
-            self.expected = self._undisturbed(seed=42)
-            self._undisturbed(seed=7)
-            self.foreign = next((folder / "undisturbed-7" / "fragments").iterdir())
-        finally:
-            ray.shutdown()
-
-    def _undisturbed(self, seed: int) -> bytes:
-        output = self.folder / f"undisturbed-{seed}"
-        run(small(self.checkpoint, output, seed=seed, progress="none", **FLAGS))
-        return (output / ARCHIVE).read_bytes()
+        self.expected = savez(sampled(small(checkpoint, None, **FLAGS)))
+        other = small(checkpoint, folder / "foreign", seed=7, **FLAGS)
+        leave(other, sampled(other), [(0, 4)])
+        self.foreign = next((folder / "foreign" / "fragments").iterdir())
+        self.fleet = Fleet(WORKERS)
+        self.frozen: list[psutil.Process] = []
 
     def close(self) -> None:
-        self.cluster.shutdown()
+        send(signal.SIGKILL, self.frozen)
+        self.fleet.close()
 
     def round(self) -> None:
         """One run, disturbed and given again until it ends."""
-        output = self.folder / f"round-{self.score.rounds}"
+        name = f"round-{self.score.rounds}"
+        in_bucket = self.chance.random() < IN_BUCKET
         self.score.rounds += 1
-        left = self.chance.randrange(1, DISTURBANCES + 1)
+        self.score.in_bucket += in_bucket
+        self.output = f"s3://{BUCKET}/{name}" if in_bucket else str(self.folder / name)
+        self.files = self.folder / "bucket" / BUCKET / name if in_bucket else self.folder / name
+        self.log = self.folder / f"{name}.log"
+        self.proxy.plan(*FAULTS)
+        failure = self._disturbed_run(left=self.chance.randrange(1, DISTURBANCES + 1))
+        if failure is None and self.chance.random() < CUT_SHORT:
+            self.score.cut_short += 1
+            os.truncate(self.files / ARCHIVE, self.chance.randrange((self.files / ARCHIVE).stat().st_size))
+            failure = self._disturbed_run(left=0)
+        self._count(failure)
+
+    def _disturbed_run(self, left: int) -> str | None:
+        """Give the command until it succeeds, disturbing it `left` times; what must not be, if it happens."""
         while True:
-            driver = self._start(output)
+            driver = self._start()
             codes = {0}
             while left and driver.poll() is None:
-                self._wait_a_little(driver, output)
+                self._wait_a_little(driver)
                 if driver.poll() is not None:
                     break
                 left -= 1
                 kind = self.chance.choice(KILLS)
-                self._spoil(output)
+                self._spoil()
                 self._kill(kind, driver)
                 if kind in DRIVER_SIGNALS:
                     number = DRIVER_SIGNALS[kind]
@@ -118,21 +188,33 @@ class Chaos:
                     break
             code = self._wait(driver)
             if code == 0:
-                break
+                return None
             if code not in codes:
-                self.score.failures.append(f"round {self.score.rounds}: exit code {code}: {self._said(output)}")
-                return
-            self._spoil(output)
-        self.score.set_aside += len(list((output / "rejected").glob("*.reason.txt")))
-        if (output / ARCHIVE).read_bytes() == self.expected:
-            self.score.identical += 1
-            shutil.rmtree(output)
-        else:
-            self.score.failures.append(f"round {self.score.rounds}: another archive")
+                return f"exit code {code}: {self._said()[-1][:300]}"
+            self._spoil()
 
-    def _start(self, output: Path) -> subprocess.Popen[bytes]:
-        request = small(self.checkpoint, output, address=self.cluster.address, progress="log", **FLAGS)
-        with (self.folder / f"{output.name}.log").open("ab") as log:
+    def _count(self, failure: str | None) -> None:
+        """Add up a round, and remove what it left if all is well."""
+        self.proxy.plan()
+        self.score.faults += self.proxy.faults
+        self.proxy.clear()
+        self.score.passed_on += sum(
+            int(found[1]) for line in self._said() if (found := re.search(r"lost an actor; its (\d+) shards", line))
+        )
+        self.score.set_aside += len(list((self.files / "rejected").glob("*.reason.txt")))
+        archive = self.files / ARCHIVE
+        if failure is None and archive.read_bytes() != self.expected:
+            failure = "another archive"
+        if failure is None:
+            self.score.identical += 1
+            shutil.rmtree(self.files)
+        else:
+            self.score.lost += wrong_samples(archive, self.expected)
+            self.score.failures.append(f"round {self.score.rounds}: {failure}")
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        request = small(self.checkpoint, self.output, address=self.fleet.address, progress="log", **FLAGS)
+        with self.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "ray_sampler", "sample", *flags_of(request)],
                 stdout=log,
@@ -140,18 +222,18 @@ class Chaos:
                 start_new_session=True,
             )
 
-    def _said(self, output: Path) -> str:
-        return (self.folder / f"{output.name}.log").read_text(errors="replace").strip().splitlines()[-1][:300]
+    def _said(self) -> list[str]:
+        return self.log.read_text(errors="replace").strip().splitlines()
 
-    def _wait_a_little(self, driver: subprocess.Popen[bytes], output: Path) -> None:
+    def _wait_a_little(self, driver: subprocess.Popen[bytes]) -> None:
         """Up to the next disturbance: anywhere from the driver's first second to the middle of sampling."""
         until = time.monotonic() + self.chance.uniform(0.5, 4)
         early = self.chance.random() < 0.2
-        while driver.poll() is None and (time.monotonic() < until or not (early or self._samples(output))):
+        while driver.poll() is None and (time.monotonic() < until or not (early or self._samples())):
             time.sleep(0.05)
 
-    def _samples(self, output: Path) -> bool:
-        return any((output / "fragments").glob("*.parquet"))
+    def _samples(self) -> bool:
+        return any((self.files / "fragments").glob("*.parquet"))
 
     def _wait(self, driver: subprocess.Popen[bytes]) -> int:
         try:
@@ -161,35 +243,70 @@ class Chaos:
             driver.wait()
             return 1000
 
-    def _spoil(self, output: Path) -> None:
-        folder = output / "fragments"
-        if folder.exists():
+    def _spoil(self) -> None:
+        fragments = self.files / "fragments"
+        if fragments.exists():
             count = self.chance.randrange(SPOILED_AT_ONCE + 1)
-            self.score.damages.update(spoil(folder, self.foreign, count, self.chance))
+            self.score.damages.update(spoil(fragments, self.foreign, count, self.chance))
 
     def _kill(self, kind: str, driver: subprocess.Popen[bytes]) -> None:
         if kind in DRIVER_SIGNALS:
             os.kill(driver.pid, DRIVER_SIGNALS[kind])
-        elif kind == "node":
-            node = self.workers.pop(self.chance.randrange(len(self.workers)))
-            self.cluster.remove_node(node, allow_graceful=False)
-            self.workers.append(self.cluster.add_node(num_cpus=1))
+        elif "node" in kind:
+            self._strike_nodes(kind, driver)
         else:
             actors = self._actors()
-            for pid in actors if kind == "all actors" else actors[:1]:
-                os.kill(pid, signal.SIGKILL)
+            if kind != "all actors":
+                actors = actors[:1]
             if not actors:
                 return
+            if kind == "actor frozen":
+                self.frozen += actors
+            send(signal.SIGSTOP if kind == "actor frozen" else signal.SIGKILL, actors)
         self.score.kills[kind] += 1
 
-    def _actors(self) -> list[int]:
-        """Process ids of the actors on this cluster's nodes, in an order of chance."""
+    def _strike_nodes(self, kind: str, driver: subprocess.Popen[bytes]) -> None:
+        """Kill or freeze nodes; others come in their place, at once or, in half of all cases, a little later."""
+        struck = list(self.fleet.workers) if kind == "all nodes" else [self.chance.choice(self.fleet.workers)]
+        computing = [node for node in struck if self._actors_of(node)]
+        reports = self._losses()
+        began = time.monotonic()
+        for node in struck:
+            if kind == "node frozen":
+                self.frozen += self.fleet.freeze(node)
+                self.fleet.workers.remove(node)
+            else:
+                self.fleet.kill(node)
+        if kind == "node" and computing:
+            self._watch(driver, reports, began)
+        elif self.chance.random() < 0.5:
+            time.sleep(self.chance.uniform(0, 3))
+        for _ in struck:
+            self.fleet.add()
+
+    def _losses(self) -> int:
+        return sum("lost an actor" in line for line in self._said())
+
+    def _watch(self, driver: subprocess.Popen[bytes], reports: int, began: float) -> None:
+        """Note when the driver knows of a node's death, unless the run ends before."""
+        while driver.poll() is None and time.monotonic() < began + NOTICED_S:
+            if self._losses() > reports:
+                self.score.noticed_s.append(time.monotonic() - began)
+                return
+            time.sleep(0.02)
+
+    def _actors(self) -> list[psutil.Process]:
+        """The actors on this cluster's nodes, in an order of chance."""
+        actors = [actor for node in self.fleet.workers for actor in self._actors_of(node)]
+        self.chance.shuffle(actors)
+        return actors
+
+    def _actors_of(self, node: Any) -> list[psutil.Process]:
         found = []
-        for process in psutil.Process().children(recursive=True):
+        for process in self.fleet.processes(node):
             try:
-                if "SamplerActor" in process.name() or "SamplerActor" in " ".join(process.cmdline()[:1]):
-                    found.append(process.pid)
+                if "SamplerActor" in " ".join(process.cmdline()[:1]):
+                    found.append(process)
             except psutil.NoSuchProcess:
                 continue
-        self.chance.shuffle(found)
         return found
