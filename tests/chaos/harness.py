@@ -31,10 +31,10 @@ from tests.cluster.runs import flags_of, leave, sampled, savez, small
 from tests.faults.proxy import Fault, FaultProxy
 from tests.faults.servers import BUCKET
 
-FLAGS: dict[str, Any] = {"num_samples": 320, "shard_size": 4, "steps": 16, "max_actors": 2, "shard_timeout": 5.0}
-"""Eighty shards, which take two actors some seconds."""
+FLAGS: dict[str, Any] = {"num_samples": 200, "shard_size": 4, "steps": 16, "max_actors": 2, "shard_timeout": 5.0}
+"""Fifty shards, which take two actors some seconds."""
 
-ARCHIVE = "samples_320x8x8x3.npz"
+ARCHIVE = "samples_200x8x8x3.npz"
 WORKERS = 2
 DISTURBANCES = 6
 """Kills in one round, at most; then the run is left alone."""
