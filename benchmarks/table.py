@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for the servers that the tests have
 
 Values = tuple[float, ...]
 """One number a repeat."""

@@ -1,0 +1,107 @@
+"""How long does a whole job take, against Ray Data with the same engine in its actors?
+
+From the first batch to the archive, two actors of one core each, the bundled one-step model. Theirs is what people
+write: `ray.data.range(N).map_batches(Actor)`, `write_parquet`, then a merge of the files in the order of the index.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+
+from engine import architecture
+from ray_sampler import RunConfig, run
+from ray_sampler.cluster.actor import PackedWeights, pack, unpack
+from ray_sampler.config import Architecture, Sampling
+from ray_sampler.models.checkpoint import build, fit, open_weights
+from ray_sampler.models.presets import BUNDLED
+from ray_sampler.sampling.engine import Engine
+from ray_sampler.sampling.labels import LabelRule
+from table import Goal, Row, in_turn, parser, report
+
+ACTORS, SAMPLES, BATCH, SHARD = 2, 8_000, 50, 500
+REPEATS = 3
+SETTINGS = BUNDLED["digits-cd"].settings
+
+
+def ours(folder: Path) -> float:
+    """Seconds from the first shard to the archive."""
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        config = RunConfig(
+            model="digits-cd", output=output, num_samples=SAMPLES, batch_size=BATCH, shard_size=SHARD,
+            max_actors=ACTORS, min_actors=ACTORS, gpus_per_actor=0, progress="none",
+        )  # fmt: skip
+        seconds = run(config).summary["seconds"]
+    return float(seconds["sampling"] + seconds["merge"])
+
+
+class Mapper:
+    """An engine that maps batches of indices to batches of images."""
+
+    def __init__(self, arch: Architecture, packed: PackedWeights) -> None:
+        self.engine = Engine(
+            build(arch, unpack(packed), "fp32", "cpu"),
+            arch,
+            Sampling(**{name: SETTINGS[name] for name in ("training_mode", "sampler", "steps")}),
+            LabelRule("random", arch.num_classes),
+            num_samples=SAMPLES,
+            batch_size=BATCH,
+            device=torch.device("cpu"),
+            compile="off",
+        )
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        began = time.time()
+        indices = batch["id"]
+        pictures = self.engine.sample(int(indices[0]), int(indices[-1]) + 1)()
+        flat = pictures.images.reshape(len(indices), -1)
+        return {"index": indices, "label": pictures.labels, "image": list(flat), "began": [began] * len(indices)}
+
+
+def theirs(folder: Path, arch: Architecture, packed: ray.ObjectRef[PackedWeights]) -> float:
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        parts, side = Path(output) / "parts", arch.image_size
+        (
+            ray.data.range(SAMPLES)
+            .map_batches(
+                Mapper, batch_size=BATCH, num_cpus=1, fn_constructor_args=(arch, packed),
+                compute=ray.data.ActorPoolStrategy(size=ACTORS),
+            )
+            .write_parquet(str(parts))
+        )  # fmt: skip
+        table = pq.read_table(parts).sort_by("index")
+        pixels = np.concatenate([chunk.values.to_numpy() for chunk in table["image"].chunks])
+        images = pixels.astype(np.uint8).reshape(SAMPLES, side, side, 3)
+        with (Path(output) / "archive.npz").open("wb") as file:
+            np.savez(file, images, table["label"].to_numpy().astype(np.int64))
+        return time.time() - float(table["began"].to_numpy().min())
+
+
+def main() -> None:
+    arguments = parser(__doc__).parse_args()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.init(num_cpus=ACTORS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    arch = architecture(dict(SETTINGS))
+    packed = ray.put(pack(fit(open_weights("digits-cd"), arch, "fp32")))
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        folder = Path(name)
+        theirs(folder, arch, packed)  # the first run of each starts Ray's workers
+        ours(folder)
+        mine, data = in_turn(REPEATS, lambda: ours(folder), lambda: theirs(folder, arch, packed))
+    ray.shutdown()
+    row = Row(f"job: {SAMPLES:,} digits in one step, against Ray Data", mine, data, "s", Goal("at most", 0.9))
+    report([row], [], arguments.json)
+
+
+if __name__ == "__main__":
+    main()
