@@ -73,7 +73,7 @@ def rclone_server(folder: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         address = "127.0.0.1", probe.getsockname()[1]
     listen = f"{address[0]}:{address[1]}"
-    command = [program, "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", listen, "--dir-cache-time", "0s"]
+    command = [program, "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", listen, "--dir-cache-time", "1s"]
     server = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_S

@@ -1,0 +1,1 @@
+"""The tests; a package, as another one of this name comes with torch-fidelity."""
