@@ -18,7 +18,7 @@ from torch import Tensor
 from ray_sampler.cluster.metrics import ActorMetrics
 from ray_sampler.config import Architecture, Compile, FragmentFormat, Precision, RunError, Sampling
 from ray_sampler.models.checkpoint import build
-from ray_sampler.sampling.engine import Engine, Pictures, numerics_key
+from ray_sampler.sampling.engine import Engine, Pictures, compiles, numerics_key
 from ray_sampler.sampling.labels import LabelRule
 from ray_sampler.storage.fragment import Record, Samples, encode
 from ray_sampler.storage.run_dir import FragmentName, RunDir
@@ -122,7 +122,7 @@ class SamplerActor:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
-        return Engine(
+        engine = Engine(
             build(spec.architecture, unpack(packed), spec.precision, self.device),
             spec.architecture,
             spec.sampling,
@@ -133,6 +133,9 @@ class SamplerActor:
             compile=spec.compile,
             cores=spec.cores,
         )
+        if compiles(spec.compile, self.device.type == "cuda"):
+            engine.warm_up()
+        return engine
 
     def info(self) -> ActorInfo:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"

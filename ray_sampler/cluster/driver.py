@@ -23,6 +23,7 @@ from ray_sampler.cluster.session import Fleet, beside_driver, connect, joins_clu
 from ray_sampler.config import RunConfig, RunError
 from ray_sampler.pictures import PreviewKeeper
 from ray_sampler.reporting.progress import Reporter, Snapshot, reporter
+from ray_sampler.sampling.engine import compiles
 
 REPAIR_ROUNDS = 5
 """Times that the merge may find a damaged fragment and have it sampled again."""
@@ -75,6 +76,8 @@ def fill(job: Job, report: Reporter, began: float) -> RunResult:
     tally = Tally(config.num_samples, reused=config.num_samples - inventory.missing_samples())
     preview = PreviewKeeper(job.run_dir, job.fingerprint, config.num_samples, describe(job), inventory.names)
     merge_s = 0.0
+    if inventory.missing() and compiles(config.compile, job.gpus > 0):
+        report.message("each actor compiles the network before its first shard, which takes a minute or more")
     try:
         for _ in range(REPAIR_ROUNDS + 1):
             shards = list(shards_of(inventory.missing(), job.run.shard_size))

@@ -45,8 +45,9 @@ class Convolution(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        chosen = ONEDNN and input.device.type == "cpu" and input.dtype == torch.float32 and not torch.is_grad_enabled()
-        if chosen and not isinstance(self.padding, str):
+        chosen = ONEDNN and input.device.type == "cpu" and input.dtype == torch.float32
+        eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if chosen and eager and not isinstance(self.padding, str):
             return torch.mkldnn_convolution(
                 input, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
             )

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,6 +145,15 @@ class Engine:
 
         return finish
 
+    def warm_up(self) -> None:
+        """Compute a batch for nothing: a compiled network is compiled when this returns.
+
+        Raises:
+            OutOfDeviceMemoryError: names the batch size and what to do.
+        """
+        with suppress(NonFiniteError):
+            self.sample(0, self.batch_size)()
+
     @torch.inference_mode()
     def _block(self, block: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """Images (B, H, W, 3) uint8, labels (B,) int32 and whether all values were finite (B,), of one block."""
@@ -191,9 +201,14 @@ class Engine:
         return wait
 
 
+def compiles(mode: Compile, gpu: bool) -> bool:
+    """Whether the network is compiled on a device of this kind."""
+    return mode == "on" or (mode == "auto" and gpu)
+
+
 def compiled(network: nn.Module, mode: Compile, device: torch.device) -> Network:
     """The network under torch.compile: with kernels chosen by timing (on), without (auto, on a GPU), or as it is."""
-    if mode == "off" or (mode == "auto" and device.type != "cuda"):
+    if not compiles(mode, device.type == "cuda"):
         return network
     return torch.compile(network, mode="max-autotune" if mode == "on" else "default", dynamic=False)
 

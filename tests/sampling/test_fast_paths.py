@@ -1,0 +1,57 @@
+"""Compiled networks and those of fewer bits draw the pictures of the plain float32 one, within stated bounds."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ray_sampler.config import Architecture, Compile, Precision, Sampling
+from ray_sampler.models.checkpoint import build, fit, open_weights
+from ray_sampler.models.presets import BUNDLED
+from ray_sampler.sampling.engine import Engine
+from ray_sampler.sampling.labels import LabelRule
+
+N, BATCH = 16, 8
+BOUNDS: dict[Precision, tuple[int, float]] = {"fp16": (2, 0.05), "bf16": (12, 0.4)}
+"""Largest and mean difference of a value of 0 to 255 that docs/reproducibility.md states."""
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def pictures(device: str, precision: Precision, compile: Compile, warm: bool = False, **settings: Any) -> np.ndarray:
+    """N images of the bundled one-step model, as integers that differences do not wrap in."""
+    known = dict(BUNDLED["digits-cd"].settings) | settings
+    arch = Architecture(**{f.name: known[f.name] for f in fields(Architecture) if f.name in known})
+    engine = Engine(
+        build(arch, fit(open_weights("digits-cd"), arch, precision), precision, device),
+        arch,
+        Sampling(**{name: known[name] for name in ("training_mode", "sampler", "steps")}),
+        LabelRule("random", 10),
+        num_samples=N,
+        batch_size=BATCH,
+        device=torch.device(device),
+        compile=compile,
+    )
+    if warm:
+        engine.warm_up()
+    return engine.sample(0, N)().images.astype(int)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_fewer_bits_move_a_value_by_little(device: str, precision: Precision) -> None:
+    largest, mean = BOUNDS[precision]
+    moved = abs(pictures(device, precision, "off") - pictures(device, "fp32", "off"))
+    assert 0 < moved.max() <= largest
+    assert moved.mean() <= mean
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_float32_network_moves_no_value_by_more_than_one(device: str) -> None:
+    moved = abs(pictures(device, "fp32", "on", warm=True) - pictures(device, "fp32", "off"))
+    assert moved.max() <= 1
+    assert moved.mean() < 0.01
