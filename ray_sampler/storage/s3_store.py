@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -20,6 +21,10 @@ from ray_sampler.storage.store import ABANDONED_SECONDS, Entry, StagedFile, is_u
 
 PARTS = 9000
 """S3 takes 10,000 parts of an object; this leaves room."""
+
+PARTS_AT_ONCE = 4
+PARTS_MEMORY = 4 * PART_BYTES
+"""Parts that are uploaded at once, and their bytes, at most; one may have more."""
 
 KEYS_PER_DELETE = 1000
 
@@ -100,12 +105,18 @@ class S3Store(ObjectStore):
         part_bytes = -(-max(PART_BYTES, size // PARTS) // 2**20) * 2**20
         key = self._key(path)
         buffer = bytearray()
-        tags: list[str] = []
+        parts: list[Future[str]] = []
+        at_once = max(1, min(PARTS_AT_ONCE, PARTS_MEMORY // part_bytes))
         written = 0
 
+        def upload_part(part: bytes, number: int) -> str:
+            answer = self._call("upload_part", Key=key, UploadId=upload, PartNumber=number, Body=part)
+            return str(answer["ETag"])
+
         def send(part: bytes) -> None:
-            answer = self._call("upload_part", Key=key, UploadId=upload, PartNumber=len(tags) + 1, Body=part)
-            tags.append(answer["ETag"])
+            parts.append(pool.submit(upload_part, part, len(parts) + 1))
+            if len(parts) >= at_once:  # this bounds memory, and tells early of a part that failed
+                parts[-at_once].result()
 
         def write(data: bytes | memoryview) -> None:
             nonlocal written
@@ -119,15 +130,18 @@ class S3Store(ObjectStore):
         with self._explained("write", path):
             before = self._head(key)
             upload = self._call("create_multipart_upload", Key=key)["UploadId"]
+        pool = ThreadPoolExecutor(at_once, "upload")
         try:
             yield StagedFile(write)
             with self._explained("write", path):
-                if buffer or not tags:
+                if buffer or not parts:
                     send(bytes(buffer))
-                self._complete(key, upload, tags, written, before)
+                self._complete(key, upload, [part.result() for part in parts], written, before)
         except BaseException:
+            pool.shutdown(cancel_futures=True)  # a part that arrives after the abort would stay, and be billed
             self._abort(key, upload)
             raise
+        pool.shutdown()
 
     def _head(self, key: str) -> tuple[int, str] | None:
         """Size and tag of an object, None where there is none."""
