@@ -124,8 +124,8 @@ class FleetFlags:
     compile: Compile = "auto"
     """torch.compile: off, on (kernels chosen by timing), or auto (on a GPU, without timing)."""
     shard_timeout: float = 600.0
-    """Seconds without a result after which an actor is replaced, at least; where shards take long, a multiple of
-    their median."""
+    """Seconds without a sign of progress after which an actor is replaced, at least; where shards take long, a multiple
+    of their median."""
     address: str | None = None
     """Ray cluster to join, as auto or host:6379; without it, and without RAY_ADDRESS, a local Ray is started."""
 
