@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,7 @@ def wrong_samples(archive: Path, expected: bytes) -> int:
     try:
         with np.load(archive) as found:
             images = found["arr_0"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return len(right)
     same = min(len(right), len(images))
     return len(right) - int((right[:same] == images[:same]).all(axis=(1, 2, 3)).sum())
@@ -211,6 +212,7 @@ class Chaos:
         else:
             self.score.lost += wrong_samples(archive, self.expected)
             self.score.failures.append(f"round {self.score.rounds}: {failure}")
+            print(f"round {self.score.rounds}: {failure}", *self._said()[-30:], sep="\n", file=sys.stderr)
 
     def _start(self) -> subprocess.Popen[bytes]:
         request = small(self.checkpoint, self.output, address=self.fleet.address, progress="log", **FLAGS)
