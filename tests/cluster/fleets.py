@@ -17,11 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray._raylet import node_ip_address_from_perspective  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 STORE_BYTES = 100_000_000
+NODE: dict[str, Any] = {
+    "object_store_memory": STORE_BYTES,
+    "node_ip_address": node_ip_address_from_perspective(None),
+}
+"""Where this process has a Ray on loopback, as the shared one, its nodes would be there, where drivers do not look."""
+
 FAKE_HEAD = "f" * 51 + "00000"
 """Node id under which Ray's fake provider knows the head."""
 
@@ -40,7 +47,7 @@ class Fleet:
     def __init__(self, workers: int = 0) -> None:
         self.cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES},
+            head_node_args={"num_cpus": 0, "include_dashboard": False, **NODE},
         )
         self.address: str = self.cluster.address
         self.workers: list[Any] = []
@@ -49,7 +56,7 @@ class Fleet:
 
     def add(self) -> Any:
         """A new node; it is there when this returns."""
-        self.workers.append(self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES))
+        self.workers.append(self.cluster.add_node(num_cpus=1, **NODE))
         return self.workers[-1]
 
     def processes(self, node: Any) -> list[psutil.Process]:
