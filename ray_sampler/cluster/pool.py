@@ -35,6 +35,9 @@ START_S = 180.0
 """And so many seconds at least: Ray 2.60 gives actors to a frozen node until it declares it dead, and only then
 gives them elsewhere."""
 
+NEVER_RAN = "never ran"
+"""What Ray 2.60 says of an actor that still waited at a node when that one died."""
+
 BROKEN_AFTER = 2
 """Shards in a row that raise on an actor before it is replaced: its device may be broken, and theirs not the fault."""
 
@@ -317,7 +320,7 @@ class Pool:
 
 def went_with_its_node(error: RayError, member: Member) -> bool:
     """Whether an actor is lost by no fault of its own. Ray 2.60 reports the loss of a node first as unavailability."""
-    if isinstance(error, ray.exceptions.ActorUnavailableError | GetTimeoutError):
+    if isinstance(error, ray.exceptions.ActorUnavailableError | GetTimeoutError) or NEVER_RAN in str(error):
         return True
     lives = {node["NodeID"]: node["Alive"] for node in ray.nodes()}
     return not lives.get(member.node_id or place_of(member.handle._actor_id.hex()), True)
