@@ -10,7 +10,7 @@ from tests.chaos.harness import Chaos
 from tests.faults.servers import rclone
 from tests.faults.sweep import faulty_bucket
 
-SEED, ROUNDS = 5, 3
+SEED, ROUNDS = 5, 2
 
 
 @pytest.mark.slow
