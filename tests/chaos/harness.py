@@ -153,10 +153,11 @@ class Chaos:
         send(signal.SIGKILL, self.frozen)
         self.fleet.close()
 
-    def round(self) -> None:
-        """One run, disturbed and given again until it ends."""
+    def round(self, in_bucket: bool | None = None) -> None:
+        """One run, disturbed and given again until it ends; into a bucket or a folder by chance, unless it is said."""
         name = f"round-{self.score.rounds}"
-        in_bucket = self.chance.random() < IN_BUCKET
+        if in_bucket is None:
+            in_bucket = self.chance.random() < IN_BUCKET
         self.score.rounds += 1
         self.score.in_bucket += in_bucket
         self.output = f"s3://{BUCKET}/{name}" if in_bucket else str(self.folder / name)
