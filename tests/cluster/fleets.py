@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 from ray._raylet import node_ip_address_from_perspective  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
+from ray.experimental import internal_kv
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -45,6 +46,7 @@ class Fleet:
     """A head without CPUs, on which drivers run, and worker nodes of one CPU each."""
 
     def __init__(self, workers: int = 0) -> None:
+        self.earlier = internal_kv.internal_kv_get_gcs_client()
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": False, **NODE},
@@ -96,6 +98,10 @@ class Fleet:
         self.cluster.global_state.disconnect()  # a client that outlives the head ends this process
         for node in [*self.workers, self.cluster.head_node]:
             self.cluster.remove_node(node, allow_graceful=False)
+        # Ray keeps the last head that a process started as the one it asks; another one may be there again.
+        internal_kv._internal_kv_reset()
+        if self.earlier:
+            internal_kv._initialize_internal_kv(self.earlier)
 
 
 def send(sent: signal.Signals, processes: list[psutil.Process]) -> None:
