@@ -185,7 +185,8 @@ class Pool:
     def remove(self, member: Member) -> None:
         """End an actor at once, and forget it."""
         self.members.remove(member)
-        ray.kill(member.handle)
+        with suppress(RayError):  # one whose creation was cancelled is gone already
+            ray.kill(member.handle)
 
     def release_idle(self, keep: int) -> None:
         """End idle actors as long as more than `keep` actors are left, so that their nodes can go."""

@@ -19,9 +19,9 @@ from tests.cluster.runs import fragments, sampled, savez
 
 pytestmark = pytest.mark.slow
 
-SEVERAL = {"num_samples": 400, "shard_size": 4, "steps": 40, "max_actors": 2, "progress": "log"}
-"""A hundred shards, which take two actors on this machine long enough to have nodes come and go."""
-ARCHIVE = "samples_400x8x8x3.npz"
+SEVERAL = {"num_samples": 240, "shard_size": 4, "steps": 40, "max_actors": 2, "progress": "log"}
+"""Sixty shards, which take two actors on this machine long enough to have nodes come and go."""
+ARCHIVE = "samples_240x8x8x3.npz"
 
 
 @pytest.fixture
