@@ -35,6 +35,9 @@ START_S = 180.0
 """And so many seconds at least: Ray 2.60 gives actors to a frozen node until it declares it dead, and only then
 gives them elsewhere."""
 
+START_PAUSE_S = 1.0
+"""After a start that failed, others are asked for so much later."""
+
 NEVER_RAN = "never ran"
 """What Ray 2.60 says of an actor that still waited at a node when that one died."""
 
@@ -138,6 +141,8 @@ class Pool:
         self.draining: set[str] = set()
         """Ids of the nodes that are about to go."""
         self.durations: deque[float] = deque(maxlen=100)
+        self.start_failed = -START_PAUSE_S
+        """When an actor failed to start last, on the monotonic clock."""
 
     @property
     def ready(self) -> list[Member]:
@@ -174,6 +179,8 @@ class Pool:
         """
         staying = [member for member in self.members if member.node_id not in self.draining]
         room = max(MOST_PENDING, len(self.ready)) - self.pending()
+        if time.monotonic() < self.start_failed + START_PAUSE_S:
+            room = 0
         for _ in range(min(wanted - len(staying), room)):
             handle = self.start()
             self.members.append(Member(handle, handle.start.remote()))
@@ -259,6 +266,7 @@ class Pool:
             member.info = ray.get(member.hello)
         except RayError as error:
             self.remove(member)
+            self.start_failed = time.monotonic()
             return StartFailed(reason_of(error), guilty=not went_with_its_node(error, member))
         member.node_id = member.info.node_id
         return Ready(member.info)

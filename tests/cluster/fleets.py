@@ -30,6 +30,9 @@ NODE: dict[str, Any] = {
 }
 """Where this process has a Ray on loopback, as the shared one, its nodes would be there, where drivers do not look."""
 
+OPEN = {"RAY_AUTH_MODE": "disabled"}
+"""The autoscaler's head asks for no token; a process that started a Ray of its own asks for one, as do its children."""
+
 FAKE_HEAD = "f" * 51 + "00000"
 """Node id under which Ray's fake provider knows the head."""
 
@@ -136,6 +139,7 @@ def autoscaling(most: int) -> Iterator[Autoscaled]:
         file.write_text(json.dumps(autoscaler_config(address, most)))
         outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment = outside | {
+            **OPEN,
             "HOME": home,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",

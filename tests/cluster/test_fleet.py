@@ -13,7 +13,7 @@ import pytest
 
 from ray_sampler.cluster.pool import MOST_IN_FLIGHT
 from ray_sampler.config import RunConfig
-from tests.cluster.fleets import Fleet, autoscaling, send
+from tests.cluster.fleets import OPEN, Fleet, autoscaling, send
 from tests.cluster.processes import claimed, started, wait_for, written
 from tests.cluster.runs import fragments, sampled, savez
 
@@ -72,7 +72,7 @@ def test_nodes_that_come_late_work_at_once_and_nodes_that_die_cost_only_what_was
         summary = ended(process, output, log)
     assert (output / ARCHIVE).read_bytes() == expected
     assert 1 <= int(str(summary["retries"])) <= 2 * MOST_IN_FLIGHT  # two deaths
-    assert summary["computed"] == 400
+    assert summary["computed"] == 240
 
 
 def test_a_run_without_capacity_waits_says_so_and_ends_in_a_sentence_on_ctrl_c(configure, tmp_path, fleet):
@@ -121,7 +121,8 @@ def test_an_autoscaler_brings_nodes_for_the_run_and_takes_them_away_again(config
     output, log = tmp_path / "run", tmp_path / "log"
     with autoscaling(most=3) as cluster:
         assert cluster.nodes() == 1
-        with started(configure(**SEVERAL | {"address": cluster.address, "max_actors": 3}), log) as process:
+        config = configure(**SEVERAL | {"address": cluster.address, "max_actors": 3})
+        with started(config, log, OPEN) as process:
             wait_for(lambda _: cluster.nodes() == 4, output, process, log)
             ended(process, output, log)
         deadline = time.monotonic() + 60
