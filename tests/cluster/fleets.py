@@ -30,6 +30,9 @@ NODE: dict[str, Any] = {
 }
 """Where this process has a Ray on loopback, as the shared one, its nodes would be there, where drivers do not look."""
 
+HEALTH = {"health_check_period_ms": 1000, "health_check_failure_threshold": 10, "health_check_timeout_ms": 2000}
+"""A node that does not answer counts as dead after some 10 s, a third of what Ray gives it."""
+
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 """The autoscaler's head asks for no token; a process that started a Ray of its own asks for one, as do its children."""
 
@@ -52,7 +55,7 @@ class Fleet:
         self.earlier = internal_kv.internal_kv_get_gcs_client()
         self.cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False, **NODE},
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH, **NODE},
         )
         self.address: str = self.cluster.address
         self.workers: list[Any] = []
