@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from ray_sampler.cli import main
 from ray_sampler.config import Architecture, RequestError, Run, RunConfig
-from ray_sampler.models import presets
+from ray_sampler.models import checkpoint
 from ray_sampler.models.checkpoint import open_weights, weights_hash
 from ray_sampler.models.presets import BUNDLED, PRESETS, settings_for
 from ray_sampler.models.unet import UNet
@@ -203,7 +203,7 @@ def test_a_bundled_name_opens_the_file_in_the_package(
     state = UNet(arch).state_dict()
     (tmp_path / "digits").mkdir()
     save_file(state, tmp_path / "digits" / BUNDLED[name].file)
-    monkeypatch.setattr(presets, "files", lambda package: tmp_path)
+    monkeypatch.setattr(checkpoint, "files", lambda package: tmp_path)
     assert weights_hash(open_weights(name)) == weights_hash(state)
     torch.save(state, tmp_path / "w.pt")
     assert weights_hash(open_weights(str(tmp_path / "w.pt"))) == weights_hash(state)
