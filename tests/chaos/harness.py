@@ -153,8 +153,11 @@ class Chaos:
         send(signal.SIGKILL, self.frozen)
         self.fleet.close()
 
-    def round(self, in_bucket: bool | None = None) -> None:
-        """One run, disturbed and given again until it ends; into a bucket or a folder by chance, unless it is said."""
+    def round(self, in_bucket: bool | None = None, most: int = DISTURBANCES) -> None:
+        """One run, disturbed up to `most` times and given again until it ends.
+
+        Into a bucket or a folder by chance, unless it is said.
+        """
         name = f"round-{self.score.rounds}"
         if in_bucket is None:
             in_bucket = self.chance.random() < IN_BUCKET
@@ -164,7 +167,7 @@ class Chaos:
         self.files = self.folder / "bucket" / BUCKET / name if in_bucket else self.folder / name
         self.log = self.folder / f"{name}.log"
         self.proxy.plan(*FAULTS)
-        failure = self._disturbed_run(left=self.chance.randrange(1, DISTURBANCES + 1))
+        failure = self._disturbed_run(left=self.chance.randrange(1, most + 1))
         if failure is None and self.chance.random() < CUT_SHORT:
             self.score.cut_short += 1
             os.truncate(self.files / ARCHIVE, self.chance.randrange((self.files / ARCHIVE).stat().st_size))

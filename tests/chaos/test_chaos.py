@@ -20,7 +20,7 @@ def test_runs_that_are_killed_and_spoiled_end_in_the_bytes_of_an_undisturbed_one
         chaos = Chaos(checkpoint, tmp_path, proxy, SEED)
         try:
             for in_bucket in (False, True):
-                chaos.round(in_bucket)
+                chaos.round(in_bucket, most=2)
         finally:
             chaos.close()
     score = chaos.score
