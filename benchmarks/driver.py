@@ -29,7 +29,7 @@ from ray_sampler.cluster.reduce import pack_pieces
 from ray_sampler.cluster.session import Fleet
 from ray_sampler.pictures import PreviewKeeper
 from ray_sampler.reporting.progress import Snapshot
-from ray_sampler.storage.fragment import FragmentName, Record
+from ray_sampler.storage.record import FragmentName, Record
 from ray_sampler.storage.run_dir import RunDir
 from table import Goal, Row, in_turn, parser, report
 
@@ -208,7 +208,7 @@ def main() -> None:
     if arguments.drive:
         drive_here(arguments.drive)
         return
-    ray.init(num_cpus=ACTORS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=ACTORS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     actor = ray.remote(NullActor).options(max_concurrency=CONCURRENCY)
     handles = [actor.remote() for _ in range(ACTORS)]
     theirs(handles)  # the first calls start the actors

@@ -89,7 +89,7 @@ def theirs(folder: Path, arch: Architecture, packed: ray.ObjectRef[PackedWeights
 def main() -> None:
     arguments = parser(__doc__).parse_args()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.init(num_cpus=ACTORS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=ACTORS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     arch = architecture(dict(SETTINGS))
     packed = ray.put(pack(fit(open_weights("digits-cd"), arch, "fp32")))

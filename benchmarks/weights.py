@@ -83,7 +83,11 @@ def main() -> None:
         file = str(Path(folder) / "weights.pt")
         torch.save(state, file)
         ray.init(
-            include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, object_store_memory=2 * 2**30
+            "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=2 * 2**30,
         )
         began = time.perf_counter()
         packed = ray.put(pack(state))
