@@ -22,7 +22,8 @@ import numpy as np
 from ray_sampler.cluster.reduce import Merged, merge_fragments, pack_pieces
 from ray_sampler.storage.archive import Content, content_of
 from ray_sampler.storage.coverage import cover
-from ray_sampler.storage.fragment import FragmentName, Samples, encode
+from ray_sampler.storage.fragment import encode
+from ray_sampler.storage.record import FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
 from table import Goal, Row, in_turn, parser, report
 

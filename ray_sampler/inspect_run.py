@@ -14,7 +14,7 @@ from ray_sampler.pictures import PREVIEW, Sheet
 from ray_sampler.reporting.status import FragmentFact, Status, render, status
 from ray_sampler.storage.archive import DamagedPiece, content_of, merge
 from ray_sampler.storage.coverage import cover, missing
-from ray_sampler.storage.fragment import DamagedFragment, FragmentName
+from ray_sampler.storage.record import DamagedFragment, FragmentName
 from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.verify import verify
 

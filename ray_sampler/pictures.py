@@ -14,7 +14,7 @@ import numpy as np
 from ray_sampler.config import RequestError, RunError
 from ray_sampler.reporting.preview import choose_indices, contact_sheet
 from ray_sampler.storage.coverage import cover
-from ray_sampler.storage.fragment import DamagedFragment, FragmentName, Samples
+from ray_sampler.storage.record import DamagedFragment, FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
 
 PREVIEW = "preview.png"

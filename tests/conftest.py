@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ray_sampler.config import RunConfig
-from ray_sampler.storage.fragment import Samples
+from ray_sampler.storage.record import Samples
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,7 +14,7 @@ import ray
 
 import ray_sampler
 from ray_sampler import RequestError, RunConfig, read_fragment, run
-from ray_sampler.storage.fragment import DamagedFragment, Samples
+from ray_sampler.storage.record import DamagedFragment, Samples
 from tests.cluster.runs import ARCHIVE, SMALL, TINY, fragments, leave, savez
 from tests.conftest import Configure
 

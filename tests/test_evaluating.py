@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from ray_sampler.cli import main
-from ray_sampler.storage.fragment import Samples
+from ray_sampler.storage.record import Samples
 from tests.cluster.runs import ARCHIVE, leave, small
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from ray_sampler.cli import main
-from ray_sampler.storage.fragment import Samples, encode
+from ray_sampler.storage.fragment import encode
+from ray_sampler.storage.record import Samples
 from tests.cluster.runs import ARCHIVE, contents, fragments, leave, part, savez
 from tests.conftest import Configure
 

@@ -20,7 +20,8 @@ from ray_sampler.config import Architecture, Compile, FragmentFormat, Precision,
 from ray_sampler.models.checkpoint import build
 from ray_sampler.sampling.engine import Engine, Pictures, compiles, numerics_key
 from ray_sampler.sampling.labels import LabelRule
-from ray_sampler.storage.fragment import Record, Samples, encode
+from ray_sampler.storage.fragment import encode
+from ray_sampler.storage.record import Record, Samples
 from ray_sampler.storage.run_dir import FragmentName, RunDir
 
 PackedWeights = dict[str, tuple[np.ndarray, str, tuple[int, ...]]]

@@ -15,7 +15,8 @@ from ray_sampler.pictures import PreviewKeeper, Tile
 from ray_sampler.reporting.preview import class_strips
 from ray_sampler.reporting.report import render_report
 from ray_sampler.reporting.summary import ArchiveMember, Summary
-from ray_sampler.storage.archive import ArchiveLayout, archive_intact
+from ray_sampler.storage.archive import archive_intact
+from ray_sampler.storage.archive_layout import ArchiveLayout
 
 SUMMARY = "summary.json"
 REPORT = "report.html"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ray_sampler.storage.fragment import FragmentName
+from ray_sampler.storage.record import FragmentName
 
 
 class Piece(NamedTuple):

@@ -16,17 +16,9 @@ from typing import Any, NamedTuple
 
 from ray_sampler.config import RequestError, RunError, fingerprint
 from ray_sampler.storage.connect import open_store
-from ray_sampler.storage.fragment import (
-    DamagedFragment,
-    Fragment,
-    FragmentName,
-    MissingFragment,
-    Record,
-    Samples,
-    decode,
-    decode_groups,
-)
+from ray_sampler.storage.fragment import Fragment, decode, decode_groups
 from ray_sampler.storage.local_store import LocalStore
+from ray_sampler.storage.record import DamagedFragment, FragmentName, MissingFragment, Record, Samples
 from ray_sampler.storage.store import Readable, StagedFile
 
 __all__ = ["DamagedFragment", "FragmentName", "Listing", "MissingFragment", "RunDir"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from ray_sampler.storage.fragment import DamagedFragment, FragmentName, MissingFragment, Record
+from ray_sampler.storage.record import DamagedFragment, FragmentName, MissingFragment, Record
 from ray_sampler.storage.run_dir import RunDir
 
 FOREIGN = "its name is no fragment's, or it is a folder or a link"

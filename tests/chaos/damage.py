@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_sampler.storage.fragment import FragmentName
+from ray_sampler.storage.record import FragmentName
 
 Damage = Callable[[Path, Path, random.Random], None]
 """Spoils one fragment; the other path is a fragment of another run."""

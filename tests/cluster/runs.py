@@ -19,7 +19,8 @@ from ray_sampler.models.checkpoint import build
 from ray_sampler.models.unet import UNet
 from ray_sampler.sampling.engine import Engine
 from ray_sampler.sampling.labels import LabelRule, listed_labels
-from ray_sampler.storage.fragment import FragmentName, Samples, encode
+from ray_sampler.storage.fragment import encode
+from ray_sampler.storage.record import FragmentName, Samples
 
 TINY: dict[str, Any] = {
     "image_size": 8,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ray_sampler.cluster.inventory import newly
 from ray_sampler.storage.coverage import cover, missing
-from ray_sampler.storage.fragment import FragmentName
+from ray_sampler.storage.record import FragmentName
 
 NAMES = st.lists(
     st.tuples(st.integers(0, 40), st.integers(1, 12)).map(lambda p: FragmentName(p[0], p[0] + p[1], "parquet")),

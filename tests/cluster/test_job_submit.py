@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
-from ray_sampler.storage.fragment import Samples
+from ray_sampler.storage.record import Samples
 from tests.cluster.fleets import RAY, free_ports
 from tests.cluster.runs import ARCHIVE, LONGER, flags_of, fragments, sampled, savez, small
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_sampler.storage.fragment import Samples
+from ray_sampler.storage.record import Samples
 from tests.cluster.runs import savez
 from tests.faults.proxy import FaultProxy
 from tests.faults.servers import rclone

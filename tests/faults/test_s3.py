@@ -16,7 +16,7 @@ import pytest
 
 from ray_sampler.config import RequestError, RunError
 from ray_sampler.storage import connect, object_store, s3_store
-from ray_sampler.storage.fragment import FragmentName
+from ray_sampler.storage.record import FragmentName
 from ray_sampler.storage.run_dir import RunDir
 from tests.faults.proxy import Fault, FaultProxy, Kind, once
 from tests.faults.servers import BUCKET, KEY, SECRET, client

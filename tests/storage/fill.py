@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ray_sampler.storage.fragment import FragmentName, Record, Samples, encode
+from ray_sampler.storage.fragment import encode
+from ray_sampler.storage.record import FragmentName, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
 
 FINGERPRINT = "ab" * 32

@@ -14,18 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_sampler.config import RunError
-from ray_sampler.storage.archive import (
-    ArchiveLayout,
-    Content,
-    DamagedPiece,
-    archive_intact,
-    content_of,
-    crc32_combine,
-    lay_out,
-    merge,
-)
+from ray_sampler.storage.archive import Content, DamagedPiece, archive_intact, content_of, lay_out, merge
+from ray_sampler.storage.archive_layout import ArchiveLayout, crc32_combine
 from ray_sampler.storage.coverage import cover
-from ray_sampler.storage.fragment import FragmentName, Samples
+from ray_sampler.storage.record import FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
 from tests.storage.fill import FINGERPRINT, fill, make_samples
 
@@ -210,7 +202,8 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
         import numpy as np
         from ray_sampler.storage.archive import content_of, merge
         from ray_sampler.storage.coverage import cover
-        from ray_sampler.storage.fragment import FragmentName, Samples, encode
+        from ray_sampler.storage.fragment import encode
+        from ray_sampler.storage.record import FragmentName, Samples
         from ray_sampler.storage.run_dir import RunDir
 
         run_dir, count = RunDir(sys.argv[1]), int(sys.argv[2])

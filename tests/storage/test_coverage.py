@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_sampler.storage.coverage import Piece, cover, missing
-from ray_sampler.storage.fragment import FragmentName
+from ray_sampler.storage.record import FragmentName
 
 NAMES = st.builds(
     lambda start, count, format: FragmentName(start, start + count, format),

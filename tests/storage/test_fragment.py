@@ -13,18 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_sampler.config import RequestError
-from ray_sampler.storage.fragment import (
-    DamagedFragment,
-    FragmentName,
-    Record,
-    Samples,
-    checksums,
-    decode,
-    encode,
-    json_crc32,
-    parquet_schema,
-    read_fragment,
-)
+from ray_sampler.storage.fragment import decode, encode, read_fragment
+from ray_sampler.storage.parquet_format import parquet_schema
+from ray_sampler.storage.record import DamagedFragment, FragmentName, Record, Samples, checksums, json_crc32
 from tests.storage.fill import FINGERPRINT, make_samples
 
 FORMATS = pytest.mark.parametrize("format", ["parquet", "npz"])

@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from ray_sampler.config import RequestError, RunError, fingerprint
 from ray_sampler.storage import object_store
-from ray_sampler.storage.fragment import DamagedFragment, FragmentName
+from ray_sampler.storage.record import DamagedFragment, FragmentName
 from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.verify import verify
 from tests.faults.servers import KEY, SECRET

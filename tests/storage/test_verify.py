@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from ray_sampler.storage.fragment import DamagedFragment, FragmentName, encode
+from ray_sampler.storage.fragment import encode
+from ray_sampler.storage.record import DamagedFragment, FragmentName
 from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.verify import check_fragment, verify
 from tests.storage.fill import FINGERPRINT, fill, make_samples
