@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import statistics
 import time
 from collections import Counter, deque
@@ -40,6 +41,9 @@ START_PAUSE_S = 1.0
 
 NEVER_RAN = "never ran"
 """What Ray 2.60 says of an actor that still waited at a node when that one died."""
+
+KNOCK_S = 0.5
+"""Seconds in which a node that lives accepts a connection."""
 
 BROKEN_AFTER = 2
 """Shards in a row that raise on an actor before it is replaced: its device may be broken, and theirs not the fault."""
@@ -328,11 +332,24 @@ class Pool:
 
 
 def went_with_its_node(error: RayError, member: Member) -> bool:
-    """Whether an actor is lost by no fault of its own. Ray 2.60 reports the loss of a node first as unavailability."""
-    if isinstance(error, ray.exceptions.ActorUnavailableError | GetTimeoutError) or NEVER_RAN in str(error):
+    """Whether an actor is lost by no fault of its own.
+
+    Ray 2.60 reports any death first as unavailability, and that of a node tens of seconds later; whether the node
+    still listens tells at once.
+    """
+    if isinstance(error, GetTimeoutError) or NEVER_RAN in str(error):
         return True
-    lives = {node["NodeID"]: node["Alive"] for node in ray.nodes()}
-    return not lives.get(member.node_id or place_of(member.handle._actor_id.hex()), True)
+    node_id = member.node_id or place_of(member.handle._actor_id.hex())
+    node = next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
+    return node is not None and not (node["Alive"] and listens(node["NodeManagerAddress"], node["NodeManagerPort"]))
+
+
+def listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), KNOCK_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def place_of(actor_id: str) -> str | None:

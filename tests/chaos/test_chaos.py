@@ -27,6 +27,7 @@ def test_runs_that_are_killed_and_spoiled_end_in_the_bytes_of_an_undisturbed_one
     assert score.failures == []
     assert score.identical == 2
     assert score.lost == 0
+    assert score.in_bucket == 1
     assert score.faults.total() > 0
     assert score.kills.total() > 0
     assert score.damages.total() > 0

@@ -161,8 +161,7 @@ def test_a_shard_that_kills_every_actor_is_given_up_and_the_others_are_kept(tmp_
     given_up = story.run()
     assert list(given_up) == [Shard(16, 24)]
     assert sorted(story.results) == [0, 8, 24, 32, 40]
-    # Two actors may be at it, and a death that Ray reports as unavailability first is not held against it.
-    assert DEATHS <= len(list(tmp_path.glob("shard-16.*"))) <= 3 * DEATHS
+    assert DEATHS <= len(list(tmp_path.glob("shard-16.*"))) <= DEATHS + 1  # two actors may be at it when it is given up
 
 
 def test_a_shard_that_fails_by_itself_is_tried_again(tmp_path):
