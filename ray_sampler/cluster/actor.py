@@ -18,7 +18,7 @@ from torch import Tensor
 from ray_sampler.cluster.metrics import ActorMetrics
 from ray_sampler.config import Architecture, Compile, FragmentFormat, Precision, RunError, Sampling
 from ray_sampler.models.checkpoint import build
-from ray_sampler.sampling.engine import Engine, Pictures, compiles, numerics_key
+from ray_sampler.sampling.engine import Engine, Pictures, numerics_key
 from ray_sampler.sampling.labels import LabelRule
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import Record, Samples
@@ -134,8 +134,7 @@ class SamplerActor:
             compile=spec.compile,
             cores=spec.cores,
         )
-        if compiles(spec.compile, self.device.type == "cuda"):
-            engine.warm_up()
+        engine.warm_up()
         return engine
 
     def info(self) -> ActorInfo:

@@ -86,7 +86,8 @@ class Engine:
         compile: Compile,
         cores: int = 1,
     ) -> None:
-        self.network: Network = compiled(network, compile, device)
+        self.compiles = compiles(compile, device.type == "cuda")
+        self.network: Network = compiled(network, compile) if self.compiles else network
         self.architecture = architecture
         self.sampling = sampling
         self.labels = labels
@@ -146,13 +147,14 @@ class Engine:
         return finish
 
     def warm_up(self) -> None:
-        """Compute a batch for nothing: a compiled network is compiled when this returns.
+        """Compute a batch for nothing where the network is compiled, so that it is when this returns.
 
         Raises:
             OutOfDeviceMemoryError: names the batch size and what to do.
         """
-        with suppress(NonFiniteError):
-            self.sample(0, self.batch_size)()
+        if self.compiles:
+            with suppress(NonFiniteError):
+                self.sample(0, self.batch_size)()
 
     @torch.inference_mode()
     def _block(self, block: int) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -206,10 +208,8 @@ def compiles(mode: Compile, gpu: bool) -> bool:
     return mode == "on" or (mode == "auto" and gpu)
 
 
-def compiled(network: nn.Module, mode: Compile, device: torch.device) -> Network:
-    """The network under torch.compile: with kernels chosen by timing (on), without (auto, on a GPU), or as it is."""
-    if not compiles(mode, device.type == "cuda"):
-        return network
+def compiled(network: nn.Module, mode: Compile) -> Network:
+    """The network under torch.compile: with kernels chosen by timing (on), or without (auto)."""
     return torch.compile(network, mode="max-autotune" if mode == "on" else "default", dynamic=False)
 
 
