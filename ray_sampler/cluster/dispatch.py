@@ -19,7 +19,8 @@ ATTEMPTS = 3
 """Times that a shard may fail by itself before it is given up."""
 
 DEATHS = 5
-"""Actors that may die while computing one shard before it is given up."""
+"""Actors that may die with one shard before it is given up. From the first death on it has actors to itself, so that
+no other shard is blamed."""
 
 START_FAILURES = 3
 """Actors in a row that may fail to start, with no shard finished between, before the run stops."""
@@ -120,7 +121,7 @@ class Dispatch:
         last_tick, more_to_come = 0.0, True
         while self.queue or self.copies or more_to_come:
             self._scale()
-            for shard in self.pool.assign(self.queue):
+            for shard in self.pool.assign(self.queue, self.deaths.keys()):
                 self._begin(shard)
             if not self.queue and self.pool.idle() and (straggler := self.pool.straggler(self.copies)):
                 self.pool.submit(self.pool.idle()[0], straggler)
@@ -169,8 +170,8 @@ class Dispatch:
             case Lost(shards, reason, guilty):
                 self.tally.failures += 1
                 self.reporter.message(f"lost an actor; its {len(shards)} shards go to others: {reason}", "warning")
-                if guilty and shards:
-                    self.deaths[shards[0]] += 1
+                if guilty:
+                    self.deaths.update(shards)
                 for shard in reversed(shards):
                     self._return(shard, front=True, give_up=self.deaths[shard] >= DEATHS and reason)
             case StartFailed(reason, guilty):

@@ -6,7 +6,7 @@ import socket
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, KeysView
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -74,12 +74,12 @@ class Failed(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """An actor is gone, and with it these shards, that it was computing first."""
+    """An actor is gone, and with it these shards."""
 
     shards: list[Shard]
     reason: str
     guilty: bool
-    """Whether the first shard may have killed it: it was computing, and its node lives."""
+    """Whether one of them may have killed it: its node lives."""
 
 
 class Ready(NamedTuple):
@@ -208,11 +208,12 @@ class Pool:
         for member in list(self.members):
             self.remove(member)
 
-    def assign(self, queue: deque[Shard]) -> list[Shard]:
+    def assign(self, queue: deque[Shard], alone: KeysView[Shard]) -> list[Shard]:
         """Give shards from the front of `queue` to the least busy actors that have room; returns those given.
 
         While the queue is long an actor has a second shard waiting; near its end it takes one at a time, so that
-        none waits behind another. Nodes that are about to go get no more.
+        none waits behind another. The shards of `alone` share an actor with no other. Nodes that are about to go get
+        no more.
         """
         given: list[Shard] = []
         if not queue or not self.ready:
@@ -222,7 +223,8 @@ class Pool:
             for member in members:
                 if not queue or (busy and len(queue) < len(members)):
                     return given
-                if len(member.tasks) == busy < member.depth:
+                mixed = busy and not alone.isdisjoint([queue[0], *member.tasks.values()])
+                if len(member.tasks) == busy < member.depth and not mixed:
                     given.append(queue.popleft())
                     self.submit(member, given[-1])
         return given

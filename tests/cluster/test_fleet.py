@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_sampler.cluster.dispatch import START_FAILURES
 from ray_sampler.cluster.pool import MOST_IN_FLIGHT
 from ray_sampler.config import RunConfig
 from tests.cluster.fleets import OPEN, Fleet, autoscaling, send
@@ -101,6 +102,22 @@ def test_a_frozen_node_raises_nothing_and_is_done_without(configure, tmp_path, f
         finally:
             send(signal.SIGCONT, frozen)
     assert "no sign of progress for" in log.read_text()
+    assert (output / ARCHIVE).read_bytes() == expected
+
+
+def test_actors_that_waited_at_a_node_that_died_are_not_to_blame(configure, tmp_path, fleet, expected):
+    """Ray gives them to a node that it does not know to be dead, and cancels all of them when it does."""
+    output, log = tmp_path / "run", tmp_path / "log"
+    node = fleet.add()
+    frozen = fleet.freeze(node)
+    try:
+        with started(run_into(configure, fleet, max_actors=START_FAILURES + 1), log) as process:
+            wait_for(says("could not start", log), output, process, log)
+            fleet.add()
+            ended(process, output, log)
+    finally:
+        send(signal.SIGCONT, frozen)
+    assert log.read_text().count("could not start") >= START_FAILURES
     assert (output / ARCHIVE).read_bytes() == expected
 
 
