@@ -11,6 +11,7 @@ from ray_sampler.storage.record import FragmentName, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
 
 FINGERPRINT = "ab" * 32
+NAME = FragmentName(0, 4, "parquet")
 
 
 def make_samples(start: int, stop: int, shape=(8, 8, 3), labelled=True, seed=0) -> Samples:
@@ -18,6 +19,13 @@ def make_samples(start: int, stop: int, shape=(8, 8, 3), labelled=True, seed=0) 
     images = np.stack([np.random.default_rng([seed, i]).integers(0, 256, shape, np.uint8) for i in range(start, stop)])
     labels = np.array([(i * 7 + seed) % 10 for i in range(start, stop)], np.int32) if labelled else None
     return Samples(start, images, labels)
+
+
+def encoded(format, start=4, stop=12, **kwargs):
+    """A fragment's name, its file, its record and what is in it."""
+    samples = make_samples(start, stop, **kwargs)
+    data, record = encode(samples, FINGERPRINT, {"device": "cpu", "seconds": 1.5}, format)
+    return FragmentName(start, stop, format), data, record, samples
 
 
 def fill(run_dir: RunDir, names: Sequence[FragmentName], **kwargs) -> dict[FragmentName, Record]:
@@ -29,3 +37,7 @@ def fill(run_dir: RunDir, names: Sequence[FragmentName], **kwargs) -> dict[Fragm
         )
         run_dir.write_fragment(name, data)
     return records
+
+
+def names_in(run_dir: RunDir, folder: str = "") -> set[str]:
+    return {entry.name for entry in run_dir._store.list(folder)}

@@ -1,0 +1,108 @@
+"""What a store cannot do is one sentence, without a key; what may pass is tried again."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import botocore.exceptions
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from ray_sampler.config import RequestError, RunError
+from ray_sampler.storage import object_store
+from ray_sampler.storage.run_dir import RunDir
+from tests.faults.servers import KEY, SECRET
+from tests.storage.fill import NAME
+
+
+def test_a_wrong_url_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(RequestError, match="unknown protocol"):
+        RunDir("nonsense://bucket/run")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(RequestError, match=r"pip install 'ray-sampler\[gcs\]'"):
+        RunDir("gs://bucket/run")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RequestError, match="is a file"):
+        RunDir(str(tmp_path / "file"))
+    with pytest.raises(RequestError, match="a file stands"):
+        RunDir(str(tmp_path / "file" / "run")).create_run({})
+
+
+def test_a_missing_bucket_and_wrong_keys_are_refused_without_showing_a_key(rclone_endpoint, moto, monkeypatch, caplog):
+    with pytest.raises(RequestError, match="its bucket does not exist"):
+        RunDir(f"s3://nobody-{uuid.uuid4().hex}/run").create_run({})
+    with pytest.raises(RequestError, match="its bucket does not exist"):
+        RunDir(f"s3://nobody-{uuid.uuid4().hex}/run").fragments()
+    import s3fs
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", rclone_endpoint)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret-key")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(RequestError, match=r"credentials|permission") as caught:
+        RunDir("s3://samples/run").create_run({})
+    for shown in (str(caught.value), caplog.text):
+        assert KEY not in shown
+        assert SECRET not in shown
+        assert "another-secret" not in shown
+
+
+def test_missing_credentials_are_refused(moto, monkeypatch):
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(RequestError, match="no credentials were found"):
+        RunDir("s3://samples/run").create_run({})
+
+
+def test_a_full_or_read_only_disk_is_one_sentence(tmp_path, monkeypatch):
+    run_dir = RunDir(str(tmp_path / "run"))
+    for number, kind, words in (
+        (errno.ENOSPC, RunError, "the disk is full"),
+        (errno.EROFS, RequestError, "read-only"),
+        (errno.EACCES, RequestError, "permission denied"),
+    ):
+
+        def fail(descriptor, number=number):
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(kind, match=words):
+                run_dir.write_fragment(NAME, b"x")
+        assert list(Path(tmp_path / "run" / "fragments").iterdir()) == []
+
+
+def test_passing_errors_are_retried_and_logged_and_lasting_ones_end(monkeypatch, caplog):
+    """A store that answers 503 twice, then as it should; and one that never does."""
+    run_dir = RunDir(f"memory://{uuid.uuid4().hex}")
+    slow_down = botocore.exceptions.ClientError({"Error": {"Code": "SlowDown", "Message": f"not {KEY}"}}, "PutObject")
+    answers = [slow_down, slow_down]
+    original = MemoryFileSystem.pipe_file
+
+    def answer(self, *args, **kwargs):
+        if answers:
+            raise answers.pop()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", answer)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with caplog.at_level(logging.WARNING):
+        run_dir.write_file("preview.png", b"x")
+    assert run_dir.read_file("preview.png") == b"x"
+    assert caplog.text.count("SlowDown") == 2
+    answers.extend([slow_down] * 50)
+    with pytest.raises(RunError, match="SlowDown"):
+        run_dir.write_file("preview.png", b"y")
+    assert len(answers) == 50 - object_store.ATTEMPTS
+    assert KEY not in caplog.text
