@@ -30,7 +30,7 @@ NODE: dict[str, Any] = {
 }
 """Where this process has a Ray on loopback, as the shared one, its nodes would be there, where drivers do not look."""
 
-HEALTH = {"health_check_period_ms": 1000, "health_check_failure_threshold": 10, "health_check_timeout_ms": 2000}
+HEALTH = {"health_check_period_ms": 1000, "health_check_failure_threshold": 4, "health_check_timeout_ms": 2000}
 """A node that does not answer counts as dead after some 10 s, a third of what Ray gives it."""
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
