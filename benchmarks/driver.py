@@ -133,7 +133,7 @@ class ScriptedPool:
         self.ready = self.members = [None] * ACTORS
         self.given: deque[Shard] = deque()
 
-    def assign(self, queue: deque[Shard]) -> list[Shard]:
+    def assign(self, queue: deque[Shard], alone: object) -> list[Shard]:
         given = [queue.popleft() for _ in range(min(len(queue), ACTORS * IN_FLIGHT - len(self.given)))]
         self.given += given
         return given

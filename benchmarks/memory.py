@@ -29,7 +29,7 @@ FLAGS = (
     "--image_size 32 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 4 "
     "--sampler onestep --batch_size 100 --shard_size 500 --progress none"
 )
-SMALL, LARGE = 5_000, 50_000
+SMALL, LARGE = 10_000, 50_000
 GOAL = Goal("at most", 1.1)
 PARTS = {"driver": "jobs/sample.py", "actor": "ray::SamplerActor", "merge": "ray::merge_fragments"}
 

@@ -53,9 +53,9 @@ def main() -> None:
         folder.mkdir(parents=True)
         for i in set(range(FRAGMENTS)) - set(MISSING):
             (folder / FragmentName(i * SHARD, (i + 1) * SHARD, "parquet").filename).touch()
-        with rclone_server(Path(name)) as endpoint:
+        with rclone_server(Path(name), looks_every="24h") as endpoint:
             os.environ |= environment(endpoint)
-            known, listed = in_turn(5, ours, theirs)
+            known, listed = in_turn(3, ours, theirs)
     subject = f"what is missing of {FRAGMENTS:,} fragments on S3, against a listing"
     report([Row(subject, known, listed, "s", Goal("at most", 1.1))], [], arguments.json)
 

@@ -21,7 +21,7 @@ from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.store import Readable, StagedFile
 
 READERS = 4
-"""Threads that read fragments, at most."""
+"""Threads that read fragments, at most; where the archive is written at any place, no more than there are cores."""
 
 FRAGMENT_MEMORY = 128 * 2**20
 """Bytes of fragments that are held at once; fragments beyond a quarter of it have fewer readers, but at least one."""
@@ -192,7 +192,7 @@ def merge(
         write(0, images_member.header)
         readers = readers_for(pieces, image_shape)
         if file.write_at:
-            at_once(readers, pieces, lambda piece: pass_on(piece, read(piece)))
+            at_once(min(readers, os.cpu_count() or 1), pieces, lambda piece: pass_on(piece, read(piece)))
         else:
             for piece, groups in ahead(readers, pieces, lambda piece: list(read(piece))):
                 pass_on(piece, groups)

@@ -59,8 +59,10 @@ def rclone() -> str | None:
 
 
 @contextlib.contextmanager
-def rclone_server(folder: Path) -> Iterator[str]:
+def rclone_server(folder: Path, looks_every: str = "1s") -> Iterator[str]:
     """The endpoint of a server of `folder`, whose subfolders are buckets; one, BUCKET, is made.
+
+    It looks at its folders so often for what others put there.
 
     Raises:
         FileNotFoundError: rclone is not installed.
@@ -73,7 +75,17 @@ def rclone_server(folder: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         address = "127.0.0.1", probe.getsockname()[1]
     listen = f"{address[0]}:{address[1]}"
-    command = [program, "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", listen, "--dir-cache-time", "1s"]
+    command = [
+        program,
+        "serve",
+        "s3",
+        "--auth-key",
+        f"{KEY},{SECRET}",
+        "--addr",
+        listen,
+        "--dir-cache-time",
+        looks_every,
+    ]
     server = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_S
