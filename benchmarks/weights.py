@@ -40,7 +40,7 @@ class NewActor:
         return torch.__version__
 
     def map(self, packed: PackedWeights) -> int:
-        """Bytes that the weights take in this actor, read through once, before they are copied to a device."""
+        """Bytes that the weights take in this actor, read through once."""
         before = own_bytes()
         weights = unpack(packed)
         for tensor in weights.values():

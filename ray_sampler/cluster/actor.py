@@ -25,7 +25,7 @@ from ray_sampler.storage.record import Record, Samples
 from ray_sampler.storage.run_dir import FragmentName, RunDir
 
 PackedWeights = dict[str, tuple[np.ndarray, str, tuple[int, ...]]]
-"""Bytes, dtype and shape of each tensor: what Ray keeps once per node and maps into every actor."""
+"""Bytes, dtype and stored shape of each tensor: what Ray keeps once per node and maps into every actor."""
 
 CONCURRENCY = 10
 """Calls that an actor takes at once: shards in flight, at most eight, and questions beside them."""
@@ -75,24 +75,27 @@ class ShardResult:
 
 
 def pack(weights: dict[str, Tensor]) -> PackedWeights:
+    """The weights as arrays of bytes, those of convolutions channels last, as networks take them."""
+    stored = {name: t.permute(0, 2, 3, 1) if t.dim() == 4 else t for name, t in weights.items()}
     return {
         name: (
             tensor.contiguous().view(torch.uint8).numpy(),
             str(tensor.dtype).removeprefix("torch."),
             tuple(tensor.shape),
         )
-        for name, tensor in weights.items()
+        for name, tensor in stored.items()
     }
 
 
 def unpack(packed: PackedWeights) -> dict[str, Tensor]:
-    """Views of the packed bytes, which are shared memory: to be copied and dropped."""
+    """Views of the packed bytes, which are shared memory and must not be written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return {
+        stored = {
             name: torch.from_numpy(data).view(getattr(torch, dtype)).reshape(shape)
             for name, (data, dtype, shape) in packed.items()
         }
+    return {name: t.permute(0, 3, 1, 2) if t.dim() == 4 else t for name, t in stored.items()}
 
 
 class SamplerActor:

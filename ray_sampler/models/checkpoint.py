@@ -17,6 +17,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ray_sampler.config import Architecture, Precision, RequestError, redact, require
 from ray_sampler.models.presets import BUNDLED
@@ -198,15 +199,14 @@ def _hints(state: Mapping[str, Tensor], arch: Architecture) -> list[str]:
 def build(arch: Architecture, state: Mapping[str, Tensor], precision: Precision, device: torch.device | str) -> UNet:
     """The network of `arch` with the weights of `state` (from `fit`) on `device`, ready to sample.
 
-    Tensors are copied one by one and nothing of `state` is kept, so that it may be shared memory.
-    Channels last, in evaluation mode, without gradients.
+    Tensors are copied one by one, and not where they are as the network needs them: then they may be shared memory,
+    and must not be written to. Channels last, in evaluation mode, without gradients.
     """
     network = _empty_network(arch, precision)
     placed = {
         name: state[name].to(
             device,
             empty.dtype,
-            copy=True,
             memory_format=torch.channels_last if empty.dim() == 4 else torch.contiguous_format,
         )
         for name, empty in network.state_dict().items()
@@ -216,7 +216,17 @@ def build(arch: Architecture, state: Mapping[str, Tensor], precision: Precision,
     return network
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Layers are made without their first random weights: those of a network without memory take a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def _empty_network(arch: Architecture, precision: Precision) -> UNet:
     """A network without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         return UNet(arch).convert_torso(DTYPES[precision])

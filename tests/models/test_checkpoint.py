@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ray_sampler.cluster.actor import pack, unpack
 from ray_sampler.config import Architecture, Precision, RequestError
 from ray_sampler.models.checkpoint import build, fit, load_checkpoint, weights_hash
 from ray_sampler.models.unet import UNet
@@ -346,16 +347,20 @@ def test_torso_convolutions_are_cast_and_all_else_is_float32(
         assert torch.equal(tensor, stored[name].to(tensor.dtype))
 
 
-def test_a_network_keeps_nothing_of_the_weights_it_was_built_from(state: dict[str, Tensor]) -> None:
-    fitted = {name: tensor.clone() for name, tensor in fit(state, ARCH, "fp32").items()}
-    network = build(ARCH, fitted, "fp32", "cpu")
+def test_a_network_on_a_cpu_takes_packed_weights_where_they_lie_and_writes_to_none(state: dict[str, Tensor]) -> None:
+    packed = pack(fit(state, ARCH, "fp32"))
+    for data, _, _ in packed.values():
+        data.flags.writeable = False  # as in Ray's shared memory
+    network = build(ARCH, unpack(packed), "fp32", "cpu")
+    for name, tensor in network.state_dict().items():
+        assert tensor.data_ptr() == packed[name][0].ctypes.data, name
     reference = UNet(ARCH).eval()
     reference.load_state_dict(state)
     arguments = (torch.randn(2, 3, 16, 16), torch.tensor([1.0, 100.0]), torch.tensor([0, 9]))
-    for tensor in fitted.values():
-        tensor.fill_(torch.nan)
+    before = {name: data.tobytes() for name, (data, _, _) in packed.items()}
     with torch.no_grad():
         torch.testing.assert_close(network(*arguments), reference(*arguments), rtol=1e-4, atol=1e-5)
+    assert {name: data.tobytes() for name, (data, _, _) in packed.items()} == before
 
 
 def test_a_network_is_ready_to_sample(state: dict[str, Tensor]) -> None:
