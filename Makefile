@@ -30,7 +30,7 @@ test: lint ## linter, type checker and all tests
 chaos: venv ## runs that are killed and spoiled on purpose; ARGS="--rounds 50 --seed 1" or ARGS="--minutes 30"
 	$(BIN)/python -m tests.chaos $(ARGS)
 
-bench: venv ## every benchmark, with results in benchmarks/README.md; ARGS="engine noise" runs those two, and writes nothing
+bench: venv ## every benchmark, with results in benchmarks/README.md; ARGS="engine noise" runs those two
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 lint: venv ## linter, formatter (as a check) and type checker

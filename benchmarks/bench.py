@@ -1,6 +1,7 @@
-"""Run the benchmark programs and write benchmarks/results/latest.json and the results in benchmarks/README.md.
+"""Run the benchmark programs, all or those named as arguments (engine, noise, ...), and write down what they found.
 
-Programs named as arguments (engine, noise, ...) run alone, and then nothing is written.
+Each keeps all its values in benchmarks/results/PROGRAM.json; benchmarks/results/latest.json and the results in
+benchmarks/README.md are made of those.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pathlib import Path
 from table import HEADINGS, Row, read_report
 
 HERE = Path(__file__).resolve().parent
-RESULTS, README = HERE / "results" / "latest.json", HERE / "README.md"
+RESULTS, README = HERE / "results", HERE / "README.md"
+LATEST = RESULTS / "latest.json"
 BEGIN, END = "<!-- results: written by make bench -->", "<!-- end of results -->"
 NO_PROGRAMS = {"bench", "table", "textbook"}
 PACKAGES = ("torch", "ray", "numpy", "pyarrow", "fsspec")
@@ -53,36 +55,41 @@ def markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
     return "\n\n".join([table, "\n".join(f"- {note}" for note in notes)] if notes else [table])
 
 
-def write_results(found: dict[str, tuple[list[Row], list[str]]], where: str) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
+def write_results() -> None:
+    """Make latest.json and the README's results of what each program found last."""
+    found = {name: read_report(RESULTS / f"{name}.json") for name in programs() if (RESULTS / f"{name}.json").exists()}
     rows = [row.summary() for of_program, _ in found.values() for row in of_program]
-    RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    LATEST.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     sections = [f"### {name}\n\n{markdown(*report)}" for name, report in found.items()]
     before, begin, rest = README.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise SystemExit(f"{README} has lost its marks {BEGIN} and {END}; the results are in {RESULTS} only")
-    README.write_text("\n\n".join([before + BEGIN, where, *sections, END + after]))
+    README.write_text("\n\n".join([before + BEGIN, *sections, END + after]))
+
+
+def run_program(name: str) -> bool:
+    """Whether a program ran to its end; then what it found is kept, with where it was found."""
+    where, began = machine(), time.perf_counter()
+    print(f"== {name}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.json"
+        done = subprocess.run([sys.executable, str(HERE / f"{name}.py"), "--json", str(rows)], cwd=HERE.parent)
+        if done.returncode == 0:
+            report = json.loads(rows.read_text())
+            report["notes"].append(where)
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"== {name}: {time.perf_counter() - began:.0f} s\n", flush=True)
+    return done.returncode == 0
 
 
 def main(names: list[str]) -> None:
     unknown = [name for name in names if name not in programs()]
     if unknown:
         raise SystemExit(f"there is no benchmark {unknown[0]!r}; there are {', '.join(programs())}")
-    where, found, failed = machine(), {}, []
-    for name in names or programs():
-        print(f"== {name}", flush=True)
-        began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            rows = Path(folder) / "rows.json"
-            done = subprocess.run([sys.executable, str(HERE / f"{name}.py"), "--json", str(rows)], cwd=HERE.parent)
-            if done.returncode:
-                failed.append(name)
-            else:
-                found[name] = read_report(rows)
-        print(f"== {name}: {time.perf_counter() - began:.0f} s\n", flush=True)
-    if not names:
-        write_results(found, where + (f" Failed, and left out: {', '.join(failed)}." if failed else ""))
+    failed = [name for name in names or programs() if not run_program(name)]
+    write_results()
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
