@@ -59,7 +59,7 @@ def print_status(url: str, as_json: bool, watch: bool) -> int:
 
 def status_of(run_dir: RunDir, run: dict[str, Any]) -> Status:
     """How far a run is, from the listing of its fragments and the records of a few."""
-    listing = run_dir.fragments()
+    listing = run_dir.fragments(times=True)
     every = max(1, len(listing.fragments) // RECORDS_READ)
     facts = []
     for i, name in enumerate(listing.fragments):

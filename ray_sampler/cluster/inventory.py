@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -53,11 +55,12 @@ class Inventory:
         """What `cover` gives for the names, until those change."""
         self._shared: dict[Any, Any] = {}
         """One copy of each value that most fragments have in common."""
-        listing = job.run_dir.fragments()
-        # Keys keep the order in which fragments come, which is nearly the sorted one: with a million of them a set's
-        # order costs seconds to sort.
-        self.names = dict.fromkeys(listing.fragments)
-        self.to_check = [piece.fragment for piece in self.cover()][::-1]
+        with collector_paused():
+            listing = job.run_dir.fragments()
+            # Keys keep the order in which fragments come, which is nearly the sorted one: with a million of them a
+            # set's order costs seconds to sort.
+            self.names = dict.fromkeys(listing.fragments)
+            self.to_check = [piece.fragment for piece in self.cover()][::-1]
         self.checking: list[ray.ObjectRef[Checked]] = []
         for filename in listing.foreign:
             self._set_aside(filename, FOREIGN)
@@ -190,3 +193,15 @@ def newly(now: Iterable[tuple[int, int]], before: Iterable[tuple[int, int]]) -> 
         if start < stop:
             result.append((start, stop))
     return result
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Make a million names that last without the garbage collector going through all of them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -223,7 +223,7 @@ class Pool:
             for member in members:
                 if not queue or (busy and len(queue) < len(members)):
                     return given
-                mixed = busy and not alone.isdisjoint([queue[0], *member.tasks.values()])
+                mixed = busy and alone and not alone.isdisjoint([queue[0], *member.tasks.values()])
                 if len(member.tasks) == busy < member.depth and not mixed:
                     given.append(queue.popleft())
                     self.submit(member, given[-1])

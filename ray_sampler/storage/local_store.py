@@ -109,7 +109,7 @@ class LocalStore:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def list(self, path: str) -> list[Entry]:
+    def list(self, path: str, times: bool = False) -> list[Entry]:
         with self._explained("list", path):
             try:
                 with os.scandir(self._inside(path)) as entries:
@@ -117,7 +117,7 @@ class LocalStore:
                         Entry(
                             entry.name,
                             entry.is_file(follow_symlinks=False),
-                            entry.stat(follow_symlinks=False).st_mtime,
+                            entry.stat(follow_symlinks=False).st_mtime if times else None,
                         )
                         for entry in entries
                         if not is_unfinished(entry.name)

@@ -255,7 +255,7 @@ class ObjectStore:
                 self.put(path, data)
             return True
 
-    def list(self, path: str) -> list[Entry]:
+    def list(self, path: str, times: bool = False) -> list[Entry]:
         folder = self._full(path).rstrip("/")
         with self._explained("list", path):
             try:

@@ -23,7 +23,8 @@ LONGEST_REASON = 400
 
 EXTENSIONS: dict[str, FragmentFormat] = {"parquet": "parquet", "npz": "npz"}
 
-FILENAME = re.compile(r"([0-9]{12,})-([0-9]{12,})\.([a-z]+)")
+INDEX = "([0-9]{12}|[1-9][0-9]{12,})"
+FILENAME = re.compile(rf"{INDEX}-{INDEX}\.([a-z]+)")
 
 
 class DamagedFragment(Exception):
@@ -56,7 +57,7 @@ class FragmentName(NamedTuple):
         if not match or match[3] not in EXTENSIONS:
             return None
         name = cls(int(match[1]), int(match[2]), EXTENSIONS[match[3]])
-        return name if name.start < name.stop and name.filename == filename else None
+        return name if name.start < name.stop else None
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,10 @@ class RunDir:
         """Write run.json anew, as when num_samples grows."""
         self._store.put(RUN, run_json(run))
 
-    def fragments(self) -> Listing:
-        """What is under fragments/, never from a cache."""
+    def fragments(self, times: bool = False) -> Listing:
+        """What is under fragments/, never from a cache; with `times`, when each was written, where the store says."""
         names, foreign, modified = [], [], {}
-        for entry in self._store.list(FRAGMENTS):
+        for entry in self._store.list(FRAGMENTS, times):
             name = FragmentName.parse(entry.name) if entry.is_file else None
             if name is not None:
                 names.append(name)
@@ -191,7 +191,7 @@ class RunDir:
 
     def probes_clear(self, prefix: str = "") -> None:
         """Remove the probes whose names begin with `prefix`, and those that a killed driver left an hour ago."""
-        entries = self._store.list(PROBE)
+        entries = self._store.list(PROBE, times=True)
         kept = 0
         for entry in entries:
             old = entry.modified is not None and entry.modified < time.time() - PROBE_SECONDS

@@ -59,7 +59,7 @@ class S3Store(ObjectStore):
                 return
             options["ContinuationToken"] = page["NextContinuationToken"]
 
-    def list(self, path: str) -> list[Entry]:
+    def list(self, path: str, times: bool = False) -> list[Entry]:
         prefix = f"{self._key(path)}/".lstrip("/")
         entries = []
         with self._explained("list", path):

@@ -65,8 +65,11 @@ class Store(Protocol):
     def create(self, path: str, data: bytes) -> bool:
         """Write a whole file unless there is one; whether it was written."""
 
-    def list(self, path: str) -> list[Entry]:
-        """What is in a folder, unfinished writes apart; nothing where there is no folder."""
+    def list(self, path: str, times: bool = False) -> list[Entry]:
+        """What is in a folder, unfinished writes apart; nothing where there is no folder.
+
+        When each was written is sure to be said with `times` only: a disk has to be asked for every file.
+        """
 
     def move(self, source: str, target: str) -> None:
         """Rename a file or folder of this store, if it is still there."""

@@ -9,7 +9,7 @@ import os
 import pickle
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -209,7 +209,7 @@ def test_a_move_that_ends_between_copy_and_deletion_loses_nothing_and_is_made_ag
 def test_an_error_that_lasts_is_asked_for_six_times_and_told_in_one_sentence(
     run_dir: RunDir, proxy: FaultProxy, kind: Kind, caplog
 ):
-    requests = {
+    requests: dict[str, Callable[[], object]] = {
         "PutObject": lambda: run_dir.write_fragment(NAME, b"x"),
         "GetObject": run_dir.read_run,
         "ListObjectsV2": run_dir.fragments,

@@ -45,7 +45,7 @@ def test_a_listing_is_never_cached(output):
 def test_each_fragment_has_the_time_of_its_last_write(output):
     run_dir = RunDir(output)
     fill(run_dir, [NAME])
-    assert run_dir.fragments().modified[NAME] == pytest.approx(time.time(), abs=60)
+    assert run_dir.fragments(times=True).modified[NAME] == pytest.approx(time.time(), abs=60)
 
 
 def test_of_two_rivals_exactly_one_creates_the_run(output):
