@@ -30,7 +30,7 @@ READER_ERRORS = (
     AttributeError,  # of a column of a type that has no such buffers
     EOFError,  # zipfile's, of a member that ends early
     OverflowError,  # of a number in a header that no C integer holds
-    RuntimeError,  # zipfile's, of a member that is encrypted or of an unknown version (NotImplementedError)
+    RuntimeError,  # zipfile's, of a member that is encrypted, or of a version that it cannot read
 )
 """What the readers of the two formats raise over a file that is none of theirs, or is one no more. MemoryError is not
 among it: sizes are checked before they are believed, so it says something of this machine, not of the file."""
