@@ -86,15 +86,11 @@ class Bookkeeping:
         self.preview = PreviewKeeper(job.run_dir, FINGERPRINT, num_samples, "a run", self.inventory.names)
         self.shards = list(shards_of(self.inventory.missing(), SHARD))
 
-    def finished(self, result: ShardResult) -> None:
-        self.inventory.add(result)
-        self.preview.add(result.name)
-
     def dispatch(self, pool: Any) -> float:
         """Shards a second, from the first one given out to the last one back."""
         metrics = DriverMetrics("benchmark")
         background = self.inventory.check_some
-        Dispatch(pool, self.shards, self.tally, Silent(), self.finished, background, ACTORS, metrics).run()
+        Dispatch(pool, self.shards, self.tally, Silent(), self.inventory.add, background, ACTORS, metrics).run()
         first, last = self.tally.first_shard, self.tally.last_sample
         assert first
         assert last

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
@@ -96,18 +96,14 @@ class PreviewKeeper:
     """Redraws preview.png while a run goes on, in a thread of its own."""
 
     def __init__(
-        self, run_dir: RunDir, fingerprint: str, num_samples: int, title: str, there: Iterable[FragmentName]
+        self, run_dir: RunDir, fingerprint: str, num_samples: int, title: str, names: Collection[FragmentName]
     ) -> None:
         self.sheet = Sheet(run_dir, fingerprint, num_samples, title)
-        self.names = dict.fromkeys(there)
-        """In the order in which they came, which is quicker to sort than a set's."""
+        self.names = names
+        """Of the run's fragments, as they come and go."""
         self.drawing: Thread | None = None
         self.drawn = 0
         self.due = time.monotonic() + REDRAW_S / 4
-
-    def add(self, name: FragmentName) -> None:
-        """A fragment was finished."""
-        self.names[name] = None
 
     def redraw_when_due(self) -> None:
         if time.monotonic() < self.due or len(self.names) == self.drawn or (self.drawing and self.drawing.is_alive()):

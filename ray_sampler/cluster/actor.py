@@ -75,7 +75,10 @@ class ShardResult:
 
 
 def pack(weights: dict[str, Tensor]) -> PackedWeights:
-    """The weights as arrays of bytes, those of convolutions channels last, as networks take them."""
+    """The weights as arrays of bytes, those of convolutions channels last, as networks take them.
+
+    They are laid out here and not by `fit`, whose tensors may be the mapped file and live as long as the run.
+    """
     stored = {name: t.permute(0, 2, 3, 1) if t.dim() == 4 else t for name, t in weights.items()}
     return {
         name: (

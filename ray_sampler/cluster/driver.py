@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from ray_sampler.cluster.actor import CONCURRENCY, ActorSpec, PackedWeights, SamplerActor, ShardResult, pack
+from ray_sampler.cluster.actor import CONCURRENCY, ActorSpec, PackedWeights, SamplerActor, pack
 from ray_sampler.cluster.dispatch import Dispatch, Tally, shards_of
 from ray_sampler.cluster.inventory import Inventory
 from ray_sampler.cluster.metrics import DriverMetrics
@@ -156,10 +156,6 @@ def sample(
         RunError: some could not be computed; names them.
     """
 
-    def finished(result: ShardResult) -> None:
-        inventory.add(result)
-        preview.add(result.name)
-
     def background() -> list[Shard] | None:
         preview.redraw_when_due()
         return inventory.check_some()
@@ -168,7 +164,7 @@ def sample(
     metrics = DriverMetrics(job.fingerprint[:8])
     try:
         given_up = Dispatch(
-            pool, shards, tally, report, finished, background, job.run.request.min_actors, metrics
+            pool, shards, tally, report, inventory.add, background, job.run.request.min_actors, metrics
         ).run()
     finally:
         metrics.fleet(0, 0, 0)  # the pool closes

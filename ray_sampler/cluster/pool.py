@@ -6,7 +6,7 @@ import socket
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Container, KeysView
+from collections.abc import Callable, Container, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -208,7 +208,7 @@ class Pool:
         for member in list(self.members):
             self.remove(member)
 
-    def assign(self, queue: deque[Shard], alone: KeysView[Shard]) -> list[Shard]:
+    def assign(self, queue: deque[Shard], alone: Set[Shard]) -> list[Shard]:
         """Give shards from the front of `queue` to the least busy actors that have room; returns those given.
 
         While the queue is long an actor has a second shard waiting; near its end it takes one at a time, so that
@@ -223,7 +223,7 @@ class Pool:
             for member in members:
                 if not queue or (busy and len(queue) < len(members)):
                     return given
-                mixed = busy and alone and not alone.isdisjoint([queue[0], *member.tasks.values()])
+                mixed = busy and not alone.isdisjoint([queue[0], *member.tasks.values()])
                 if len(member.tasks) == busy < member.depth and not mixed:
                     given.append(queue.popleft())
                     self.submit(member, given[-1])

@@ -75,18 +75,9 @@ def rclone_server(folder: Path, looks_every: str = "1s") -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         address = "127.0.0.1", probe.getsockname()[1]
     listen = f"{address[0]}:{address[1]}"
-    command = [
-        program,
-        "serve",
-        "s3",
-        "--auth-key",
-        f"{KEY},{SECRET}",
-        "--addr",
-        listen,
-        "--dir-cache-time",
-        looks_every,
-    ]
-    server = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [program, "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", listen]
+    command += ["--dir-cache-time", looks_every, str(folder)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_S
         while not listens(address):
