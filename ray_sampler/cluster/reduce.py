@@ -21,7 +21,7 @@ from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.verify import check_fragment
 
 PICTURES = 20_000
-PICTURE_BYTES = 64 * 2**20
+PICTURE_BYTES = 128 * 2**20
 """Images that the pixel statistics look at, at most, evenly spaced: so that their cost does not grow with N."""
 
 PACK_PIECES = 4096

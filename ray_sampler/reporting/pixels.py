@@ -53,8 +53,7 @@ class PixelStatistics:
             part = values[start : start + block]
             picture = Image.frombuffer("RGB", (part.size // 3, 1), part, "raw", "RGB", 0, 1)
             self.counts += np.array(picture.histogram()).reshape(3, 256)
-            extreme = np.count_nonzero((part == 0) | (part == 255), axis=1)
-            self.saturated += int((extreme >= SATURATED_SHARE * part.shape[1]).sum())
+            self.saturated += int(saturated(part).sum())
         hashes = [int.from_bytes(hashlib.blake2b(image.data, digest_size=8).digest(), "little") for image in values]
         self.images += n
         self.duplicates_nearby += n - len(set(hashes))
@@ -118,6 +117,19 @@ class PixelStatistics:
         if bits < self._hash_bits:
             self._hash_bits = bits
             self._copies = {value: copies for value, copies in self._copies.items() if not value >> bits}
+
+
+def saturated(values: np.ndarray) -> np.ndarray:
+    """Which rows of `values`, uint8 (n, d), are 0 or 255 almost everywhere: (n,) bool."""
+    width = values.shape[1]
+
+    def others(part: np.ndarray) -> np.ndarray:
+        return np.count_nonzero(part + np.uint8(1) > 1, axis=1)  # 255 becomes 0, and 0 becomes 1
+
+    # The middle of most images alone has more other values than a saturated one has at all.
+    result = width - others(values[:, width * 3 // 8 : width * 5 // 8]) >= SATURATED_SHARE * width
+    result[result] = width - others(values[result]) >= SATURATED_SHARE * width
+    return result
 
 
 def warnings(statistics: dict[str, Any]) -> list[str]:

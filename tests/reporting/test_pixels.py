@@ -76,3 +76,14 @@ def test_one_image_repeated_all_over_a_large_run_is_noticed(monkeypatch: pytest.
     images = np.random.default_rng(3).integers(0, 256, (2000, 2, 2, 3), np.uint8)
     images[::2] = images[0]
     assert collected(*np.split(images, 20)).duplicate_fraction > 0.4
+
+
+@given(width=st.integers(1, 300), share=st.floats(0.9, 1.0), seed=st.integers(0, 2**32))
+def test_an_image_is_saturated_exactly_where_enough_of_its_values_are_extreme(
+    width: int, share: float, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    values = random.choice(np.array([0, 255], np.uint8), (8, width))
+    values[random.random((8, width)) > share] = 128
+    extreme = ((values == 0) | (values == 255)).sum(1)
+    assert pixels.saturated(values).tolist() == (extreme >= pixels.SATURATED_SHARE * width).tolist()
