@@ -28,14 +28,41 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return F.pad(embedding, (0, dim % 2))
 
 
+def inferring_on_cpu(x: Tensor) -> bool:
+    """Whether what replaces torch's kernels may compute `x`: eagerly, on a CPU and without gradients."""
+    return x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
 class GroupNorm(nn.GroupNorm):
-    """32 groups, computed in float32 whatever the input's type, which the output keeps."""
+    """32 groups, computed in float32 whatever the input's type, which the output keeps.
+
+    On a CPU the sums of each channel are taken over whole pixels, in the order in which they lie in memory: torch's own
+    kernel goes from group to group, which are only two or three channels wide in a small network. The variance is
+    that kernel's as well: mean of squares less square of the mean.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(GROUPS, channels)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.float()).to(input.dtype)
+    def forward(self, input: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> norm(input), times 1 + scale and plus shift if those are given, (B, C) each."""
+        x = input.float()
+        if not inferring_on_cpu(x):
+            x = super().forward(x).to(input.dtype)
+            if scale is None or shift is None:
+                return x
+            return torch.addcmul(shift[..., None, None], x, 1 + scale[..., None, None])
+        sums = torch.stack([x.sum((2, 3)), x.square().sum((2, 3))])
+        count = x[0].numel() // self.num_groups
+        mean, square = sums.unflatten(2, (self.num_groups, -1)).sum(3, keepdim=True).div_(count)
+        deviation = torch.addcmul(square, mean, mean, value=-1).clamp_(min=0).add_(self.eps).rsqrt_()
+        factor = self.weight.view(self.num_groups, -1) * deviation
+        offset = torch.addcmul(self.bias.view(self.num_groups, -1), factor, mean, value=-1)
+        factor, offset = factor.flatten(1), offset.flatten(1)
+        if scale is not None and shift is not None:
+            scale = 1 + scale.float()
+            factor, offset = factor * scale, torch.addcmul(shift.float(), scale, offset)
+        return torch.addcmul(offset[..., None, None], x, factor[..., None, None]).to(input.dtype)
 
 
 class Convolution(nn.Conv2d):
@@ -45,9 +72,7 @@ class Convolution(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        chosen = ONEDNN and input.device.type == "cpu" and input.dtype == torch.float32
-        eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if chosen and eager and not isinstance(self.padding, str):
+        if ONEDNN and input.dtype == torch.float32 and inferring_on_cpu(input) and not isinstance(self.padding, str):
             return torch.mkldnn_convolution(
                 input, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
             )
@@ -119,13 +144,12 @@ class ResBlock(nn.Module):
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv_in(h)
-        shift = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
+        shift = self.emb_layers(emb).to(h.dtype)
         norm_out, *activate_and_convolve = self.out_layers
         if self.scale_shift:
-            scale, shift = shift.chunk(2, dim=1)
-            h = torch.addcmul(shift, norm_out(h), 1 + scale)
+            h = norm_out(h, *shift.chunk(2, dim=1))
         else:
-            h = norm_out(h + shift)
+            h = norm_out(h + shift[:, :, None, None])
         for layer in activate_and_convolve:
             h = layer(h)
         return h.add_(self.skip_connection(x))

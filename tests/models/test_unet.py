@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ray_sampler.models.presets import BUNDLED, PRESETS
-from ray_sampler.models.unet import UNet
+from ray_sampler.models.unet import GroupNorm, UNet
 from tests.models.golden import architecture_of, golden_flags, golden_folder
 
 ORIGINAL_DEFAULTS: dict[str, Any] = {
@@ -201,3 +201,26 @@ def test_labels_are_needed_exactly_when_class_conditional(golden_network: UNet) 
     x, t = torch.zeros(1, 3, 32, 32), torch.zeros(1)
     with pytest.raises(ValueError, match="class-conditional"):
         golden_network(x, t)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 5, 5), (2, 96, 16, 16), (2, 64, 33, 32), (1, 256, 1, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 0.05)])
+def test_normalisation_is_torchs_in_double_precision(
+    shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, bound: float
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    norm = GroupNorm(shape[1])
+    for parameter in norm.parameters():
+        parameter.data = torch.randn(shape[1], generator=random)
+    offsets = 3 * torch.randn(shape[1], 1, 1, generator=random)
+    x = (torch.randn(shape, generator=random) + offsets).to(dtype).contiguous(memory_format=layout)
+    scale, shift = torch.randn(2, *shape[:2], generator=random).to(dtype)
+    exact = nn.functional.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), norm.eps)
+    modulated = exact * (1 + scale.double()[..., None, None]) + shift.double()[..., None, None]
+    with torch.inference_mode():
+        plain, given = norm(x), norm(x, scale, shift)
+    for result, expected in ((plain, exact), (given, modulated), (norm(x, scale, shift), modulated)):
+        assert result.dtype == dtype
+        assert result.is_contiguous(memory_format=layout)
+        assert (result.double() - expected).abs().max() < bound * (1 + expected.abs().max())
