@@ -146,10 +146,7 @@ class ResBlock(nn.Module):
         h = conv_in(h)
         shift = self.emb_layers(emb).to(h.dtype)
         norm_out, *activate_and_convolve = self.out_layers
-        if self.scale_shift:
-            h = norm_out(h, *shift.chunk(2, dim=1))
-        else:
-            h = norm_out(h + shift[:, :, None, None])
+        h = norm_out(h, *shift.chunk(2, dim=1)) if self.scale_shift else norm_out(h + shift[:, :, None, None])
         for layer in activate_and_convolve:
             h = layer(h)
         return h.add_(self.skip_connection(x))

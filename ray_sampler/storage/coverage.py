@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ray_sampler.storage.record import FragmentName
+from ray_sampler.storage.record import FragmentName, in_order
 
 
 class Piece(NamedTuple):
@@ -19,13 +19,18 @@ class Piece(NamedTuple):
 def cover(fragments: Iterable[FragmentName], num_samples: int) -> list[Piece]:
     """The pieces that make up as much of [0, num_samples) as there is, in order and without overlap.
 
-    Where fragments overlap, a sample comes from the one with the smallest start, then the largest stop,
-    then the first file name. In that order each fragment adds what lies beyond all before it, so one pass does.
+    Where fragments overlap, a sample comes from the first one `in_order`. In that order each fragment adds what lies
+    beyond all before it, so one pass does.
     """
     pieces = []
     reached = 0
-    for name in sorted(fragments, key=lambda name: (name.start, -name.stop, name.format)):
-        start, stop = max(name.start, reached), min(name.stop, num_samples)
+    for name in in_order(fragments):
+        start, stop, _ = name
+        # Plain comparisons: there may be a million names, and max() and min() take twice as long.
+        if start < reached:
+            start = reached
+        if stop > num_samples:
+            stop = num_samples
         if start < stop:
             pieces.append(Piece(start, stop, name))
             reached = stop

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,10 +55,22 @@ class FragmentName(NamedTuple):
     def parse(cls, filename: str) -> FragmentName | None:
         """The name that `filename` spells, None unless it is spelled exactly as `filename` would."""
         match = FILENAME.fullmatch(filename)
-        if not match or match[3] not in EXTENSIONS:
+        if not match:
             return None
-        name = cls(int(match[1]), int(match[2]), EXTENSIONS[match[3]])
-        return name if name.start < name.stop else None
+        first, last, extension = match.groups()
+        start, stop = int(first), int(last)
+        return cls(start, stop, EXTENSIONS[extension]) if start < stop and extension in EXTENSIONS else None
+
+
+def in_order(fragments: Iterable[FragmentName]) -> list[FragmentName]:
+    """By the smallest start, then the largest stop, then the file name: the order in which overlaps are decided.
+
+    Three stable sorts, the least important first: a million names need no key of their own, which would take longest.
+    """
+    names = sorted(fragments, key=itemgetter(2))
+    names.sort(key=itemgetter(1), reverse=True)
+    names.sort(key=itemgetter(0))
+    return names
 
 
 @dataclass(frozen=True)

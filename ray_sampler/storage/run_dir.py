@@ -18,7 +18,7 @@ from ray_sampler.config import RequestError, RunError, fingerprint
 from ray_sampler.storage.connect import open_store
 from ray_sampler.storage.fragment import Fragment, decode, decode_groups
 from ray_sampler.storage.local_store import LocalStore
-from ray_sampler.storage.record import DamagedFragment, FragmentName, MissingFragment, Record, Samples
+from ray_sampler.storage.record import DamagedFragment, FragmentName, MissingFragment, Record, Samples, in_order
 from ray_sampler.storage.store import Readable, StagedFile
 
 __all__ = ["DamagedFragment", "FragmentName", "Listing", "MissingFragment", "RunDir"]
@@ -39,7 +39,7 @@ class Listing(NamedTuple):
     """What lies under fragments/."""
 
     fragments: list[FragmentName]
-    """Sorted by start, then the largest stop, then the file name: the order in which overlaps are decided."""
+    """As `in_order` sorts them."""
     foreign: list[str]
     """Names that are no fragment's, folders and links among them."""
     modified: dict[FragmentName, float]
@@ -108,7 +108,7 @@ class RunDir:
                     modified[name] = entry.modified
             else:
                 foreign.append(entry.name)
-        return Listing(sorted(names, key=lambda name: (name.start, -name.stop, name.format)), sorted(foreign), modified)
+        return Listing(in_order(names), sorted(foreign), modified)
 
     def write_fragment(self, name: FragmentName, data: bytes) -> None:
         """Write a fragment, which is complete or absent."""
