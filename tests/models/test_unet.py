@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ray_sampler.models.presets import BUNDLED, PRESETS
-from ray_sampler.models.unet import GroupNorm, UNet
+from ray_sampler.models.unet import Convolution, GroupNorm, UNet
 from tests.models.golden import architecture_of, golden_flags, golden_folder
 
 ORIGINAL_DEFAULTS: dict[str, Any] = {
@@ -224,3 +224,20 @@ def test_normalisation_is_torchs_in_double_precision(
         assert result.dtype == dtype
         assert result.is_contiguous(memory_format=layout)
         assert (result.double() - expected).abs().max() < bound * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 5, 7), (1, 64, 8, 8), (2, 3, 1, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_of_the_doubled_input_needs_no_doubled_input(
+    shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    convolution = Convolution(shape[1], 16, 3, padding=1)
+    for parameter in convolution.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=random).contiguous()
+    x = torch.randn(shape, generator=random).contiguous(memory_format=layout)
+    exact = convolution.double()(x.double(), doubled=True).detach()
+    assert exact.shape == (shape[0], 16, 2 * shape[2], 2 * shape[3])
+    with torch.inference_mode():
+        result = convolution.float()(x, doubled=True)
+    assert (result - exact).abs().max() < 1e-5 * exact.abs().max()
