@@ -10,36 +10,27 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
 from ray_sampler import RunConfig, run
 from ray_sampler.cluster.session import connect
-from ray_sampler.config import Architecture
-from ray_sampler.models.unet import UNet
+from stub import one_block, save_random, settings
 from table import Goal, Row, in_turn, parser, report
 
 NUMBERS = (1_000, 10_000, 100_000)
 GOAL = Goal("at most", 1.05)
-ARCHITECTURE = Architecture(
-    image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="4"
-)
+ARCHITECTURE = one_block(16)
 
 
 def request(num_samples: int, checkpoint: Path, output: str) -> RunConfig:
     return RunConfig(
-        model=str(checkpoint), output=output, num_samples=num_samples, image_size=16, num_channels=32,
-        num_res_blocks=1, channel_mult="1", attention_resolutions="4", sampler="onestep", batch_size=50,
-        shard_size=100, max_actors=1, gpus_per_actor=0, progress="none",
+        model=str(checkpoint), output=output, num_samples=num_samples, **settings(ARCHITECTURE), sampler="onestep",
+        batch_size=50, shard_size=100, max_actors=1, gpus_per_actor=0, progress="none",
     )  # fmt: skip
 
 
 def main() -> None:
     arguments = parser(__doc__).parse_args()
-    torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        checkpoint = Path(folder) / "stub.safetensors"
-        save_file({name: torch.randn_like(w) * 0.02 for name, w in UNet(ARCHITECTURE).state_dict().items()}, checkpoint)
+        checkpoint = save_random(ARCHITECTURE, Path(folder) / "stub.safetensors")
 
         def cost(num_samples: int) -> Callable[[], float]:
             """Milliseconds for each sample."""

@@ -15,19 +15,13 @@ import time
 from pathlib import Path
 
 import psutil
-import torch
-from safetensors.torch import save_file
 
-from ray_sampler.config import Architecture
-from ray_sampler.models.unet import UNet
+from stub import one_block, save_random, settings
 from table import Goal, Row, parser, report
 
-ARCHITECTURE = Architecture(
-    image_size=32, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="4"
-)
-FLAGS = (
-    "--image_size 32 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 4 "
-    "--sampler onestep --batch_size 100 --shard_size 500 --progress none"
+ARCHITECTURE = one_block(32)
+FLAGS = " ".join(f"--{name} {value}" for name, value in settings(ARCHITECTURE).items()) + (
+    " --sampler onestep --batch_size 100 --shard_size 500 --progress none"
 )
 SMALL, LARGE = 10_000, 50_000
 GOAL = Goal("at most", 1.1)
@@ -71,10 +65,8 @@ def measure(num_samples: int, checkpoint: Path, output: Path) -> dict[str, float
 
 def main() -> None:
     arguments = parser(__doc__).parse_args()
-    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "stub.safetensors"
-        save_file({name: torch.randn_like(w) * 0.02 for name, w in UNet(ARCHITECTURE).state_dict().items()}, checkpoint)
+        checkpoint = save_random(ARCHITECTURE, Path(folder) / "stub.safetensors")
         small, large = (measure(n, checkpoint, Path(folder) / str(n)) for n in (SMALL, LARGE))
     rows = [
         Row(

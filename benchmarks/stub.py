@@ -1,0 +1,32 @@
+"""A network of one block, which stands in for a real one where the question is what a run does around it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ray_sampler.config import Architecture
+from ray_sampler.models.unet import UNet
+
+
+def one_block(image_size: int) -> Architecture:
+    return Architecture(
+        image_size=image_size, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="4"
+    )
+
+
+def settings(arch: Architecture) -> dict[str, Any]:
+    """What describes the architecture to a run."""
+    plain = asdict(Architecture())
+    return {name: value for name, value in asdict(arch).items() if value != plain[name]}
+
+
+def save_random(arch: Architecture, path: Path) -> Path:
+    """Write small random weights as a checkpoint; returns its path."""
+    torch.manual_seed(0)
+    save_file({name: torch.randn_like(w) * 0.02 for name, w in UNet(arch).state_dict().items()}, path)
+    return path
