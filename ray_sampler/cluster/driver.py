@@ -61,7 +61,10 @@ def run(config: RunConfig) -> RunResult:
         if (summary := already_done(job)) is not None:
             report.message("the archive is complete already")
             return result_of(job, summary)
-        with nullcontext() if ray.is_initialized() else connect(config):
+        if ray.is_initialized():
+            return fill(job, report, began)
+        report.message("starting Ray on this machine, which takes some seconds")
+        with connect(config):
             return fill(job, report, began)
 
 
