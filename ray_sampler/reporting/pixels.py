@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 from PIL import Image
 
 HISTOGRAM_BINS = 32
@@ -24,10 +24,10 @@ class PixelStatistics:
     """Histogram, mean and deviation of each channel, and counts of constant, saturated and duplicate images.
 
     Everything is an exact integer count, so that statistics of parts add up to those of the whole in any order.
-    Memory is bounded: of the images' 64-bit hashes those below a threshold are kept, and the threshold is halved
-    whenever more than `DUPLICATE_HASHES` would be. Duplicates are thus counted exactly up to that many distinct
-    images, and estimated from a uniform sample of the distinct images beyond. Those within one call of `add` are
-    always counted exactly.
+    Memory is bounded: of the images' 64-bit hashes, a CRC-32 and an Adler-32, those below a threshold are kept, and
+    the threshold is halved whenever more than `DUPLICATE_HASHES` would be. Duplicates are thus counted exactly up to
+    that many distinct images, and estimated from a uniform sample of the distinct images beyond. Those within one call
+    of `add` are always counted exactly.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class PixelStatistics:
             picture = Image.frombuffer("RGB", (part.size // 3, 1), part, "raw", "RGB", 0, 1)
             self.counts += np.array(picture.histogram()).reshape(3, 256)
             self.saturated += int(saturated(part).sum())
-        hashes = [int.from_bytes(hashlib.blake2b(image.data, digest_size=8).digest(), "little") for image in values]
+        hashes = [isal_zlib.crc32(image) << 32 | isal_zlib.adler32(image) for image in values]
         self.images += n
         self.duplicates_nearby += n - len(set(hashes))
         for value in hashes:

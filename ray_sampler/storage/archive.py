@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 
 from ray_sampler.config import RunError
 from ray_sampler.storage.archive_layout import ArchiveLayout, Member, crc32_combine
@@ -100,7 +100,7 @@ def piece_checksums(
         return content.image_crc32, content.label_crc32
     image = label = 0
     for part in parts_of(piece, read_groups(run_dir, piece, content, fingerprint)):
-        image, label = zlib.crc32(image_values(part), image), zlib.crc32(label_values(part), label)
+        image, label = isal_zlib.crc32(image_values(part), image), isal_zlib.crc32(label_values(part), label)
     return image, label
 
 
@@ -204,7 +204,7 @@ def merge(
             while chunk := spool.read(CHUNK_BYTES):
                 write(end, chunk)
                 end += len(chunk)
-                crc32 = zlib.crc32(chunk, crc32)
+                crc32 = isal_zlib.crc32(chunk, crc32)
             require_crc32(crc32, labels_member)
         write(end, layout.directory)
     return layout
@@ -285,6 +285,6 @@ def values_crc32(file: Readable, size: int, crc32: int) -> int | None:
         chunk = file.read(min(size, CHUNK_BYTES))
         if not chunk:
             return None
-        crc32 = zlib.crc32(chunk, crc32)
+        crc32 = isal_zlib.crc32(chunk, crc32)
         size -= len(chunk)
     return crc32

@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import io
 import zipfile
-import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 
 CRC32_POLYNOMIAL = 0xEDB88320
 """Of CRC-32, with the bits reflected: x^0 is the highest bit."""
@@ -103,7 +103,7 @@ class ArchiveLayout:
             np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
             npy = header.getvalue()
             size = int(np.prod(shape, dtype=np.int64)) * itemsize
-            npy_crc32 = zlib.crc32(npy)
+            npy_crc32 = isal_zlib.crc32(npy)
             info = member_info(name)
             info.file_size = info.compress_size = len(npy) + size
             info.CRC = crc32_combine(npy_crc32, values_crc32, size)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 
 from ray_sampler.config import FragmentFormat
 
@@ -154,7 +154,7 @@ class Record:
 
 
 def json_crc32(body: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+    return isal_zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
 def checksums(samples: Samples, before: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -165,7 +165,8 @@ def checksums(samples: Samples, before: Mapping[str, int] | None = None) -> dict
         columns |= {"label": samples.labels.astype("<i4", copy=False), "label_int64": samples.labels.astype("<i8")}
     before = before or {}
     return {
-        name: zlib.crc32(np.ascontiguousarray(column).data, before.get(name, 0)) for name, column in columns.items()
+        name: isal_zlib.crc32(np.ascontiguousarray(column).data, before.get(name, 0))
+        for name, column in columns.items()
     }
 
 
