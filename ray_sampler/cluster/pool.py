@@ -219,12 +219,13 @@ class Pool:
         if not queue or not self.ready:
             return given
         members = [member for member in self.ready if member.node_id not in self.draining]
-        for busy in range(MOST_IN_FLIGHT):
+        for busy in range(max((member.depth for member in members), default=0)):
             for member in members:
                 if not queue or (busy and len(queue) < len(members)):
                     return given
-                mixed = busy and not alone.isdisjoint([queue[0], *member.tasks.values()])
-                if len(member.tasks) == busy < member.depth and not mixed:
+                if not len(member.tasks) == busy < member.depth:
+                    continue
+                if not (busy and alone) or alone.isdisjoint([queue[0], *member.tasks.values()]):
                     given.append(queue.popleft())
                     self.submit(member, given[-1])
         return given
@@ -258,9 +259,9 @@ class Pool:
             time.sleep(timeout)
             return []
         refs = list(owners)
-        done, _ = ray.wait(refs, num_returns=1, timeout=timeout)
-        if done:
-            done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        if not done:
+            done, _ = ray.wait(refs, num_returns=1, timeout=timeout)
         events: list[Event] = []
         for ref in done:
             if (member := owners[ref]) in self.members:
@@ -307,9 +308,11 @@ class Pool:
 
     def _silent(self) -> list[Event]:
         """Give up actors that hang. Those that take long are asked how far they are, and get time while they get on."""
-        limit = max(self.shard_timeout, SILENCE_FACTOR * (self.median_s() or 0))
         events: list[Event] = []
         now = time.monotonic()
+        if all(now - member.last_sign <= self.shard_timeout / 4 for member in self.members):
+            return events
+        limit = max(self.shard_timeout, SILENCE_FACTOR * (self.median_s() or 0))
         for member in list(self.members):
             silence = now - member.last_sign
             if member.info and member.tasks:

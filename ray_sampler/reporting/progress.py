@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from itertools import islice
 from typing import Literal, Protocol, TextIO
 
 from rich.console import Console, Group
@@ -129,10 +130,11 @@ class Rates:
         """
         if self._done == 0:
             return 0.0
-        oldest = max(len(self._events) - 1 - RATE_WINDOW_SHARDS, 0)
-        while oldest > 0 and self._events[oldest][0] > now - RATE_WINDOW_S:
-            oldest -= 1
-        since, before = self._events[oldest]
+        since, before = self._events[0]
+        for event in islice(self._events, 1, max(len(self._events) - RATE_WINDOW_SHARDS, 1)):
+            if event[0] > now - RATE_WINDOW_S:
+                break
+            since, before = event
         return (self._done - before) / (now - since) if now > since else 0.0
 
 
