@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -49,6 +50,7 @@ def test_a_run_uses_the_ray_that_is_started_and_leaves_it_running(configure: Con
     leave(config, samples, [(0, 24), (24, 40)])
     result = run(config)
     assert ray.is_initialized()
+    assert gc.get_freeze_count() == 0  # the caller's garbage is collected again
     assert result.archive == str(Path(str(config.output)) / ARCHIVE)
     assert Path(result.archive).read_bytes() == savez(samples)
     assert result.summary == json.loads((Path(str(config.output)) / "summary.json").read_text())

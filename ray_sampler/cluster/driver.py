@@ -102,6 +102,7 @@ def fill(job: Job, report: Reporter, began: float) -> RunResult:
         )
     finally:
         preview.close()
+        inventory.close()
 
 
 def describe(job: Job) -> str:

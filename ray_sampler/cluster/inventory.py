@@ -65,6 +65,10 @@ class Inventory:
         for filename in listing.foreign:
             self._set_aside(filename, FOREIGN)
 
+    def close(self) -> None:
+        """Give back to the garbage collector what was kept from it: a notebook's process lives on."""
+        gc.unfreeze()
+
     def cover(self) -> list[Piece]:
         """Which fragment each sample comes from, as far as there is one."""
         if self._pieces is None:
@@ -197,7 +201,7 @@ def newly(now: Iterable[tuple[int, int]], before: Iterable[tuple[int, int]]) -> 
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Make a million names that last; the garbage collector goes through them neither meanwhile nor later."""
+    """Make a million names that last; the garbage collector goes through them neither meanwhile nor until `close`."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -310,6 +310,7 @@ class Pool:
         """Give up actors that hang. Those that take long are asked how far they are, and get time while they get on."""
         events: list[Event] = []
         now = time.monotonic()
+        # No limit is shorter, and a median for each shard that comes back would cost more than the rest.
         if all(now - member.last_sign <= self.shard_timeout / 4 for member in self.members):
             return events
         limit = max(self.shard_timeout, SILENCE_FACTOR * (self.median_s() or 0))
