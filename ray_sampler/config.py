@@ -1,114 +1,52 @@
 """What a run is: the request as its flags state it, and the resolved run that follows from it.
 
-`RunConfig` has one field for each flag, under the flag's name. A field that a model or preset
-may bring is None until somebody sets it; `RunConfig.resolve` fills those fields, in the order
-explicit value, then preset, then bundled model, then default, and checks everything that can be
-checked without opening a file.
+Each component declares its options beside the code that reads them; here they are composed. `RunConfig` has one field
+for each flag, under the flag's name. A flag that a model, a preset or a family may bring is None until somebody sets
+it; `resolve` fills those, in the order explicit value, then preset, then bundled model, then family, then default.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, Literal, NamedTuple
 
-from ray_sampler.flags import (
-    ArchitectureFlags,
-    FleetFlags,
-    ModelFlags,
-    OutputFlags,
-    ReportingFlags,
-    SampleSetFlags,
-    SamplingFlags,
-    TrainingFlags,
-)
-from ray_sampler.settings import (
-    SAMPLING_VERSION,
-    Architecture,
-    Compile,
-    FragmentFormat,
-    Generator,
-    Precision,
-    Progress,
-    RequestError,
-    Rounding,
-    RunError,
-    Sampling,
-    Solver,
-    TrainingMode,
-    require,
-)
+from ray_sampler.errors import RequestError, RunError, redact, require
+from ray_sampler.networks.adm_options import AdmOptions, TrainingOptions
+from ray_sampler.networks.family import NetworkSpec, Precision
+from ray_sampler.options import Flag, check_choices, flags_of, option, pick
+from ray_sampler.presets import ModelOptions
+from ray_sampler.reporting.progress import ReportingOptions
+from ray_sampler.sampling.conditions import ConditionOptions, LabelRule
+from ray_sampler.sampling.decoding import AsItIs, Decoder, DecoderOptions, Pixels
+from ray_sampler.sampling.engine import EngineOptions
+from ray_sampler.sampling.guidance import Guidance
+from ray_sampler.sampling.noise import NoiseOptions
+from ray_sampler.sampling.parameterisation import Parameterisation, at_sigma_min, parameterise
+from ray_sampler.sampling.plan import PlanOptions, SamplePlan
+from ray_sampler.sampling.schedules import Schedule
+from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices, SolverChoice
+from ray_sampler.storage.record import fingerprint
+from ray_sampler.storage.run_dir import OutputOptions
 
-__all__ = [
-    "Architecture",
-    "Compile",
-    "FragmentFormat",
-    "Generator",
-    "Precision",
-    "RequestError",
-    "Rounding",
-    "Run",
-    "RunConfig",
-    "RunError",
-    "Sampling",
-    "Solver",
-    "TrainingMode",
-    "fingerprint",
-    "parse_ts",
-    "redact",
-    "require",
-]
+__all__ = ["Precision", "RequestError", "Run", "RunConfig", "RunError", "fingerprint", "redact", "require", "resolve"]
+
+SAMPLING_VERSION = 1
+"""Raised whenever a change of the code changes samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(
-    TrainingFlags, ReportingFlags, FleetFlags, OutputFlags, SampleSetFlags, SamplingFlags, ArchitectureFlags, ModelFlags
-):
-    """A request for a run: every flag of `ray-sampler sample`, under its name."""
+class PrecisionOptions:
+    """In what numbers the network computes."""
 
-    def resolve(self, brought: Mapping[str, Any], weights: str) -> Run:
-        """The run that this request means.
+    precision: Literal["auto"] | Precision = option(
+        "auto", "Of the network's torso; auto is fp16 on a GPU and fp32 on a CPU."
+    )
+    use_fp16: bool | None = option(None, "True means --precision fp16.")
 
-        Args:
-            brought: settings that the named model or preset brings, by flag name.
-            weights: a bundled model's name, or a path or URL.
-
-        Raises:
-            RequestError: a value is wrong, by itself or beside another.
-        """
-        self._check_choices()
-        settings = dict(brought) | {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
-        require(
-            not settings.get("learn_sigma"),
-            "--learn_sigma is True, which is not supported, as no Karras sampler uses a learned variance; give False",
-        )
-        settings["ts"] = parse_ts(settings.get("ts", ""))
-        architecture = Architecture(**{f.name: settings[f.name] for f in fields(Architecture) if f.name in settings})
-        sampling = Sampling(**{f.name: settings[f.name] for f in fields(Sampling) if f.name in settings})
-        architecture.validate()
-        sampling.validate()
-        self._check_numbers(architecture)
-        require(
-            sampling.generator != "determ-indiv" or self.num_samples * (sampling.seed + 1) <= 2**64,
-            f"--seed is {sampling.seed}; --generator determ-indiv seeds sample i with i + num_samples * seed, so with "
-            f"--num_samples {self.num_samples} it must be below {2**64 // self.num_samples}",
-        )
-        shard_size = -(-(self.shard_size or 512) // self.batch_size) * self.batch_size
-        return Run(
-            weights=weights,
-            architecture=architecture,
-            sampling=sampling,
-            precision=self._precision(),
-            labels=(self.labels or "random") if architecture.class_cond else None,
-            shard_size=shard_size,
-            request=self,
-        )
-
-    def _precision(self) -> Literal["auto"] | Precision:
+    def resolved(self) -> Literal["auto"] | Precision:
+        """The precision asked for. Raises RequestError: two were."""
         if self.use_fp16 is None:
             return self.precision
         if self.precision == "auto":
@@ -119,26 +57,34 @@ class RunConfig(
         )
         return self.precision
 
-    def _check_choices(self) -> None:
-        """The command line checks its choices by itself; a caller in Python may have written anything."""
-        for name, choices in (
-            ("training_mode", get_args(TrainingMode)),
-            ("sampler", get_args(Solver)),
-            ("generator", get_args(Generator)),
-            ("rounding", get_args(Rounding)),
-            ("precision", ("auto", *get_args(Precision))),
-            ("fragment_format", get_args(FragmentFormat)),
-            ("compile", get_args(Compile)),
-            ("progress", get_args(Progress)),
-        ):
-            value = getattr(self, name)
-            require(value is None or value in choices, f"--{name} is {value!r}; it must be one of {', '.join(choices)}")
 
-    def _check_numbers(self, architecture: Architecture) -> None:
-        for name in ("num_samples", "batch_size", "shard_size", "max_actors"):
+@dataclass(frozen=True, kw_only=True)
+class FleetOptions:
+    """Which actors compute the run, and where."""
+
+    shard_size: int | None = option(None, "Samples of a fragment, rounded up to whole batches (512).")
+    min_actors: int = option(
+        1, "Actors kept until the last shard is done; idle ones above it are released as the queue empties."
+    )
+    max_actors: int | None = option(None, "Actors at most (as many as the queue can use).")
+    gpus_per_actor: float | None = option(
+        None, "GPUs of an actor; 0 means CPUs (1 where there are GPUs, else 0)."
+    )
+    shard_timeout: float = option(
+        600.0,
+        "Seconds without a sign of progress after which an actor is replaced, at least; where shards take long, a "
+        "multiple of their median.",
+    )
+    address: str | None = option(
+        None,
+        "Ray cluster to join, as auto or host:6379; without it, and without RAY_ADDRESS, a local Ray is started.",
+    )
+
+    def validate(self) -> None:
+        """Raises RequestError: a value is wrong, by itself or beside another."""
+        for name in ("shard_size", "max_actors"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name} is {value}; it must be at least 1")
-        require(self.num_samples <= 10**12, f"--num_samples is {self.num_samples}; it must be at most 10^12")
         require(self.min_actors >= 0, f"--min_actors is {self.min_actors}; it must be at least 0")
         require(
             self.max_actors is None or self.min_actors <= self.max_actors,
@@ -152,82 +98,250 @@ class RunConfig(
         require(
             0 < self.shard_timeout < math.inf, f"--shard_timeout is {self.shard_timeout}; it must be above 0 seconds"
         )
-        require(
-            self.labels is None or architecture.class_cond,
-            f"--labels is {self.labels!r}, but the model is unconditional; leave it out or give --class_cond True",
-        )
 
 
-def parse_ts(text: str | tuple[int, ...]) -> tuple[int, ...]:
-    """Indices of the multistep solver: "0,22,39" -> (0, 22, 39)."""
-    if not isinstance(text, str):
-        return tuple(text)
-    try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise RequestError(f"--ts is {text!r}; it must be whole numbers with commas, as in 0,22,39") from None
+class Group(NamedTuple):
+    """Options under one heading of --help."""
+
+    title: str
+    components: tuple[type, ...]
+    brought: bool = False
+    """Whether a model, a preset or a family may bring them: then they are None until somebody sets them."""
+
+
+GROUPS = (
+    Group("model", (ModelOptions,)),
+    Group("sample set", (NoiseOptions, ConditionOptions)),
+    Group("sampling", (TrainingOptions, SolverChoice, Schedule, Churn, Indices, PlanOptions), brought=True),
+    Group("guidance and decoding", (Guidance, DecoderOptions), brought=True),
+    Group("precision", (PrecisionOptions, EngineOptions)),
+    Group("architecture", (AdmOptions,), brought=True),
+    Group("output", (OutputOptions,)),
+    Group("fleet", (FleetOptions,)),
+    Group("reporting", (ReportingOptions,)),
+)
+"""All options there are, by component."""
+
+OWN = ("num_samples", "use_checkpoint", "use_new_attention_order", "weight_schedule")
+"""Options of `brought` groups that nothing but the request sets."""
+
+
+class Composed(NamedTuple):
+    """A flag in the request."""
+
+    group: Group
+    flag: Flag
+    unset: Any
+    """Its value in a request that does not name it."""
+
+
+FLAGS: dict[str, Composed] = {
+    name: Composed(group, flag, None if group.brought and name not in OWN else flag.default)
+    for group in GROUPS
+    for component in group.components
+    for name, flag in flags_of(component).items()
+}
+"""Every flag of `ray-sampler sample`, by name."""
+
+_Request = make_dataclass(
+    "_Request", [(name, Any, field(default=f.unset)) for name, f in FLAGS.items()], frozen=True, kw_only=True
+)
+
+
+class RunConfig(_Request):  # type: ignore[misc, valid-type]  # made of the components' options
+    """A request for a run: every flag of `ray-sampler sample`, under its name. Immutable; see `dataclasses.replace`."""
+
+    def given(self) -> dict[str, Any]:
+        """The settings that were given, by flag name, of those that a model may bring too."""
+        return {name: getattr(self, name) for name, f in FLAGS.items() if f.unset is None and self.has(name)}
+
+    def has(self, name: str) -> bool:
+        """Whether a flag that has no default in a request was given."""
+        return getattr(self, name) is not None
+
+    def of(self, component: type) -> Any:
+        """The options of a component, as the request has them."""
+        return pick(component, {f.name: getattr(self, f.name) for f in fields(component)})
+
+    def check(self) -> None:
+        """Check what can be checked before anything is opened.
+
+        Raises:
+            RequestError: a value is wrong.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        check_choices({name: f.flag for name, f in FLAGS.items()}, values)
+        self.of(SolverChoice).validate()
+        plan = self.of(PlanOptions)
+        plan.validate()
+        self.of(NoiseOptions).validate(plan.num_samples)
+        for component in (EngineOptions, FleetOptions, OutputOptions):
+            self.of(component).validate()
+        self.of(PrecisionOptions).resolved()
 
 
 @dataclass(frozen=True)
 class Run:
     """A resolved run: nothing in it is left to a default."""
 
-    weights: str
+    model: str
     """A bundled model's name, or the path or URL of a checkpoint."""
-    architecture: Architecture
-    sampling: Sampling
+    spec: NetworkSpec
+    plan: SamplePlan
     precision: Literal["auto"] | Precision
     """auto until the fleet is known."""
     labels: str | None
     """The label rule as requested; None for an unconditional model."""
     shard_size: int
     """Samples, a multiple of the batch size."""
+    settings: Mapping[str, Any]
+    """Every flag's resolved value."""
     request: RunConfig = field(repr=False)
     """Where the settings that need no resolving are read."""
 
     def as_json(self) -> dict[str, Any]:
         """Every setting under its flag's name, without a credential, for --dry_run and run.json."""
-        settings = asdict(self.request) | asdict(self.architecture) | asdict(self.sampling)
-        settings |= {
-            "model": self.weights,
-            "precision": self.precision,
-            "labels": self.labels,
-            "shard_size": self.shard_size,
+        result = {
+            name: self.settings[name]
+            for name, f in FLAGS.items()
+            if f.flag.recorded or self.settings[name] not in (None, f.flag.default)
         }
-        settings |= {"ts": ",".join(map(str, self.sampling.ts)), "s_tmax": str(self.sampling.s_tmax)}
         for gone in ("model_path", "use_fp16", "dry_run"):
-            del settings[gone]
-        for url in ("model", "output", "labels", "address"):
-            settings[url] = redact(settings[url])
-        return settings
+            del result[gone]
+        for url in ("model", "output", "labels", "address", "guide"):
+            if url in result:
+                result[url] = redact(result[url])
+        return result | {"s_tmax": str(float(result["s_tmax"]))}
 
-    def identity(self, weights_hash: str, labels: dict[str, Any] | None) -> dict[str, Any]:
+    def identity(self, weights_hash: str, guide_hash: str = "null") -> dict[str, Any]:
         """All that decides a sample's content, flat, by effective value."""
         return (
-            {"sampling_version": SAMPLING_VERSION, "weights": weights_hash, "precision": self.precision}
-            | self.architecture.effective()
-            | self.sampling.effective(self.request.num_samples)
-            | ({f"labels_{key}": value for key, value in labels.items()} if labels else {})
+            {"sampling_version": SAMPLING_VERSION, "precision": self.precision}
+            | self.spec.identity(weights_hash)
+            | self.plan.identity(guide_hash)
         )
 
 
-def fingerprint(identity: Mapping[str, Any]) -> str:
-    """SHA-256 of a run's identity, as 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def resolve(
+    config: RunConfig,
+    model: str,
+    brought: Mapping[str, Any],
+    spec: NetworkSpec,
+    guide: NetworkSpec | None = None,
+    labels: LabelRule | None = None,
+    precision: Precision | None = None,
+    seed: int | None = None,
+) -> Run:
+    """The run that a request means.
+
+    Args:
+        model: a bundled model's name, or a path or URL.
+        brought: settings that the named model or preset brings, by flag name.
+        spec: of the network.
+        guide: of the guide network, where there is one.
+        labels: the label rule, where it was read; else what the request says, unread.
+        precision: where an earlier start or the fleet decides it.
+        seed: where an earlier start decides it, as for --generator dummy.
+
+    Raises:
+        RequestError: a value is wrong, by itself or beside another.
+    """
+    config.check()
+    defaults = {name: f.flag.default for name, f in FLAGS.items()}
+    own = {name: getattr(config, name) for name, f in FLAGS.items() if f.unset is not None}
+    architecture = {f.name: getattr(spec.options, f.name) for f in fields(spec.options) if f.name in FLAGS}
+    settings = defaults | family_settings(spec) | dict(brought) | own | config.given() | architecture
+    if seed is not None:
+        settings["seed"] = seed
+    conditional = spec.num_classes > 0
+    require(
+        config.labels is None or conditional,
+        f"--labels is {config.labels!r}, but the model is unconditional; leave it out or give --class_cond True",
+    )
+    settings["labels"] = (config.labels or "random") if conditional else None
+    if labels is None and conditional:
+        labels = LabelRule("balanced" if config.labels == "balanced" else "random", spec.num_classes)
+    settings["precision"] = precision or config.of(PrecisionOptions).resolved()
+    batch_size = config.batch_size
+    settings["shard_size"] = -(-(config.shard_size or 512) // batch_size) * batch_size
+    settings["model"] = model
+    return Run(
+        model=model,
+        spec=spec,
+        plan=plan_of(settings, spec, guide, labels),
+        precision=settings["precision"],
+        labels=settings["labels"],
+        shard_size=settings["shard_size"],
+        settings=settings,
+        request=config,
+    )
 
 
-def redact(url: str | None) -> str | None:
-    """`url` without user names, passwords and query strings, any of which may hold a credential."""
-    if url is None or "://" not in url:
-        return url
-    return "::".join(_redact_link(link) for link in re.split(r"::(?=[\w+.-]+://)", url))
+def family_settings(spec: NetworkSpec) -> dict[str, Any]:
+    """What a network's family or file brings, by flag name."""
+    return {"sigma_min": spec.sigma_min, "sigma_max": spec.sigma_max} | dict(spec.defaults)
 
 
-def _redact_link(link: str) -> str:
-    """One URL of a chain. A password that was not escaped may hold slashes, as S3 keys do, and more."""
-    scheme, separator, rest = link.partition("://")
-    # What follows a colon is a port, or else a password up to the last "@".
-    rest = re.sub(r"^[^/@?#:]*:(?!\d*(?:[/?#]|$)).*@", "", rest, flags=re.DOTALL)
-    if scheme not in ("abfs", "abfss"):  # where the container stands before the "@"
-        rest = re.sub(r"^[^/?#]*@", "", rest)
-    return scheme + separator + re.split(r"[?#]", rest, maxsplit=1)[0]
+def plan_of(
+    settings: Mapping[str, Any], spec: NetworkSpec, guide: NetworkSpec | None, labels: LabelRule | None
+) -> SamplePlan:
+    """The sample plan of resolved settings.
+
+    Raises:
+        RequestError: a value is wrong, by itself or beside another.
+    """
+    schedule, choice, guidance = pick(Schedule, settings), pick(SolverChoice, settings), pick(Guidance, settings)
+    schedule.validate()
+    choice.validate()
+    solver = SOLVERS[choice.sampler]
+    for component in dict.fromkeys(each.options for each in SOLVERS.values()):
+        options = pick(component, settings)
+        if component in (solver.options, Churn):  # a churn that no solver uses must be right all the same
+            options.validate(schedule)
+    guidance.validate(spec.shape[0])
+
+    def parameterisation(network: NetworkSpec) -> Parameterisation:
+        return at_sigma_min(parameterise(network.kind, **network.kind_options), schedule.sigma_min)
+
+    return SamplePlan(
+        shape=spec.shape,
+        parameterisation=parameterisation(spec),
+        sampler=choice.sampler,
+        solver=solver,
+        solver_options=pick(solver.options, settings),
+        schedule=schedule,
+        decoder=decoder_of(settings, spec),
+        noise=pick(NoiseOptions, settings),
+        num_samples=settings["num_samples"],
+        labels=labels,
+        clip_denoised=settings["clip_denoised"],
+        state=settings["state"],
+        guidance=guidance,
+        guide=parameterisation(guide) if guide else None,
+        guide_labelled=bool(guide and guide.num_classes),
+        null_label=spec.null_label,
+        draws_every_step=spec.draws_every_step,
+    )
+
+
+def decoder_of(settings: Mapping[str, Any], spec: NetworkSpec) -> Decoder:
+    """The decoder that the settings and the network ask for.
+
+    Raises:
+        RequestError: the network makes latents, and nothing says what to do with them.
+    """
+    decoder = settings["decoder"]
+    require(
+        decoder in (None, "none"),
+        f"--decoder is {decoder!r}; this version decodes no latents: give --decoder none, which writes the solver's "
+        "result as it is, float32 (N, H, W, C)",
+    )
+    if decoder == "none":
+        return AsItIs()
+    channels = spec.shape[0]
+    require(
+        spec.latent is None and channels in (1, 3),
+        f"--decoder is missing: the network makes latents of {channels} channels, no pictures; give --decoder DIR, the "
+        "directory of an autoencoder, or --decoder none, which writes the solver's result as it is, float32 (N, H, W, C)",
+    )
+    return Pixels(settings["rounding"])

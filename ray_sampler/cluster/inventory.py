@@ -20,7 +20,7 @@ from ray_sampler.config import RunError
 from ray_sampler.reporting.progress import Reporter
 from ray_sampler.reporting.summary import Part
 from ray_sampler.storage.archive import Content, content_of
-from ray_sampler.storage.coverage import Piece, cover, missing
+from ray_sampler.storage.ranges import Piece, cover, missing
 from ray_sampler.storage.record import FragmentName, Record
 from ray_sampler.storage.verify import FOREIGN
 

@@ -1,24 +1,40 @@
-"""A range of sample indices becomes pictures."""
+"""A range of sample indices becomes pictures, block by block, on a device."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ray_sampler.config import Architecture, Compile, Precision, Rounding, Sampling
-from ray_sampler.sampling.denoiser import Network, make_denoiser
-from ray_sampler.sampling.labels import LabelRule
-from ray_sampler.sampling.noise import make_noise
-from ray_sampler.sampling.solvers import solve
+from ray_sampler.errors import require
+from ray_sampler.options import option
+from ray_sampler.sampling.parameterisation import Network
+from ray_sampler.sampling.plan import SamplePlan, sample_block
+
+Compile = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a device computes."""
+
+    batch_size: int = option(16, "Images that one actor computes at once.")
+    compile: Compile = option(
+        "auto", "torch.compile: off, on (kernels chosen by timing), or auto (on a GPU, without timing)."
+    )
+
+    def validate(self) -> None:
+        """Raises RequestError: a value is wrong."""
+        require(self.batch_size >= 1, f"--batch_size is {self.batch_size}; it must be at least 1")
 
 
 class NonFiniteError(RuntimeError):
@@ -34,7 +50,7 @@ class Pictures:
     """Samples [start, stop) and what it took to compute them."""
 
     images: np.ndarray
-    """(n, H, W, 3) uint8."""
+    """(n, H, W, C), uint8 or float32 as the decoder says."""
     labels: np.ndarray | None
     """(n,) int32; None for an unconditional model."""
     seconds: float
@@ -58,40 +74,27 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
-def to_uint8(x: Tensor, rounding: Rounding) -> Tensor:
-    """(B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8, truncated as guided-diffusion does or rounded as EDM2 does."""
-    scaled = (x + 1) * 127.5 if rounding == "truncate" else x * 127.5 + 128
-    return scaled.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
 class Engine:
-    """One network on one device. Images are computed in fixed blocks [k B, (k + 1) B), so that shapes never change.
+    """Networks on one device. Images are computed in fixed blocks [k B, (k + 1) B), so that shapes never change.
 
     Args:
-        network: F, in the precision of the run, on `device`.
-        num_samples: of the whole run; the original's generators depend on it.
+        networks: by role, each F in the precision of the run, on `device`.
         cores: CPU cores to use; a GPU ignores it.
     """
 
     def __init__(
         self,
-        network: nn.Module,
-        architecture: Architecture,
-        sampling: Sampling,
-        labels: LabelRule | None,
+        networks: Mapping[str, nn.Module],
         *,
-        num_samples: int,
         batch_size: int,
         device: torch.device,
         compile: Compile,
         cores: int = 1,
     ) -> None:
         self.compiles = compiles(compile, device.type == "cuda")
-        self.network: Network = compiled(network, compile) if self.compiles else network
-        self.architecture = architecture
-        self.sampling = sampling
-        self.labels = labels
-        self.num_samples = num_samples
+        self.networks: dict[str, Network] = {
+            role: compiled(network, compile) if self.compiles else network for role, network in networks.items()
+        }
         self.batch_size = batch_size
         self.device = device
         self.evaluations = 0
@@ -107,8 +110,8 @@ class Engine:
             else ThreadPoolExecutor(cores, "compute", initializer=torch.set_num_threads, initargs=(1,))
         )
 
-    def sample(self, start: int, stop: int) -> Callable[[], Pictures]:
-        """Begin to compute the samples [start, stop); the returned function waits for them.
+    def sample(self, plan: SamplePlan, start: int, stop: int) -> Callable[[], Pictures]:
+        """Begin to compute the samples [start, stop) of a plan; the returned function waits for them.
 
         On a GPU the work is only queued here, so the next call can queue more while an earlier result is
         awaited on another thread. Blocks that stick out of the range are computed whole and cut.
@@ -120,7 +123,8 @@ class Engine:
         began = time.perf_counter()
         size = self.batch_size
         try:
-            blocks = list(self.workers.map(self._block, range(start // size, -(-stop // size))))
+            numbers = range(start // size, -(-stop // size))
+            blocks = list(self.workers.map(lambda block: self._block(plan, block), numbers))
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemoryError(
                 f"{self.device} ran out of memory with --batch_size {size}; "
@@ -146,41 +150,35 @@ class Engine:
 
         return finish
 
-    def warm_up(self) -> None:
-        """Compute a batch for nothing where the network is compiled, so that it is when this returns.
+    def warm_up(self, plan: SamplePlan) -> None:
+        """Compute a batch for nothing where networks are compiled, so that they are when this returns.
 
         Raises:
             OutOfDeviceMemoryError: names the batch size and what to do.
         """
         if self.compiles:
             with suppress(NonFiniteError):
-                self.sample(0, self.batch_size)()
+                self.sample(plan, 0, self.batch_size)()
 
     @torch.inference_mode()
-    def _block(self, block: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Images (B, H, W, 3) uint8, labels (B,) int32 and whether all values were finite (B,), of one block."""
-        sampling, shape = self.sampling, (3, self.architecture.image_size, self.architecture.image_size)
+    def _block(self, plan: SamplePlan, block: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Images (B, H, W, C), labels (B,) int32 and whether all values were finite (B,), of one block."""
         indices = torch.arange(block * self.batch_size, (block + 1) * self.batch_size, device=self.device)
-        labels = self.labels.labels(sampling.seed, indices) if self.labels else None
         finite = torch.ones(len(indices), dtype=torch.bool, device=self.device)
 
-        def watched(x: Tensor, times: Tensor, y: Tensor | None) -> Tensor:
-            output = self.network(x, times, y)
-            self.evaluations += 1
-            finite.logical_and_(output.isfinite().flatten(1).all(dim=1))
-            return output
+        def watched(network: Network) -> Network:
+            def watch(x: Tensor, times: Tensor, y: Tensor | None) -> Tensor:
+                output = network(x, times, y)
+                self.evaluations += 1
+                # A doubled batch, for guidance, holds every sample twice.
+                finite.logical_and_(output.isfinite().flatten(1).all(dim=1).view(-1, len(finite)).all(dim=0))
+                return output
 
-        denoise = make_denoiser(
-            watched,
-            labels,
-            consistency=sampling.consistency,
-            sigma_min=sampling.sigma_min,
-            clip=sampling.clip_denoised,
-        )
-        noise = make_noise(sampling.generator, sampling.seed, self.num_samples, indices, shape)
-        x = solve(sampling, denoise, noise)
+            return watch
+
+        x, labels = sample_block({role: watched(network) for role, network in self.networks.items()}, plan, indices)
         finite.logical_and_(x.isfinite().flatten(1).all(dim=1))
-        return to_uint8(x, sampling.rounding), None if labels is None else labels.int(), finite
+        return plan.decoder.decode(x), None if labels is None else labels.int(), finite
 
     def _copy(self, *tensors: Tensor | None) -> Callable[[], tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
         """Bring results to the host without holding up what is queued next; the returned function waits for them."""
@@ -213,7 +211,7 @@ def compiled(network: nn.Module, mode: Compile) -> Network:
     return torch.compile(network, mode="max-autotune" if mode == "on" else "default", dynamic=False)
 
 
-def numerics_key(device: torch.device, batch_size: int, precision: Precision, compile: Compile) -> str:
+def numerics_key(device: torch.device, batch_size: int, precision: str, compile: Compile) -> str:
     """What decides a sample's last bits: runs under one key give equal bytes."""
     if device.type == "cuda":
         hardware = (

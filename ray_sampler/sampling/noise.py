@@ -1,23 +1,65 @@
 """Random numbers of a sample: each a function of where it is used.
 
 The default generator is counter-based (Philox4x32-10; Salmon, Moraes, Dror & Shaw, "Parallel random
-numbers: as easy as 1, 2, 3", SC'11), so nothing is drawn in order, skipped or stored. The other two
-reproduce runs of the consistency-models sampling script.
+numbers: as easy as 1, 2, 3", SC'11), so nothing is drawn in order, skipped or stored. The others reproduce runs of the
+consistency-models sampling script (determ, determ-indiv, dummy) and of the scripts of EDM and EDM2 (edm).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ray_sampler.config import Generator
+from ray_sampler.errors import require
+from ray_sampler.options import option
+
+Generator = Literal["philox", "edm", "determ", "determ-indiv", "dummy"]
+
+GENERATORS_OF_N = ("determ", "determ-indiv", "dummy")
+"""Generators whose noise depends on num_samples."""
 
 Noise = Callable[[int], Tensor]
-"""noise(k): draw k of every sample of a batch, (B, C, H, W) float32 standard normals.
+"""noise(k): draw k of every sample of a batch, (B, C, H, W) standard normals, float32 but for the generator edm.
 Draw 0 is x_T, draw 1 + i belongs to solver step i. Solvers ask in rising order, and only for what they use."""
+
+
+class Draws(NamedTuple):
+    """The random numbers of a batch."""
+
+    noise: Noise
+    labels: Callable[[int], Tensor]
+    """Uniform class labels, (B,) int64 in [0, num_classes)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseOptions:
+    """Where random numbers come from."""
+
+    seed: int = option(42, "Decides the noise and the random labels, together with each sample's index.")
+    generator: Generator = option(
+        "philox",
+        "Where noise comes from: philox (counter-based), edm (the seeds of EDM's and EDM2's scripts), or the "
+        "consistency-models script's determ, determ-indiv and dummy.",
+    )
+
+    def validate(self, num_samples: int) -> None:
+        """Raises RequestError: a value is wrong, by itself or beside another."""
+        require(0 <= self.seed < 2**64, f"--seed is {self.seed}; it must be in [0, 2^64)")
+        require(
+            self.generator != "determ-indiv" or num_samples * (self.seed + 1) <= 2**64,
+            f"--seed is {self.seed}; --generator determ-indiv seeds sample i with i + num_samples * seed, so with "
+            f"--num_samples {num_samples} it must be below {2**64 // num_samples}",
+        )
+
+    def identity(self, num_samples: int) -> dict[str, Any]:
+        """What decides a sample, by effective value."""
+        result: dict[str, Any] = {"generator": self.generator, "seed": self.seed}
+        return result | ({"num_samples": num_samples} if self.generator in GENERATORS_OF_N else {})
 
 LABEL_DRAW = 0xFFFFFFFF
 """The draw that random labels come from."""
@@ -108,17 +150,55 @@ def in_order(draw_next: Callable[[], Tensor]) -> Noise:
     return noise
 
 
-def make_noise(generator: Generator, seed: int, num_samples: int, indices: Tensor, shape: tuple[int, ...]) -> Noise:
-    """The noise of a batch.
+def edm_draws(
+    seed: int, indices: Tensor, shape: tuple[int, ...], dtype: torch.dtype, num_classes: int, every_step: bool
+) -> Draws:
+    """The streams of EDM's and EDM2's scripts: sample i has a torch generator seeded (seed + i) mod 2^32.
+
+    It draws x_T in float32, then one label where the network has classes, then churn noise in the state's `dtype`: at
+    every step, used or not (EDM), or only where a solver asks for it (EDM2).
+    """
+    device = indices.device
+    generators = [torch.Generator(device).manual_seed((seed + i) % 2**32) for i in indices.tolist()]
+
+    def draw(dtype: torch.dtype) -> Tensor:
+        return torch.cat([torch.randn(1, *shape, generator=g, device=device, dtype=dtype) for g in generators])
+
+    x_T = draw(torch.float32)
+    labels = [torch.randint(num_classes, (1,), generator=g, device=device) for g in generators if num_classes]
+    churn = in_order(lambda: draw(dtype)) if every_step else lambda _: draw(dtype)
+    return Draws(lambda k: churn(k - 1) if k else x_T, lambda _: torch.cat(labels))
+
+
+def make_draws(
+    options: NoiseOptions,
+    num_samples: int,
+    indices: Tensor,
+    shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    num_classes: int = 0,
+    every_step: bool = False,
+) -> Draws:
+    """The random numbers of a batch.
 
     Args:
-        seed: in [0, 2^64).
-        num_samples: of the whole run; the original's generators depend on it.
-        indices: (B,) int64 global sample indices, on the device where the noise is wanted. Those at or past
-            num_samples pad a batch: philox continues, the original's generators repeat the last sample.
+        num_samples: of the whole run; the generators of the consistency-models script depend on it.
+        indices: (B,) int64 global sample indices, on the device where the numbers are wanted. Those at or past
+            num_samples pad a batch: philox and edm continue, the other generators repeat the last sample.
         shape: (C, H, W).
+        dtype: of the solver's state; the churn noise of the generator edm has it.
+        num_classes: of the network; 0 for an unconditional one.
+        every_step: whether the generator edm draws churn noise at every step, used or not.
     """
-    if generator == "philox":
-        return lambda draw: philox_normals(seed, indices, draw, shape)
-    streams = joint_normals if generator == "determ" else individual_normals
-    return in_order(streams(seed, num_samples, indices, shape))
+    seed = options.seed
+    if options.generator == "edm":
+        return edm_draws(seed, indices, shape, dtype, num_classes, every_step)
+
+    def labels(classes: int) -> Tensor:
+        return random_labels(seed, indices, classes)
+
+    if options.generator == "philox":
+        return Draws(lambda draw: philox_normals(seed, indices, draw, shape), labels)
+    streams = joint_normals if options.generator == "determ" else individual_normals
+    return Draws(in_order(streams(seed, num_samples, indices, shape)), labels)

@@ -1,37 +1,97 @@
-"""Solvers: from x_T to x_0, each a plain function of (denoise, x, sigmas, noise).
+"""Solvers: from x_T to x_0, each a plain function of (denoise, x, sigmas, noise, options).
 
-`denoise(x, sigma)` is D of a batch x, (B, C, H, W) float32; `sigmas` are levels on the host, so that no step waits
-for the device; `noise(1 + i)` is the noise of step i, which a solver asks for only where it uses it.
-Symbols are those of Karras et al. 2022 ("Elucidating the design space of diffusion-based generative models").
+`denoise(x, sigma, step)` is D of a batch x, (B, C, H, W); `sigmas` are levels on the host, in the dtype of x, so that no
+step waits for the device; `step` is the level at which the step began. `noise(1 + i)` is the noise of step i, which a
+solver asks for only where it uses it. Symbols are those of Karras et al. 2022 ("Elucidating the design space of
+diffusion-based generative models").
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import inf
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ray_sampler.config import Sampling
-from ray_sampler.sampling.denoiser import Denoiser
+from ray_sampler.errors import RequestError, require
+from ray_sampler.options import option
 from ray_sampler.sampling.noise import Noise
-from ray_sampler.sampling.schedule import RHO, karras_sigmas, multistep_sigmas
+from ray_sampler.sampling.parameterisation import Denoiser
+from ray_sampler.sampling.schedules import Schedule, karras_sigmas, multistep_sigmas
 
 
 @dataclass(frozen=True)
-class Churn:
+class Plain:
+    """A solver without options of its own."""
+
+    def validate(self, schedule: Schedule) -> None:
+        """Raises RequestError: a value is wrong."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a sample, by effective value."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Churn(Plain):
     """Added noise of the stochastic sampler (Karras et al. 2022, algorithm 2)."""
 
-    s_churn: float = 0.0
-    s_tmin: float = 0.0
-    s_tmax: float = inf
-    s_noise: float = 1.0
+    s_churn: float = option(0.0, "Stochasticity of heun and dpm.")
+    s_tmin: float = option(0.0, "Smallest noise level with churn.")
+    s_tmax: float = option(inf, "Largest noise level with churn.")
+    s_noise: float = option(1.0, "Deviation of the churn noise.")
+
+    def validate(self, schedule: Schedule) -> None:
+        for name in ("s_churn", "s_tmin", "s_noise"):
+            value = getattr(self, name)
+            require(0 <= value < inf, f"--{name} is {value:g}; it must be a finite number of at least 0")
+        require(self.s_tmax >= self.s_tmin, f"--s_tmax is {self.s_tmax:g}; it must be at least s_tmin, {self.s_tmin:g}")
+
+    def identity(self) -> dict[str, Any]:
+        result: dict[str, Any] = {"s_churn": float(self.s_churn)}
+        if self.s_churn > 0:
+            result |= {
+                "s_tmin": float(self.s_tmin),
+                "s_tmax": str(float(self.s_tmax)),
+                "s_noise": float(self.s_noise),
+            }
+        return result
 
     def gamma(self, sigma: Tensor, steps: int) -> float:
         """How much the level sigma rises, as a factor above 1."""
         return min(self.s_churn / steps, 2**0.5 - 1) if self.s_tmin <= sigma <= self.s_tmax else 0.0
+
+
+@dataclass(frozen=True)
+class Indices(Plain):
+    """Where a consistency model is evaluated."""
+
+    ts: str = option("", "Indices into the schedule for --sampler multistep, as 0,22,39.")
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        try:
+            return tuple(int(part) for part in self.ts.split(",")) if self.ts else ()
+        except ValueError:
+            raise RequestError(f"--ts is {self.ts!r}; it must be whole numbers with commas, as in 0,22,39") from None
+
+    def validate(self, schedule: Schedule) -> None:
+        require(schedule.steps >= 2, f"--steps is {schedule.steps}; --sampler multistep needs at least 2")
+        require(
+            len(self.indices) >= 2, f"--ts is {self.ts!r}; --sampler multistep needs two or more, as in 0,22,39"
+        )
+        for t in self.indices:
+            require(
+                0 <= t < schedule.steps,
+                f"--ts has {t}; with --steps {schedule.steps} its indices must be from 0 to {schedule.steps - 1}",
+            )
+
+    def identity(self) -> dict[str, Any]:
+        return {"ts": ",".join(map(str, self.indices))}
 
 
 def add_churn(x: Tensor, sigma: Tensor, gamma: float, eps: Noise, draw: int, s_noise: float) -> tuple[Tensor, Tensor]:
@@ -47,16 +107,16 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn: Chur
     steps = len(sigmas) - 1
     for i in range(steps):
         x, sigma = add_churn(x, sigmas[i], churn.gamma(sigmas[i], steps), noise, 1 + i, churn.s_noise)
-        d = (x - denoise(x, sigma)) / sigma
+        d = (x - denoise(x, sigma, sigmas[i])) / sigma
         x_next = x + d * (sigmas[i + 1] - sigma)
         if sigmas[i + 1] > 0:
-            d_next = (x_next - denoise(x_next, sigmas[i + 1])) / sigmas[i + 1]
+            d_next = (x_next - denoise(x_next, sigmas[i + 1], sigmas[i])) / sigmas[i + 1]
             x_next = x + (d + d_next) / 2 * (sigmas[i + 1] - sigma)
         x = x_next
     return x
 
 
-def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
+def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
     """Euler's method on dx/dsigma = (x - D(x, sigma)) / sigma (Karras et al. 2022, eq. 3)."""
     for sigma, sigma_next in pairwise(sigmas):
         d = (x - denoise(x, sigma)) / sigma
@@ -69,15 +129,15 @@ def dpm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn: Churn
     steps = len(sigmas) - 1
     for i in range(steps):
         x, sigma = add_churn(x, sigmas[i], churn.gamma(sigmas[i], steps), noise, 1 + i, churn.s_noise)
-        d = (x - denoise(x, sigma)) / sigma
+        d = (x - denoise(x, sigma, sigmas[i])) / sigma
         sigma_mid = ((sigma ** (1 / 3) + sigmas[i + 1] ** (1 / 3)) / 2) ** 3
         x_mid = x + d * (sigma_mid - sigma)
-        d_mid = (x_mid - denoise(x_mid, sigma_mid)) / sigma_mid
+        d_mid = (x_mid - denoise(x_mid, sigma_mid, sigmas[i])) / sigma_mid
         x = x + d_mid * (sigmas[i + 1] - sigma)
     return x
 
 
-def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
+def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
     """Euler steps down past the next level, then fresh noise up to it (Song et al. 2021, as ancestral sampling)."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         sigma_up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
@@ -89,52 +149,86 @@ def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Ten
     return x
 
 
-def onestep(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
+def onestep(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
     """One evaluation at the largest level (Song et al. 2023, "Consistency models")."""
     return denoise(x, sigmas[0])
 
 
-def progdist(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
+def progdist(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
     """Euler's method without the step to 0 (the sampler of progressively distilled models)."""
-    return euler(denoise, x, sigmas[:-1], noise)
+    return euler(denoise, x, sigmas[:-1], noise, options)
 
 
-def multistep(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, sigma_min: float, sigma_max: float) -> Tensor:
-    """Denoise, add noise up to the next level, repeat, without the last evaluation (Song et al. 2023, algorithm 1)."""
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+def multistep(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
+    """Denoise, add noise up to the next level, repeat, without the last evaluation (Song et al. 2023, algorithm 1).
+
+    `sigmas` holds the levels of the evaluations, the level of the result, and then the schedule's smallest and largest.
+    """
+    *levels, sigma_min, sigma_max = sigmas
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         x_0 = denoise(x, sigma.float())
         level = (sigma_next.clip(sigma_min, sigma_max) ** 2 - sigma_min**2).sqrt()
         x = x_0 + noise(1 + i) * level if level > 0 else x_0
     return x
 
 
-def draws_after_x_T(sampling: Sampling) -> int:
-    """Draws that the original makes after x_T, used or not: where its generators stand after a batch."""
-    if sampling.sampler in ("heun", "dpm", "ancestral"):
-        return sampling.steps
-    return len(sampling.ts) - 1 if sampling.sampler == "multistep" else 0
+def karras_levels(schedule: Schedule, options: Any, dtype: torch.dtype) -> Tensor:
+    """As many levels as there are steps, then 0."""
+    return karras_sigmas(schedule.steps, schedule.sigma_min, schedule.sigma_max, schedule.rho, dtype)
 
 
-@torch.no_grad()
-def solve(sampling: Sampling, denoise: Denoiser, noise: Noise, rho: float = RHO) -> Tensor:
-    """Samples x_0, (B, C, H, W) float32 in [-1, 1], from the noise x_T = noise(0) sigma_max."""
-    low, high = sampling.sigma_min, sampling.sigma_max
-    x = noise(0) * high
-    churn = Churn(sampling.s_churn, sampling.s_tmin, sampling.s_tmax, sampling.s_noise)
-    sigmas = karras_sigmas(sampling.steps + (sampling.sampler == "progdist"), low, high, rho)
-    match sampling.sampler:
-        case "heun":
-            x = heun(denoise, x, sigmas, noise, churn)
-        case "dpm":
-            x = dpm(denoise, x, sigmas, noise, churn)
-        case "euler":
-            x = euler(denoise, x, sigmas, noise)
-        case "ancestral":
-            x = ancestral(denoise, x, sigmas, noise)
-        case "onestep":
-            x = onestep(denoise, x, sigmas, noise)
-        case "progdist":
-            x = progdist(denoise, x, sigmas, noise)
-        case "multistep":
-            x = multistep(denoise, x, multistep_sigmas(sampling.ts, sampling.steps, low, high), noise, low, high)
-    return x.clamp(-1, 1)
+def progdist_levels(schedule: Schedule, options: Any, dtype: torch.dtype) -> Tensor:
+    """One level more, as the step to 0 is not taken."""
+    return karras_sigmas(schedule.steps + 1, schedule.sigma_min, schedule.sigma_max, schedule.rho, dtype)
+
+
+def multistep_levels(schedule: Schedule, options: Indices, dtype: torch.dtype) -> Tensor:
+    """The levels at the indices, then sigma_min and sigma_max: float64."""
+    low, high = schedule.sigma_min, schedule.sigma_max
+    levels = multistep_sigmas(options.indices, schedule.steps, low, high, schedule.rho)
+    return torch.cat([levels, torch.tensor([low, high], dtype=torch.float64)])
+
+
+class Solver(NamedTuple):
+    """A solver with all that belongs to it."""
+
+    run: Callable[[Denoiser, Tensor, Tensor, Noise, Any], Tensor]
+    """(denoise, x, sigmas, noise, options) -> x."""
+    evaluations: Callable[[int, Any], int]
+    """(steps, options) -> calls of the denoiser for one sample."""
+    options: type[Plain] = Plain
+    levels: Callable[[Schedule, Any, torch.dtype], Tensor] = karras_levels
+    """(schedule, options, dtype of the state) -> sigmas, on the host."""
+    draws: Callable[[int, Any], int] = lambda steps, options: 0
+    """(steps, options) -> draws that the original makes after x_T, used or not: where its generators stand then."""
+    uses: tuple[str, ...] = ("steps", "sigma_min")
+    """What of the schedule decides a sample, beside sigma_max."""
+
+
+SOLVERS: dict[str, Solver] = {
+    "heun": Solver(heun, lambda steps, options: 2 * steps - 1, Churn, draws=lambda steps, options: steps),
+    "euler": Solver(euler, lambda steps, options: steps),
+    "dpm": Solver(dpm, lambda steps, options: 2 * steps, Churn, draws=lambda steps, options: steps),
+    "ancestral": Solver(ancestral, lambda steps, options: steps, draws=lambda steps, options: steps),
+    "onestep": Solver(onestep, lambda steps, options: 1, uses=()),
+    "progdist": Solver(progdist, lambda steps, options: steps, levels=progdist_levels),
+    "multistep": Solver(
+        multistep,
+        lambda steps, options: len(options.indices) - 1,
+        Indices,
+        multistep_levels,
+        draws=lambda steps, options: len(options.indices) - 1,
+    ),
+}
+"""By name; another solver is one function and one line here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverChoice:
+    """Which solver."""
+
+    sampler: str = option("heun", "The solver.")
+
+    def validate(self) -> None:
+        """Raises RequestError: no such solver."""
+        require(self.sampler in SOLVERS, f"--sampler is {self.sampler!r}; it must be one of {', '.join(SOLVERS)}")

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from isal import isal_zlib
 
-from ray_sampler.config import RunError
+from ray_sampler.errors import RunError
 from ray_sampler.storage.archive_layout import ArchiveLayout, Member, crc32_combine
-from ray_sampler.storage.coverage import Piece, missing
+from ray_sampler.storage.ranges import Piece, missing
 from ray_sampler.storage.record import DamagedFragment, FragmentName, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.store import Readable, StagedFile
@@ -49,10 +49,17 @@ class Content(NamedTuple):
     image_crc32: int
     label_crc32: int
     """Of the labels as int64, as the archive holds them; 0 if there are none."""
+    dtype: str = "uint8"
+    """Of the images."""
 
 
 def content_of(record: Record) -> Content:
-    return Content(record.shape, record.conditional, record.crc32["image"], record.crc32.get("label_int64", 0))
+    labels = record.crc32.get("label_int64", 0)
+    return Content(record.shape, record.conditional, record.crc32["image"], labels, record.dtype)
+
+
+def bytes_per_image(image_shape: tuple[int, int, int], dtype: str) -> int:
+    return int(np.prod(image_shape)) * np.dtype(dtype).itemsize
 
 
 def lay_out(
@@ -73,13 +80,14 @@ def lay_out(
     gaps = missing(pieces, num_samples)
     if gaps:
         raise RunError(f"samples {gaps[0][0]} to {gaps[0][1]} are missing; run the same command again")
-    image_bytes = int(np.prod(image_shape))
+    dtype = contents[pieces[0].fragment].dtype if pieces[0].fragment in contents else "uint8"
+    image_bytes = bytes_per_image(image_shape, dtype)
     image_crc32 = label_crc32 = 0
     for piece in pieces:
         image, label = piece_checksums(run_dir, piece, contents, image_shape, labelled, fingerprint)
         image_crc32 = crc32_combine(image_crc32, image, (piece.stop - piece.start) * image_bytes)
         label_crc32 = crc32_combine(label_crc32, label, (piece.stop - piece.start) * 8)
-    return ArchiveLayout(num_samples, image_shape, image_crc32, label_crc32 if labelled else None)
+    return ArchiveLayout(num_samples, image_shape, image_crc32, label_crc32 if labelled else None, dtype)
 
 
 def piece_checksums(
@@ -138,9 +146,9 @@ def label_values(samples: Samples) -> memoryview:
     return labels.data.cast("B")
 
 
-def readers_for(pieces: Sequence[Piece], image_shape: tuple[int, int, int]) -> int:
+def readers_for(pieces: Sequence[Piece], image_bytes: int) -> int:
     """Threads that may each hold a fragment."""
-    largest = max(piece.fragment.stop - piece.fragment.start for piece in pieces) * int(np.prod(image_shape))
+    largest = max(piece.fragment.stop - piece.fragment.start for piece in pieces) * image_bytes
     return max(1, min(READERS, FRAGMENT_MEMORY // largest, len(pieces)))
 
 
@@ -165,7 +173,7 @@ def merge(
         image_shape: (H, W, C).
         labelled: whether the archive has arr_1.
         fingerprint: of the run.
-        on_samples: called with all samples, a few at a time, in no order, by one thread at a time.
+        on_samples: called with all samples, a few at a time, in arbitrary order, never concurrently.
 
     Raises:
         DamagedPiece: a fragment is damaged, gone or changed. No archive was written.
@@ -174,7 +182,7 @@ def merge(
     layout = lay_out(run_dir, pieces, contents, num_samples, image_shape, labelled, fingerprint)
     name = run_dir.archive_name(num_samples, image_shape)
     images_member, *labels_members = layout.members
-    image_bytes, looking = int(np.prod(image_shape)), threading.Lock()
+    image_bytes, looking = bytes_per_image(image_shape, layout.dtype), threading.Lock()
     with tempfile.TemporaryFile() as spool, run_dir.stage_archive(name, layout.size) as file:
         write = file.write_at or in_order(file)
 
@@ -190,7 +198,7 @@ def merge(
             return read_groups(run_dir, piece, contents[piece.fragment], fingerprint)
 
         write(0, images_member.header)
-        readers = readers_for(pieces, image_shape)
+        readers = readers_for(pieces, image_bytes)
         if file.write_at:
             at_once(min(readers, os.cpu_count() or 1), pieces, lambda piece: pass_on(piece, read(piece)))
         else:

@@ -85,6 +85,8 @@ class ArchiveLayout:
     """Of all images' bytes."""
     label_crc32: int | None
     """Of all labels' bytes as int64; None when there are none."""
+    dtype: str = "uint8"
+    """Of the images: uint8 or float32."""
 
     @property
     def labelled(self) -> bool:
@@ -92,17 +94,17 @@ class ArchiveLayout:
 
     @functools.cached_property
     def _members_and_directory(self) -> tuple[list[Member], bytes]:
-        arrays: list[tuple[str, str, tuple[int, ...], int, int]] = [
-            ("arr_0.npy", "|u1", (self.num_samples, *self.image_shape), 1, self.image_crc32)
+        arrays: list[tuple[str, np.dtype, tuple[int, ...], int]] = [
+            ("arr_0.npy", np.dtype(self.dtype), (self.num_samples, *self.image_shape), self.image_crc32)
         ]
         if self.label_crc32 is not None:
-            arrays.append(("arr_1.npy", "<i8", (self.num_samples,), 8, self.label_crc32))
+            arrays.append(("arr_1.npy", np.dtype("<i8"), (self.num_samples,), self.label_crc32))
         members, infos, offset = [], [], 0
-        for name, descr, shape, itemsize, values_crc32 in arrays:
+        for name, dtype, shape, values_crc32 in arrays:
             header = io.BytesIO()
-            np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+            np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": shape})
             npy = header.getvalue()
-            size = int(np.prod(shape, dtype=np.int64)) * itemsize
+            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             npy_crc32 = isal_zlib.crc32(npy)
             info = member_info(name)
             info.file_size = info.compress_size = len(npy) + size

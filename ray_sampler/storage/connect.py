@@ -8,7 +8,7 @@ from typing import Any
 
 import fsspec
 
-from ray_sampler.config import RequestError, redact
+from ray_sampler.errors import RequestError, redact
 from ray_sampler.storage.local_store import LocalStore
 from ray_sampler.storage.object_store import ObjectStore
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ray_sampler.config import FragmentFormat, RequestError
+from ray_sampler.errors import RequestError
 from ray_sampler.storage.connect import open_store
 from ray_sampler.storage.npz_format import decode_npz, encode_npz
 from ray_sampler.storage.parquet_format import decode_parquet, encode_parquet
-from ray_sampler.storage.record import DamagedFragment, FragmentName, Record, Samples, checksums
+from ray_sampler.storage.record import DamagedFragment, FragmentFormat, FragmentName, Record, Samples, checksums
 
 READER_ERRORS = (
     pa.ArrowException,
@@ -62,6 +62,7 @@ def encode(
         conditional=samples.labels is not None,
         crc32=checksums(samples),
         computed_by=dict(computed_by),
+        dtype=str(samples.images.dtype),
     )
     return (encode_parquet if format == "parquet" else encode_npz)(samples, record), record
 
@@ -78,7 +79,7 @@ def decode(data: bytes, name: FragmentName, fingerprint: str | None) -> Fragment
     """
     record, groups = decode_groups(data, name, fingerprint)
     rows = record.stop - record.start
-    images = np.empty((rows, *record.shape), np.uint8)
+    images = np.empty((rows, *record.shape), record.dtype)
     labels = np.empty(rows, np.int32) if record.conditional else None
     for group in groups:
         part = slice(group.start - record.start, group.stop - record.start)

@@ -8,7 +8,7 @@ import zipfile
 import fsspec
 import numpy as np
 
-from ray_sampler.config import RequestError, redact
+from ray_sampler.errors import RequestError, redact
 
 
 def read_labels(text: str) -> np.ndarray:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from ray_sampler.config import RequestError, RunError
+from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.store import ABANDONED_SECONDS, Entry, StagedFile, is_unfinished, unfinished_name
 
 QUIET_SECONDS = 30.0

@@ -14,7 +14,7 @@ from ray_sampler.storage.record import DamagedFragment, FragmentName, Record, Sa
 NPZ_MEMBERS = ("arr_0.npy", "arr_1.npy", "index.npy", "record.npy")
 
 NPY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '([|<][uiS][0-9]{1,9})', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n",
+    rb"\x93NUMPY\x01\x00..\{'descr': '([|<][fuiS][0-9]{1,9})', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n",
     re.DOTALL,
 )
 
@@ -55,7 +55,8 @@ def decode_npz(
         raise DamagedFragment(f"its members are {', '.join(sorted(members))}, not {', '.join(sorted(names))}")
     columns = {names[member]: npy_values(content) for member, content in members.items()}
     rows = record.stop - record.start
-    expected = {"image": ("u1", (rows, *record.shape)), "index": ("i8", (rows,)), "label": ("i4", (rows,))}
+    image = np.dtype(record.dtype).str[1:]
+    expected = {"image": (image, (rows, *record.shape)), "index": ("i8", (rows,)), "label": ("i4", (rows,))}
     for column, array in columns.items():
         if (array.dtype.str[1:], array.shape) != expected[column]:
             raise DamagedFragment(f"its {column} column is {array.dtype} {array.shape}")

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import fsspec
 import tenacity
 
-from ray_sampler.config import RequestError, RunError
+from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.store import (
     ABANDONED_SECONDS,
     Entry,

@@ -86,7 +86,7 @@ def parquet_groups(file: pq.ParquetFile, record: Record) -> Iterator[dict[str, n
         for batch in file.iter_batches(row_groups=[group], use_threads=False):
             columns = {
                 "index": values(batch.column("index"), np.dtype("<i8")),
-                "image": values(batch.column("image"), np.dtype("u1")).reshape(-1, *record.shape),
+                "image": values(batch.column("image"), np.dtype(record.dtype)).reshape(-1, *record.shape),
             }
             if record.conditional:
                 columns["label"] = values(batch.column("label"), np.dtype("<i4"))

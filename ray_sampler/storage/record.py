@@ -6,23 +6,29 @@ damaged, renamed or written by another run is told apart from a whole one by its
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from isal import isal_zlib
 
-from ray_sampler.config import FragmentFormat
+from ray_sampler.errors import printable
+
+FragmentFormat = Literal["parquet", "npz"]
 
 RECORD_VERSION = 1
 LONGEST_REASON = 400
 """Characters that are said of a damaged file, at most."""
 
 EXTENSIONS: dict[str, FragmentFormat] = {"parquet": "parquet", "npz": "npz"}
+
+DTYPES = ("uint8", "float32")
+"""Of images: pixels, or a solver's result as it is."""
 
 INDEX = "([0-9]{12}|[1-9][0-9]{12,})"
 FILENAME = re.compile(rf"{INDEX}-{INDEX}\.([a-z]+)")
@@ -33,7 +39,7 @@ class DamagedFragment(Exception):
 
     def __init__(self, reason: str) -> None:
         # It may quote the file, which may hold anything: line breaks, a terminal's commands, half a character.
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason[:LONGEST_REASON]))
+        super().__init__(printable(reason, LONGEST_REASON))
 
 
 class MissingFragment(DamagedFragment):
@@ -83,7 +89,7 @@ class Samples:
 
     start: int
     images: np.ndarray
-    """(n, H, W, C) uint8, n at least 1."""
+    """(n, H, W, C) uint8, or float32 where nothing decodes the solver's result; n at least 1."""
     labels: np.ndarray | None
     """(n,) int32, None when unconditional."""
 
@@ -91,9 +97,9 @@ class Samples:
         images, labels = self.images, self.labels
         if self.start < 0:
             raise ValueError(f"start is {self.start}; it must be at least 0")
-        if images.dtype != np.uint8 or images.ndim != 4 or images.size == 0:
+        if str(images.dtype) not in DTYPES or images.ndim != 4 or images.size == 0:
             raise ValueError(
-                f"images are {images.dtype} {images.shape}; they must be uint8 (n, H, W, C), none of them 0"
+                f"images are {images.dtype} {images.shape}; they must be uint8 or float32 (n, H, W, C), none of them 0"
             )
         if labels is not None and (labels.dtype != np.int32 or labels.shape != images.shape[:1]):
             raise ValueError(f"labels are {labels.dtype} {labels.shape}; they must be int32 ({len(images)},)")
@@ -180,12 +186,18 @@ def check_record(record: Record, name: FragmentName, fingerprint: str | None, si
         raise DamagedFragment(
             f"its name says samples {name.start} to {name.stop}, its record {record.start} to {record.stop}"
         )
-    if not all(n > 0 for n in record.shape) or record.dtype != "uint8":
+    if not all(n > 0 for n in record.shape) or record.dtype not in DTYPES:
         raise DamagedFragment(f"its record says images of {record.dtype} {record.shape}")
     if (record.stop - record.start) * image_bytes(record) > size:
         raise DamagedFragment(f"it has {size} bytes, fewer than its images need: it was cut short")
 
 
 def image_bytes(record: Record) -> int:
+    """Bytes of one image."""
     height, width, channels = record.shape
-    return height * width * channels
+    return height * width * channels * np.dtype(record.dtype).itemsize
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of a run's identity, as 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

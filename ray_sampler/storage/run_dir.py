@@ -14,11 +14,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from ray_sampler.config import RequestError, RunError, fingerprint
+from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.connect import open_store
 from ray_sampler.storage.fragment import Fragment, decode, decode_groups
 from ray_sampler.storage.local_store import LocalStore
-from ray_sampler.storage.record import DamagedFragment, FragmentName, MissingFragment, Record, Samples, in_order
+from ray_sampler.storage.record import (
+    DamagedFragment,
+    FragmentName,
+    MissingFragment,
+    Record,
+    Samples,
+    fingerprint,
+    in_order,
+)
 from ray_sampler.storage.store import Readable, StagedFile
 
 __all__ = ["DamagedFragment", "FragmentName", "Listing", "MissingFragment", "RunDir"]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_sampler.config import Architecture
+from ray_sampler.networks.adm_options import AdmOptions
 
 GROUPS = 32
 MAX_PERIOD = 10_000.0
@@ -139,7 +139,7 @@ class ResBlock(nn.Module):
     first normalisation and SiLU and before its convolution.
     """
 
-    def __init__(self, channels: int, out_channels: int, arch: Architecture, resample: Resample | None = None) -> None:
+    def __init__(self, channels: int, out_channels: int, arch: AdmOptions, resample: Resample | None = None) -> None:
         super().__init__()
         self.resample = resample
         self.scale_shift = arch.use_scale_shift_norm
@@ -201,10 +201,12 @@ class Block(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """F(x, time, y) of an `Architecture`: (B, 3, H, W) float32, (B,) times, (B,) int64 labels or None
-    -> (B, out_channels, H, W) float32."""
+    """F(x, time, y) of `AdmOptions`: (B, C, H, W) float32, (B,) times, (B,) int64 labels or None -> (B, C, H, W) float32.
 
-    def __init__(self, arch: Architecture) -> None:
+    Where the network has a variance half (learn_sigma), that is computed and dropped.
+    """
+
+    def __init__(self, arch: AdmOptions) -> None:
         super().__init__()
         self.arch = arch
         self.dtype = torch.float32
@@ -271,7 +273,7 @@ class UNet(nn.Module):
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.to(x.dtype))
+        return self.out(h.to(x.dtype))[:, : self.arch.in_channels]
 
     def convert_torso(self, dtype: torch.dtype) -> UNet:
         """Compute the convolutions between the embeddings and the output in `dtype`; the rest stays float32."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from ray_sampler.config import RequestError, RunError
 from ray_sampler.reporting.preview import choose_indices, contact_sheet
-from ray_sampler.storage.coverage import cover
+from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.record import DamagedFragment, FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
 

@@ -15,7 +15,7 @@ from ray_sampler.reporting.pixels import PixelStatistics
 from ray_sampler.reporting.preview import choose_indices
 from ray_sampler.storage.archive import Content, DamagedPiece, merge
 from ray_sampler.storage.archive_layout import ArchiveLayout
-from ray_sampler.storage.coverage import Piece
+from ray_sampler.storage.ranges import Piece
 from ray_sampler.storage.record import DamagedFragment, FragmentName, MissingFragment, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.verify import check_fragment

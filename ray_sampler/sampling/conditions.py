@@ -1,4 +1,4 @@
-"""Class labels of a sample index."""
+"""Conditions: the class labels of a sample index."""
 
 from __future__ import annotations
 
@@ -10,8 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_sampler.config import require
-from ray_sampler.sampling.noise import random_labels
+from ray_sampler.errors import require
+from ray_sampler.options import option
+from ray_sampler.sampling.noise import Draws
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionOptions:
+    """What the samples of a conditional model show."""
+
+    labels: str | None = option(
+        None,
+        "Labels of a class-conditional model: random (the default), balanced, a list as 0,3,999, or a file (.npz with "
+        "arr_1, .npy, text); a list shorter than N is repeated.",
+    )
 
 
 @dataclass(frozen=True)
@@ -23,10 +35,10 @@ class LabelRule:
     values: np.ndarray | None = None
     """(n,) int64, for listed labels."""
 
-    def labels(self, seed: int, indices: Tensor) -> Tensor:
+    def labels(self, draws: Draws, indices: Tensor) -> Tensor:
         """Labels of the samples `indices`, (B,) int64, beside them: (B,) int64 in [0, num_classes)."""
         if self.kind == "random":
-            return random_labels(seed, indices, self.num_classes)
+            return draws.labels(self.num_classes)
         if self.values is None:
             return indices % self.num_classes
         return torch.from_numpy(self.values)[(indices % len(self.values)).cpu()].to(indices.device)

@@ -1,4 +1,4 @@
-"""What decides a sample: the network's architecture and the way of sampling, each resolved and checked."""
+"""The ADM family: the UNet of EDM and consistency-models checkpoints, by its flags."""
 
 from __future__ import annotations
 
@@ -6,63 +6,37 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-SAMPLING_VERSION = 1
-"""Raised whenever a change of the code changes samples."""
-
-Solver = Literal["heun", "euler", "dpm", "ancestral", "onestep", "progdist", "multistep"]
-TrainingMode = Literal["edm", "consistency_distillation", "consistency_training", "progdist"]
-Generator = Literal["philox", "determ", "determ-indiv", "dummy"]
-Precision = Literal["fp32", "fp16", "bf16"]
-Rounding = Literal["truncate", "nearest"]
-FragmentFormat = Literal["parquet", "npz"]
-Compile = Literal["auto", "on", "off"]
-Progress = Literal["auto", "bar", "log", "none"]
-
-GENERATORS_OF_N = ("determ", "determ-indiv", "dummy")
-"""Generators whose noise depends on num_samples."""
+from ray_sampler.errors import require
+from ray_sampler.options import option
 
 CHANNEL_MULTIPLIERS = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
 """What an empty channel_mult means, by image size."""
 
 
-class RequestError(ValueError):
-    """The request is wrong: one sentence that names the setting, its value and what would be right."""
-
-
-class RunError(RuntimeError):
-    """The run failed or is incomplete: one sentence that says why and what to do."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `RequestError` with `message` unless `condition` holds."""
-    if not condition:
-        raise RequestError(message)
-
-
 @dataclass(frozen=True)
-class Architecture:
-    """The shape of a UNet. The defaults are the original's."""
+class AdmOptions:
+    """The shape of an ADM UNet. The defaults are those of the consistency-models repository."""
 
-    image_size: int = 64
-    num_channels: int = 128
-    num_res_blocks: int = 2
-    num_heads: int = 4
-    num_heads_upsample: int = -1
-    num_head_channels: int = -1
-    attention_resolutions: str = "32,16,8"
-    channel_mult: str = ""
-    class_cond: bool = False
-    num_classes: int = 1000
-    use_scale_shift_norm: bool = True
-    resblock_updown: bool = False
-    learn_sigma: bool = False
-    dropout: float = 0.0
-
-    in_channels = 3
+    image_size: int = option(64, "Width and height in pixels.")
+    num_channels: int = option(128, "Base width of the network.")
+    num_res_blocks: int = option(2, "Residual blocks at each level.")
+    num_heads: int = option(4, "Attention heads, where num_head_channels is -1.")
+    num_heads_upsample: int = option(-1, "The same on the way up; -1 means num_heads.")
+    num_head_channels: int = option(-1, "Channels of an attention head; -1 means num_heads decides.")
+    attention_resolutions: str = option("32,16,8", "Resolutions with attention.")
+    channel_mult: str = option("", "Width multiplier of each level, as 1,2,3,4; empty means by image size.")
+    class_cond: bool = option(False, "Whether the model takes class labels.")
+    num_classes: int = option(1000, "Classes of a class-conditional model.")
+    use_scale_shift_norm: bool = option(True, "Whether the embedding scales as well as shifts.")
+    resblock_updown: bool = option(False, "Whether residual blocks change the resolution.")
+    learn_sigma: bool = option(False, "Whether the network has a variance half, which is dropped: no sampler here uses it.")
+    dropout: float = option(0.0, "Inert in sampling.")
+    in_channels: int = 3
+    """Of x; the weights tell."""
 
     @property
     def out_channels(self) -> int:
-        return 6 if self.learn_sigma else 3
+        return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
     def embedding_channels(self) -> int:
@@ -135,7 +109,7 @@ class Architecture:
                         "the channels must be a multiple of the head size",
                     )
 
-    def effective(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What decides the network's function, by effective value."""
         result: dict[str, Any] = {
             "image_size": self.image_size,
@@ -158,82 +132,23 @@ class Architecture:
             result |= {"num_head_channels": self.num_head_channels}
         if self.class_cond:
             result |= {"num_classes": self.num_classes}
+        if self.in_channels != 3:
+            result |= {"in_channels": self.in_channels}
         return result
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a sample comes from a network and noise. The defaults are the original's, philox apart."""
+TrainingMode = Literal["edm", "consistency_distillation", "consistency_training", "progdist"]
 
-    training_mode: TrainingMode = "edm"
-    sampler: Solver = "heun"
-    steps: int = 40
-    ts: tuple[int, ...] = ()
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    s_churn: float = 0.0
-    s_tmin: float = 0.0
-    s_tmax: float = math.inf
-    s_noise: float = 1.0
-    clip_denoised: bool = True
-    rounding: Rounding = "truncate"
-    generator: Generator = "philox"
-    seed: int = 42
 
-    @property
-    def consistency(self) -> bool:
-        """Whether the consistency models' preconditioning applies."""
-        return "consistency" in self.training_mode
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How a checkpoint was trained: flags of published command lines, of which only the mode changes samples."""
 
-    def validate(self) -> None:
-        require(self.steps >= 1, f"--steps is {self.steps}; it must be at least 1")
-        require(
-            0 < self.sigma_min < self.sigma_max < math.inf,
-            f"--sigma_min is {self.sigma_min:g} and --sigma_max {self.sigma_max:g}; "
-            "they must satisfy 0 < sigma_min < sigma_max",
-        )
-        for name in ("s_churn", "s_tmin", "s_noise"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"--{name} is {value:g}; it must be a finite number of at least 0")
-        require(self.s_tmax >= self.s_tmin, f"--s_tmax is {self.s_tmax:g}; it must be at least s_tmin, {self.s_tmin:g}")
-        require(0 <= self.seed < 2**64, f"--seed is {self.seed}; it must be in [0, 2^64)")
-        if self.sampler == "multistep":
-            require(self.steps >= 2, f"--steps is {self.steps}; --sampler multistep needs at least 2")
-            require(
-                len(self.ts) >= 2,
-                f"--ts is {','.join(map(str, self.ts))!r}; --sampler multistep needs two or more, as in 0,22,39",
-            )
-            for t in self.ts:
-                require(
-                    0 <= t < self.steps,
-                    f"--ts has {t}; with --steps {self.steps} its indices must be from 0 to {self.steps - 1}",
-                )
-
-    def effective(self, num_samples: int) -> dict[str, Any]:
-        """What decides a sample, by effective value: settings that the solver does not use are left out."""
-        result: dict[str, Any] = {
-            "preconditioning": "consistency" if self.consistency else "edm",
-            "sampler": self.sampler,
-            "sigma_max": float(self.sigma_max),
-            "clip_denoised": self.clip_denoised,
-            "rounding": self.rounding,
-            "generator": self.generator,
-            "seed": self.seed,
-        }
-        if self.sampler != "onestep" or self.consistency:
-            result["sigma_min"] = float(self.sigma_min)
-        if self.sampler != "onestep":
-            result["steps"] = self.steps
-        if self.sampler == "multistep":
-            result["ts"] = ",".join(map(str, self.ts))
-        if self.sampler in ("heun", "dpm"):
-            result["s_churn"] = float(self.s_churn)
-            if self.s_churn > 0:
-                result |= {
-                    "s_tmin": float(self.s_tmin),
-                    "s_tmax": str(float(self.s_tmax)),
-                    "s_noise": float(self.s_noise),
-                }
-        if self.generator in GENERATORS_OF_N:
-            result["num_samples"] = num_samples
-        return result
+    training_mode: TrainingMode = option(
+        "edm", 'How the model was trained: any with "consistency" takes that preconditioning.'
+    )
+    use_checkpoint: bool = option(False, "Gradient checkpointing; inert in sampling.")
+    use_new_attention_order: bool = option(
+        False, "Inert in the original too: its attention has one order of channels."
+    )
+    weight_schedule: str = option("karras", "Weighting of the training loss; inert in sampling.")

@@ -1,4 +1,4 @@
-"""Named models: settings for the published checkpoints, and the models that come with the package."""
+"""Named models: settings for published checkpoints, and the models that come with the package."""
 
 from __future__ import annotations
 
@@ -8,10 +8,28 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from ray_sampler.config import RequestError, RunConfig, redact, require
+from ray_sampler.errors import RequestError, redact, require
+from ray_sampler.options import option
 
 PUBLISHED_AT = "https://openaipublic.blob.core.windows.net/consistency/"
 DEFAULT_MODEL = "digits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which network."""
+
+    model: str | None = option(
+        None,
+        "Weights: a bundled model's name (digits, digits-cd), which brings its settings, or a checkpoint: a local path or "
+        "any fsspec URL. Without one the bundled digits model runs.",
+    )
+    model_path: str = option("", "The same as --model.")
+    preset: str | None = option(
+        None,
+        "Settings alone, for weights that you have: architecture, preconditioning, solver and ts. Explicit flags win. "
+        "`ray-sampler presets` lists them.",
+    )
 
 
 @dataclass(frozen=True)
@@ -147,26 +165,26 @@ BUNDLED: dict[str, Bundled] = {
 """ts serves where the user asks for --sampler multistep."""
 
 
-def settings_for(config: RunConfig) -> tuple[str, dict[str, Any]]:
+def settings_for(options: ModelOptions) -> tuple[str, dict[str, Any]]:
     """The weights of a request, as a bundled name or URL, and the settings that its model and preset bring.
 
     Raises:
         RequestError: two models, an unknown name, or a preset without weights.
     """
     require(
-        not (config.model and config.model_path and config.model != config.model_path),
-        f"--model {redact(config.model)} and --model_path {redact(config.model_path)} name two models; "
+        not (options.model and options.model_path and options.model != options.model_path),
+        f"--model {redact(options.model)} and --model_path {redact(options.model_path)} name two models; "
         "give one of the two",
     )
-    weights = config.model or config.model_path
+    weights = options.model or options.model_path
     preset = None
-    if config.preset is not None:
-        if config.preset not in PRESETS:
-            raise RequestError(f"--preset is {config.preset!r}; {_known(config.preset, PRESETS)}")
-        preset = PRESETS[config.preset]
+    if options.preset is not None:
+        if options.preset not in PRESETS:
+            raise RequestError(f"--preset is {options.preset!r}; {_known(options.preset, PRESETS)}")
+        preset = PRESETS[options.preset]
         require(
             bool(weights),
-            f"--preset {config.preset} brings settings but no weights; "
+            f"--preset {options.preset} brings settings but no weights; "
             f"add --model_path FILE, the checkpoint published as {preset.file}",
         )
     weights = weights or DEFAULT_MODEL

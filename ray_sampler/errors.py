@@ -1,0 +1,42 @@
+"""The two errors that users see, and what their sentences may show of a URL or of a file's content."""
+
+from __future__ import annotations
+
+import re
+
+
+class RequestError(ValueError):
+    """The request is wrong: one sentence that names the setting, its value and what would be right."""
+
+
+class RunError(RuntimeError):
+    """The run failed or is incomplete: one sentence that says why and what to do."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `RequestError` with `message` unless `condition` holds."""
+    if not condition:
+        raise RequestError(message)
+
+
+def printable(text: object, longest: int = 400) -> str:
+    """`text` as one line without control characters: a file or bucket may hold commands for a terminal."""
+    shown = str(text)[:longest]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+
+
+def redact(url: str | None) -> str | None:
+    """`url` without user names, passwords and query strings, any of which may hold a credential."""
+    if url is None or "://" not in url:
+        return url
+    return "::".join(_redact_link(link) for link in re.split(r"::(?=[\w+.-]+://)", url))
+
+
+def _redact_link(link: str) -> str:
+    """One URL of a chain. A password that was not escaped may hold slashes, as S3 keys do, and more."""
+    scheme, separator, rest = link.partition("://")
+    # What follows a colon is a port, or else a password up to the last "@".
+    rest = re.sub(r"^[^/@?#:]*:(?!\d*(?:[/?#]|$)).*@", "", rest, flags=re.DOTALL)
+    if scheme not in ("abfs", "abfss"):  # where the container stands before the "@"
+        rest = re.sub(r"^[^/?#]*@", "", rest)
+    return scheme + separator + re.split(r"[?#]", rest, maxsplit=1)[0]

@@ -1,0 +1,1 @@
+"""Where networks come from: checkpoints of every family, read without running anything in them. Knows no Ray."""

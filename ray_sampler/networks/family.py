@@ -1,0 +1,152 @@
+"""What a family of networks is, what describes one network, and the module that becomes of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ray_sampler.errors import require
+from ray_sampler.networks.weights import Checkpoint
+
+Precision = Literal["fp32", "fp16", "bf16"]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+NAMED = 3
+"""How many offending tensors an error names."""
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """One network without its tensors."""
+
+    family: str
+    options: Any
+    """The family's own dataclass; it has `identity()`, what decides the network's function, flat."""
+    shape: tuple[int, int, int]
+    """(C, H, W) of x."""
+    kind: Any
+    """What it computes: a kind of `sampling.parameterisation`, or a parameterisation."""
+    kind_options: Mapping[str, Any] = field(default_factory=dict)
+    num_classes: int = 0
+    """0: unconditional."""
+    null_label: int | None = None
+    """The label that stands for none; None where the network knows none."""
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    """The range of levels that is sampled by default."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that the family or the file brings, by flag name."""
+    latent: str | None = None
+    """The rule by which x becomes a picture (sd, edm2); None where x is a picture."""
+    draws_every_step: bool = False
+    """Whether its publication's sampler draws churn noise at every step, used or not."""
+
+    def identity(self, weights: str) -> dict[str, Any]:
+        """What decides the network's function, flat; `weights` is its hash."""
+        family = {} if self.family == "adm" else {"family": self.family}
+        return family | {"weights": weights} | dict(self.options.identity())
+
+
+class Opened(NamedTuple):
+    """What a family makes of a checkpoint."""
+
+    spec: NetworkSpec
+    tensors: dict[str, Tensor]
+    """By the module's names, as stored, all of them fitting."""
+
+
+def as_it_is(module: nn.Module, precision: Precision) -> nn.Module:
+    """What most families do with a loaded network: nothing."""
+    return module
+
+
+@dataclass(frozen=True)
+class Family:
+    """How networks of one kind are told, described and built."""
+
+    name: str
+    recognises: Callable[[Checkpoint], bool]
+    open: Callable[[Checkpoint, Mapping[str, Any], frozenset[str]], Opened]
+    """(checkpoint, settings by flag name, which of them the user gave) -> what it is.
+
+    Raises RequestError where a given setting contradicts the file."""
+    build: Callable[[NetworkSpec, Precision], nn.Module]
+    """The module under torch.device("meta"); dtypes and layout of its tensors say how they are shipped."""
+    prepare: Callable[[nn.Module, Precision], nn.Module] = as_it_is
+    """What a worker does once, after the tensors are on its device."""
+
+
+@dataclass
+class Network:
+    """An opened network: its description, and the tensors that are hashed and shipped."""
+
+    spec: NetworkSpec
+    build: Callable[[Precision], nn.Module]
+    """The module in a precision, without memory of its own unless a user made it."""
+    prepare: Callable[[nn.Module, Precision], nn.Module]
+    tensors: dict[str, Tensor]
+    """By the module's names, as stored. Whoever ships them takes them out one by one."""
+    weights: str
+    """SHA-256 of the tensors."""
+    parameters: int
+    """Of the file's network, used in sampling or not."""
+    key: str = ""
+    """Where in the file the tensors were found."""
+    note: str | None = None
+    """What the user should know of how the file was read."""
+    sha256: str | None = None
+    """Of a file that was fetched."""
+
+
+def without_memory(build: Callable[[], nn.Module]) -> nn.Module:
+    """A module on the device meta, without gradients and in evaluation mode."""
+    with torch.device("meta"), _Uninitialised():
+        return build().requires_grad_(False).eval()
+
+
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], advice: str) -> None:
+    """Check that tensors have the names and shapes of a module, and are floating-point numbers.
+
+    Raises:
+        RequestError: they do not; ends in `advice`.
+    """
+    problems = misfits(module, tensors)
+    require(not problems, f"--model does not fit the architecture: of its tensors, {', '.join(problems)}; {advice}")
+    for name in module.state_dict():
+        kind = tensors[name].dtype
+        require(kind.is_floating_point, f"--model has {name} as {kind}; weights must be floating-point numbers")
+
+
+def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Which tensors a module lacks, has not, or has in another shape; one phrase for each kind of problem."""
+    wanted = module.state_dict()
+    mismatched = [
+        f"{name} {list(tensors[name].shape)} in place of {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    kinds = (
+        ("missing", [name for name in wanted if name not in tensors]),
+        ("unexpected", [name for name in tensors if name not in wanted]),
+        ("of another shape", mismatched),
+    )
+    return [
+        f"{len(names)} {what} ({', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''})"
+        for what, names in kinds
+        if names
+    ]
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Layers are made without their first random weights: those of a network without memory take a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)

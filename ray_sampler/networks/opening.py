@@ -1,0 +1,80 @@
+"""The door to networks: a model's name becomes an opened network of the family that recognises it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from importlib.resources import as_file, files
+from typing import Any
+
+from ray_sampler.errors import RequestError
+from ray_sampler.networks.adm import ADM
+from ray_sampler.networks.family import Family, Network, without_memory
+from ray_sampler.networks.weights import Checkpoint, read_checkpoint, weights_hash
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (ADM,)}
+"""By name, in the order in which they are asked; another family is one name more here."""
+
+BUNDLED = {"digits": "digits.safetensors", "digits-cd": "digits-cd.safetensors"}
+"""Models whose weights are in the package: their files in networks/digits."""
+
+NAMED = 3
+"""How many tensors an error names."""
+
+
+def open_network(
+    model: str, settings: Mapping[str, Any], given: frozenset[str] = frozenset(), key: str | None = None
+) -> Network:
+    """Read a model's weights, once, and find out what they are.
+
+    Args:
+        model: a bundled model's name, or a path or URL.
+        settings: by flag name, of the user, a preset and a bundled model.
+        given: names of the settings that the user gave.
+        key: where in the file the weights are; chosen by itself unless given.
+
+    Raises:
+        RequestError: there is no such file, it is no checkpoint of a known family, or the settings contradict it.
+    """
+    checkpoint = read(model, key)
+    family = family_of(checkpoint)
+    opened = family.open(checkpoint, settings, given)
+    return Network(
+        spec=opened.spec,
+        build=partial(built, family, opened.spec),
+        prepare=family.prepare,
+        tensors=opened.tensors,
+        weights=weights_hash(checkpoint.tensors),
+        parameters=sum(tensor.numel() for tensor in checkpoint.tensors.values()),
+        key=checkpoint.key,
+        note=checkpoint.note,
+        sha256=checkpoint.sha256,
+    )
+
+
+def built(family: Family, spec: Any, precision: Any) -> Any:
+    return without_memory(lambda: family.build(spec, precision))
+
+
+def read(model: str, key: str | None) -> Checkpoint:
+    """The checkpoint of a bundled model's name, or of a path or URL."""
+    if model not in BUNDLED:
+        return read_checkpoint(model, key)
+    with as_file(files("ray_sampler.networks") / "digits" / BUNDLED[model]) as path:
+        return read_checkpoint(str(path), key)
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The family of a checkpoint.
+
+    Raises:
+        RequestError: it is of none.
+    """
+    for family in FAMILIES.values():
+        if family.recognises(checkpoint):
+            return family
+    names = list(checkpoint.tensors)
+    raise RequestError(
+        f"--model is {checkpoint.shown}; its tensors ({', '.join(names[:NAMED])}, ...) are of none of the families "
+        f"{', '.join(FAMILIES)}; for a network of your own give --model python:module:function"
+    )

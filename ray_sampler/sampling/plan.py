@@ -1,0 +1,143 @@
+"""A sample plan: everything that decides a sample beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ray_sampler.errors import require
+from ray_sampler.options import option
+from ray_sampler.sampling.conditions import LabelRule
+from ray_sampler.sampling.decoding import Decoder
+from ray_sampler.sampling.guidance import Guidance, guided
+from ray_sampler.sampling.noise import NoiseOptions, make_draws
+from ray_sampler.sampling.parameterisation import Denoiser, Network, Parameterisation, clipped
+from ray_sampler.sampling.schedules import Schedule
+from ray_sampler.sampling.solvers import Plain, Solver
+
+StateType = Literal["fp32", "fp64"]
+STATE_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+MAIN, GUIDE = "main", "guide"
+"""Roles of networks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """How many samples, and how the solver works on them."""
+
+    num_samples: int = option(10000, "How many samples the archive holds.")
+    clip_denoised: bool = option(True, "Whether every denoiser output is clamped to [-1, 1] (as the model's family).")
+    state: StateType = option(
+        "fp32", "Precision of the solver's state: fp32 or fp64 (as the model's publication).", recorded=False
+    )
+
+    def validate(self) -> None:
+        """Raises RequestError: a value is wrong."""
+        require(self.num_samples >= 1, f"--num_samples is {self.num_samples}; it must be at least 1")
+        require(self.num_samples <= 10**12, f"--num_samples is {self.num_samples}; it must be at most 10^12")
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """All that decides a sample beside the weights; small enough to go with a run to every worker."""
+
+    shape: tuple[int, int, int]
+    """(C, H, W) of x."""
+    parameterisation: Parameterisation
+    sampler: str
+    """The solver's name."""
+    solver: Solver
+    solver_options: Plain
+    schedule: Schedule
+    decoder: Decoder
+    noise: NoiseOptions
+    num_samples: int
+    labels: LabelRule | None = None
+    """None for an unconditional network."""
+    clip_denoised: bool = True
+    state: StateType = "fp32"
+    guidance: Guidance = field(default_factory=Guidance)
+    guide: Parameterisation | None = None
+    """Of the guide network; None where the network's null label guides, or nothing."""
+    guide_labelled: bool = False
+    """Whether the guide network takes the labels."""
+    null_label: int | None = None
+    """The label that stands for none."""
+    draws_every_step: bool = False
+    """Whether the generator edm draws churn noise at every step, used or not."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of what is written."""
+        return self.decoder.shape(self.shape)
+
+    def identity(self, guide: str = "null") -> dict[str, Any]:
+        """What decides a sample, flat, by effective value; `guide` is "null" or the guide network's hash."""
+        result = {"sampler": self.sampler, "clip_denoised": self.clip_denoised}
+        result |= self.schedule.identity(self.solver.uses) | self.solver_options.identity()
+        result |= self.noise.identity(self.num_samples) | self.decoder.identity() | self.parameterisation.identity()
+        result |= self.guidance.identity(guide)
+        result |= {f"labels_{key}": value for key, value in (self.labels.identity() if self.labels else {}).items()}
+        return result | ({"state": self.state} if self.state != "fp32" else {})
+
+    def evaluations(self) -> int:
+        """Calls of the denoiser for one sample."""
+        return self.solver.evaluations(self.schedule.steps, self.solver_options)
+
+
+def sample_block(networks: Mapping[str, Network], plan: SamplePlan, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The solver's results x_0 for the samples `indices`, and their labels.
+
+    Args:
+        networks: by role; each F is called as F(x, t, y).
+        indices: (B,) int64 global sample indices, on the networks' device.
+
+    Returns:
+        (B, C, H, W) in the dtype of the state, before decoding; (B,) int64 or None.
+    """
+    dtype = STATE_DTYPES[plan.state]
+    classes = plan.labels.num_classes if plan.labels else 0
+    draws = make_draws(
+        plan.noise,
+        plan.num_samples,
+        indices,
+        plan.shape,
+        dtype=dtype,
+        num_classes=classes,
+        every_step=plan.draws_every_step,
+    )
+    labels = plan.labels.labels(draws, indices) if plan.labels else None
+    denoise = make_denoiser(networks, plan, labels)
+    sigmas = plan.solver.levels(plan.schedule, plan.solver_options, dtype)
+    x = draws.noise(0).to(dtype) * plan.schedule.sigma_max
+    return plan.solver.run(denoise, x, sigmas, draws.noise, plan.solver_options), labels
+
+
+def make_denoiser(networks: Mapping[str, Network], plan: SamplePlan, labels: Tensor | None) -> Denoiser:
+    """D of a batch with the labels (B,), guided and clamped as the plan says."""
+    denoise = plan.parameterisation.denoiser(networks[MAIN], labels)
+    if plan.guidance.active:
+        if plan.guide is not None:
+            reference = plan.guide.denoiser(networks[GUIDE], labels if plan.guide_labelled else None)
+            pair = of_two(denoise, reference)
+        else:
+            assert labels is not None and plan.null_label is not None
+            both = torch.cat([labels, torch.full_like(labels, plan.null_label)])
+            pair = of_doubled(plan.parameterisation.denoiser(networks[MAIN], both))
+        denoise = guided(denoise, pair, plan.guidance)
+    return clipped(denoise) if plan.clip_denoised else denoise
+
+
+def of_two(denoise: Denoiser, reference: Denoiser) -> Denoiser:
+    """D and D_ref of two networks, one below the other."""
+    return lambda x, sigma, step=None: torch.cat([denoise(x, sigma, step), reference(x, sigma, step)])
+
+
+def of_doubled(denoise: Denoiser) -> Denoiser:
+    """D and D_ref of one network, in one call on a doubled batch."""
+    return lambda x, sigma, step=None: denoise(torch.cat([x, x]), sigma, step)
