@@ -38,7 +38,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "fragment_format": "npz",
     },
     "half-done-dummy": SMALL | {"sampler": "euler", "generator": "dummy", "num_samples": 16},
-    "half-done-digits": ONE_ACTOR | {"model": "digits", "num_samples": 16, "batch_size": 4, "shard_size": 4, "steps": 4},
+    "half-done-digits": ONE_ACTOR
+    | {"model": "digits", "num_samples": 16, "batch_size": 4, "shard_size": 4, "steps": 4},
 }
 """Flags by the name of the directory in v1/. Model and output are relative to the directory that a run starts in."""
 
@@ -121,11 +122,13 @@ PUBLISHED = (
     "--resblock_updown True --use_fp16 True --weight_schedule uniform --generator determ-indiv"
 )
 
+BUCKETS = (
+    "--preset edm-bedroom256 --model s3://key:secret@bucket/edm.pt?signature=1 --output gs://bucket/run "
+    "--num_samples 50000 --s_churn 40 --shard_size 100 --max_actors 64 --compile off --fragment_format npz"
+)
+
 COMMAND_LINES: dict[str, list[str]] = {
     "the defaults": [],
     "a published command line": PUBLISHED.split(),
-    "a preset and buckets": (
-        "--preset edm-bedroom256 --model s3://key:secret@bucket/edm.pt?signature=1 --output gs://bucket/run "
-        "--num_samples 50000 --s_churn 40 --shard_size 100 --max_actors 64 --compile off --fragment_format npz"
-    ).split(),
+    "a preset and buckets": BUCKETS.split(),
 }
