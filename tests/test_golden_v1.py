@@ -18,9 +18,9 @@ import pytest
 from tests.cluster.runs import contents
 from tests.golden import adapter
 from tests.golden.machine import cpu
-from tests.golden.requests import COMMAND_LINES, CONFIGURATIONS, HERE, RUNS
+from tests.golden.requests import COMMAND_LINES, CONFIGURATIONS, FLOAT_SAMPLES, FLOATS, HERE, RUNS
 
-SUMS_SHA256 = "34ad15fcc9f039f74d8192537872fe3e52d96dafc1e4c25ceead4df989be38b4"
+SUMS_SHA256 = "de12c773a9d46c4bd7053a659ae7132159523608b7cfb75015dc45731df7c6eb"
 """Of golden/v1/SHA256SUMS, which holds that of every other file there."""
 
 ARCHIVES_SHA256 = {
@@ -126,6 +126,15 @@ def test_a_request_has_the_run_json_that_it_had(name: str, folder: Path) -> None
     pinned = read(f"{name}/run.json")
     actual |= {"settings": as_version_1(actual["settings"]), "created": pinned["created"]}
     assert json.dumps(actual, sort_keys=True) == json.dumps(pinned, sort_keys=True)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_samples_have_the_values_that_they_had_before_rounding(name: str, folder: Path) -> None:
+    actual = adapter.floats_of(FLOATS[name], FLOAT_SAMPLES)
+    with np.load(HERE / "floats.npz") as pinned:
+        assert actual.dtype == np.float32
+        tolerance = 0 if same_kind_of_machine() else 1e-4
+        np.testing.assert_allclose(actual, pinned[name], rtol=0, atol=tolerance)
 
 
 # What is stored.

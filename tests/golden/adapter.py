@@ -21,6 +21,9 @@ from ray_sampler.cli import main
 from ray_sampler.cluster import prepare
 from ray_sampler.models import checkpoint
 from ray_sampler.sampling import engine
+from ray_sampler.sampling.denoiser import make_denoiser
+from ray_sampler.sampling.noise import make_noise
+from ray_sampler.sampling.solvers import solve
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import Samples
 
@@ -97,6 +100,29 @@ def fragment_bytes(
 ) -> bytes:
     """The bytes of a fragment, "parquet" or "npz"."""
     return encode(Samples(start, images, labels), fingerprint, computed_by, format)[0]
+
+
+def floats_of(flags: Mapping[str, Any], count: int) -> np.ndarray:
+    """What the first `count` samples of a request are before they become pixels, on one thread: (count, 3, H, W)."""
+    job = prepare.prepare(config.RunConfig(**flags))
+    sampling, architecture, indices = job.run.sampling, job.run.architecture, torch.arange(count)
+    network = checkpoint.build(architecture, job.weights, "fp32", "cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            denoise = make_denoiser(
+                network,
+                job.labels.labels(sampling.seed, indices) if job.labels else None,
+                consistency=sampling.consistency,
+                sigma_min=sampling.sigma_min,
+                clip=sampling.clip_denoised,
+            )
+            shape = (3, architecture.image_size, architecture.image_size)
+            noise = make_noise(sampling.generator, sampling.seed, job.run.request.num_samples, indices, shape)
+            return solve(sampling, denoise, noise).numpy()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def numerics_key(batch_size: int) -> str:

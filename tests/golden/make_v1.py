@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import pyarrow
 import ray
 import torch
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from tests.golden import adapter
 from tests.golden.machine import cpu
-from tests.golden.requests import COMMAND_LINES, CONFIGURATIONS, HERE, KEPT, RUNS, TINY
+from tests.golden.requests import COMMAND_LINES, CONFIGURATIONS, FLOAT_SAMPLES, FLOATS, HERE, KEPT, RUNS, TINY
 
 
 def write(name: str, content: Any) -> None:
@@ -36,8 +36,17 @@ def make_tables() -> None:
     write("fingerprints.json", table)
     lines = {name: {"arguments": line, "resolved": adapter.dry_run_of(line)} for name, line in COMMAND_LINES.items()}
     write("dry_run.json", lines)
-    versions = {"torch": torch.__version__, "numpy": numpy.__version__, "pyarrow": pyarrow.__version__}
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "pyarrow": pyarrow.__version__}
     write("machine.json", {"cpu": cpu(), "numerics_key": adapter.numerics_key(4), "versions": versions})
+
+
+def make_floats() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        shutil.copy(HERE / "tiny.safetensors", folder)
+        floats = {name: adapter.floats_of(flags, FLOAT_SAMPLES) for name, flags in FLOATS.items()}
+        os.chdir(HERE.parent)
+    np.savez(HERE / "floats.npz", allow_pickle=False, **floats)
 
 
 def make_run(name: str) -> None:
@@ -69,12 +78,17 @@ def main() -> None:
     HERE.mkdir()
     save_file(adapter.weights_of_tiny(TINY), HERE / "tiny.safetensors")
     make_tables()
+    make_floats()
     os.environ["PYTHONPATH"] = str(HERE.parents[2])  # for Ray's workers
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     for name in RUNS:
         make_run(name)
     ray.shutdown()
-    files = sorted(path for path in HERE.rglob("*") if path.is_file())
+    sum_up()
+
+
+def sum_up() -> None:
+    files = sorted(path for path in HERE.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
     sums = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(HERE)}\n" for path in files)
     (HERE / "SHA256SUMS").write_text("".join(sums))
 

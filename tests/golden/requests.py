@@ -52,6 +52,27 @@ KEPT: dict[str, list[int]] = {
 }
 """Which shards of each run were done when it was left."""
 
+CHURN: dict[str, Any] = {"s_churn": 3.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
+CONSISTENCY: dict[str, Any] = {"training_mode": "consistency_training"}
+
+FLOATS: dict[str, dict[str, Any]] = {
+    "heun": SMALL,
+    "heun churn": SMALL | CHURN,
+    "heun unclipped": SMALL | {"clip_denoised": False, "generator": "determ"},
+    "euler": SMALL | {"sampler": "euler"},
+    "dpm": SMALL | {"sampler": "dpm"},
+    "dpm churn": SMALL | CHURN | {"sampler": "dpm", "generator": "determ-indiv"},
+    "ancestral": SMALL | {"sampler": "ancestral", "generator": "determ"},
+    "progdist": SMALL | {"sampler": "progdist"},
+    "onestep": SMALL | {"sampler": "onestep"},
+    "onestep consistency": SMALL | CONSISTENCY | {"sampler": "onestep"},
+    "multistep consistency": SMALL | CONSISTENCY | {"sampler": "multistep", "steps": 40, "ts": "0,17,30,39"},
+    "heun consistency": SMALL | CONSISTENCY,
+}
+"""Requests whose first samples are pinned before rounding: a byte hides most changes of the last bits."""
+
+FLOAT_SAMPLES = 2
+
 
 class Configuration(NamedTuple):
     """A request of which only the fingerprint is pinned."""
@@ -66,7 +87,6 @@ class Configuration(NamedTuple):
 UNCONDITIONAL: dict[str, Any] = {"model": "u.pt", "image_size": 32, "num_channels": 64, "channel_mult": "1,2,2"}
 CONDITIONAL: dict[str, Any] = UNCONDITIONAL | {"class_cond": True, "num_classes": 10}
 HEADS: dict[str, Any] = {"num_heads": 2, "num_heads_upsample": 8}
-CONSISTENCY: dict[str, Any] = {"training_mode": "consistency_training"}
 
 CONFIGURATIONS: dict[str, Configuration] = {
     "the defaults": Configuration({}, None),
