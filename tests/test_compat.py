@@ -27,7 +27,7 @@ from ray_sampler.config import RequestError
 from ray_sampler.models.unet import UNet
 from ray_sampler.sampling.denoiser import edm_scalings
 from ray_sampler.sampling.schedule import karras_sigmas
-from tests.models.golden import golden_flags, golden_folder
+from tests.models.golden import golden_flags, golden_folder, golden_state
 
 REQUIRED = inspect.Parameter.empty
 SAMPLE_ARGUMENTS = {
@@ -194,7 +194,7 @@ def test_a_sampling_function_in_the_originals_style_runs_unchanged(tmp_path: Pat
 @pytest.fixture(scope="module")
 def golden_model() -> UNet:
     model, _ = create_model_and_diffusion(**golden_flags())
-    model.load_state_dict(torch.load(golden_folder() / "model.pt", weights_only=True))
+    model.load_state_dict(golden_state())
     return model.eval()
 
 

@@ -1,31 +1,37 @@
-"""Numbers computed with the original implementation, which are not part of the repository."""
+"""Numbers computed with the original implementation, from tests/golden/reference."""
 
 from __future__ import annotations
 
+import io
 import json
-import os
+import lzma
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import pytest
+import torch
+from torch import Tensor
 
 from ray_sampler.config import Architecture
 
-ROOT = Path(__file__).resolve().parents[2]
+REFERENCE = Path(__file__).resolve().parents[1] / "golden" / "reference"
 
 
 def golden_folder() -> Path:
-    """classcond32 of the golden numbers; skips the calling test or module where they are absent."""
-    folder = Path(os.environ.get("RAY_SAMPLER_GOLDEN", ROOT.parent / "shared" / "golden")) / "classcond32"
-    if not folder.is_dir():
-        pytest.skip(f"no golden numbers at {folder}; RAY_SAMPLER_GOLDEN may name their folder", allow_module_level=True)
-    return folder
+    """classcond32 of the golden numbers."""
+    return REFERENCE / "classcond32"
 
 
 def golden_flags() -> dict[str, Any]:
     flags: dict[str, Any] = json.loads((golden_folder() / "flags.json").read_text())
     return flags
+
+
+def golden_state() -> dict[str, Tensor]:
+    """The network's state dict, on the CPU. The file is packed with xz, which halves it."""
+    checkpoint = lzma.decompress((golden_folder() / "model.pt.xz").read_bytes())
+    state: dict[str, Tensor] = torch.load(io.BytesIO(checkpoint), weights_only=True)
+    return state
 
 
 def architecture_of(flags: dict[str, Any]) -> Architecture:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ray_sampler.models.presets import BUNDLED, PRESETS
 from ray_sampler.models.unet import Convolution, GroupNorm, UNet
-from tests.models.golden import architecture_of, golden_flags, golden_folder
+from tests.models.golden import architecture_of, golden_flags, golden_folder, golden_state
 
 ORIGINAL_DEFAULTS: dict[str, Any] = {
     "num_channels": 128,
@@ -143,7 +143,7 @@ def test_every_key_and_shape_follows_its_flag(change: dict[str, Any]) -> None:
 
 
 def test_the_derivation_is_that_of_a_real_state_dict() -> None:
-    state = torch.load(golden_folder() / "model.pt", weights_only=True)
+    state = golden_state()
     expected = Tensors(golden_flags()).all()
     assert {name: tuple(t.shape) for name, t in state.items()} == expected
     assert shapes_of(golden_flags()) == expected
@@ -162,7 +162,7 @@ def test_published_sizes() -> None:
 @pytest.fixture(scope="module")
 def golden_network() -> UNet:
     network = UNet(architecture_of(golden_flags()))
-    network.load_state_dict(torch.load(golden_folder() / "model.pt", weights_only=True))
+    network.load_state_dict(golden_state())
     return network.eval()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.models.golden import golden_folder
 
 Words = tuple[int, int, int, int]
 ReferencePhilox = Callable[[Words, int], Words]
@@ -33,11 +34,7 @@ def reference_philox() -> ReferencePhilox:
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of numbers computed with the original implementation."""
-    named = os.environ.get("RAY_SAMPLER_GOLDEN")
-    folder = Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "golden"
-    if not (folder / "classcond32").is_dir():
-        pytest.skip(f"no golden numbers in {folder}; set RAY_SAMPLER_GOLDEN to the folder that holds classcond32")
-    return folder / "classcond32"
+    return golden_folder()
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,7 @@ from ray_sampler.sampling.solvers import (
     progdist,
     solve,
 )
+from tests.models.golden import golden_state
 
 # The original's results.
 
@@ -58,7 +59,7 @@ def network(golden: Path) -> UNet:
     flags = json.loads((golden / "flags.json").read_text())
     names = {field.name for field in dataclasses.fields(Architecture)}
     network = UNet(Architecture(**{name: value for name, value in flags.items() if name in names}))
-    network.load_state_dict(torch.load(golden / "model.pt", weights_only=True))
+    network.load_state_dict(golden_state())
     return network.eval()
 
 

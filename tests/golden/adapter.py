@@ -1,0 +1,141 @@
+"""The only way from the golden tests into the project: when a module moves, re-point its import here.
+
+Nothing here decides anything. Requests are dicts of flags, everything returned is plain data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ray_sampler
+from ray_sampler import config
+from ray_sampler.cli import main
+from ray_sampler.cluster import prepare
+from ray_sampler.models import checkpoint
+from ray_sampler.sampling import engine
+from ray_sampler.sampling.denoiser import make_denoiser
+from ray_sampler.sampling.noise import make_noise
+from ray_sampler.sampling.solvers import solve
+from ray_sampler.storage.fragment import encode
+from ray_sampler.storage.record import Samples
+
+
+def identity_of(
+    flags: Mapping[str, Any], weights_hash: str | None, gpus: float = 0.0, dummy_seed: int | None = None
+) -> dict[str, Any]:
+    """The identity of the run that a request means.
+
+    Args:
+        weights_hash: 64 hexadecimal digits; None reads the weights that the request names.
+        gpus: GPUs of an actor, which decide the precision auto.
+        dummy_seed: what --generator dummy drew.
+    """
+    run = prepare.resolve(config.RunConfig(**flags))
+    there = None if dummy_seed is None else {"identity": {"generator": "dummy", "seed": dummy_seed}}
+    run = prepare.settle(run, gpus, there)
+    labels = prepare.label_rule(run)
+    if weights_hash is None:
+        weights_hash = checkpoint.weights_hash(checkpoint.open_weights(run.weights))
+    return run.identity(weights_hash, labels.identity() if labels else None)
+
+
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
+    """The fingerprint of an identity, 64 hexadecimal digits."""
+    return config.fingerprint(identity)
+
+
+def run_json_of(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What a new run of the request writes as run.json; reads the weights, writes nothing, needs no Ray."""
+    return prepare.prepare(config.RunConfig(**flags)).record()
+
+
+def dry_run_of(arguments: list[str]) -> dict[str, Any]:
+    """What `ray-sampler sample --dry_run` prints for a command line."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["sample", *arguments, "--dry_run"]) == 0
+    resolved: dict[str, Any] = json.loads(printed.getvalue())
+    return resolved
+
+
+def run(flags: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Fill the archive of a request, on whatever Ray there is: the archive's path and the summary."""
+    result = ray_sampler.run(ray_sampler.RunConfig(**flags))
+    return Path(result.archive), result.summary
+
+
+def merge(folder: Path) -> None:
+    """Write the archive of a run directory whose fragments are all there."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["merge", str(folder)]) == 0
+
+
+def read_fragment(path: Path) -> dict[str, Any]:
+    """A fragment's start, images (n, H, W, 3) uint8, labels (n,) int32, fingerprint and computed_by."""
+    fragment = ray_sampler.read_fragment(str(path))
+    return {
+        "start": fragment.samples.start,
+        "images": fragment.samples.images,
+        "labels": fragment.samples.labels,
+        "fingerprint": fragment.record.fingerprint,
+        "computed_by": dict(fragment.record.computed_by),
+    }
+
+
+def fragment_bytes(
+    start: int,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    fingerprint: str,
+    computed_by: Mapping[str, Any],
+    format: Any,
+) -> bytes:
+    """The bytes of a fragment, "parquet" or "npz"."""
+    return encode(Samples(start, images, labels), fingerprint, computed_by, format)[0]
+
+
+def floats_of(flags: Mapping[str, Any], count: int) -> np.ndarray:
+    """What the first `count` samples of a request are before they become pixels, on one thread: (count, 3, H, W)."""
+    job = prepare.prepare(config.RunConfig(**flags))
+    sampling, architecture, indices = job.run.sampling, job.run.architecture, torch.arange(count)
+    network = checkpoint.build(architecture, job.weights, "fp32", "cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            denoise = make_denoiser(
+                network,
+                job.labels.labels(sampling.seed, indices) if job.labels else None,
+                consistency=sampling.consistency,
+                sigma_min=sampling.sigma_min,
+                clip=sampling.clip_denoised,
+            )
+            shape = (3, architecture.image_size, architecture.image_size)
+            noise = make_noise(sampling.generator, sampling.seed, job.run.request.num_samples, indices, shape)
+            return solve(sampling, denoise, noise).numpy()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def numerics_key(batch_size: int) -> str:
+    """The numerics key of this machine's CPU for float32 and --compile auto."""
+    return engine.numerics_key(torch.device("cpu"), batch_size, "fp32", "auto")
+
+
+def weights_of_tiny(architecture: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Random float16 weights of an ADM network; used once, to make tiny.safetensors."""
+    from ray_sampler.models.unet import UNet
+
+    random = torch.Generator().manual_seed(0)
+    return {
+        name: (torch.randn(tensor.shape, generator=random) * (0.04 if tensor.ndim > 1 else 0.3)).half()
+        for name, tensor in UNet(config.Architecture(**architecture)).state_dict().items()
+    }

@@ -1,0 +1,245 @@
+"""What version 1 wrote stays valid: fingerprints, run.json, fragments, archives, and directories left half done.
+
+The files in golden/v1 were written by version 1 and never change. `golden/make_v1.py` shows how they were made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.cluster.runs import contents
+from tests.golden import adapter
+from tests.golden.machine import cpu
+from tests.golden.requests import COMMAND_LINES, CONFIGURATIONS, FLOAT_SAMPLES, FLOATS, HERE, RUNS
+
+SUMS_SHA256 = "de12c773a9d46c4bd7053a659ae7132159523608b7cfb75015dc45731df7c6eb"
+"""Of golden/v1/SHA256SUMS, which holds that of every other file there."""
+
+ARCHIVES_SHA256 = {
+    "finished": "294ef2373227855a41de94cc6abfa74111c00918f00d056f05743f6dd61738d9",
+    "half-done-digits": "bcc6ddce385dd422c60e509156c724ff2d8071793ed6edb175dfd577abb3b746",
+    "half-done-dummy": "8884bc1c690c714d121fb2dd9f2dd0f8713e7cb2e81e0db2332324643c519f46",
+    "half-done-npz": "2ed8e4adad9b52fd9227ab2315d7ce17c92616b1e66d86cbaebb0d315e1b8924",
+    "half-done-parquet": "776cd57c4c8df826ee14e578c660349e31032c17ac3684c7fe875c9bad629b61",
+}
+
+SETTINGS_ADDED_SINCE: set[str] = set()
+"""Flags that version 1 did not have: they may stand among the settings, and nothing else may be new there."""
+
+BATCH = 4
+"""Of all pinned runs."""
+
+ULP_SHARE = 0.01
+"""Share of the pixel values that may differ by one on another kind of machine."""
+
+TIMINGS = {"seconds", "samples_per_second", "timeline"}
+OF_PIXELS = {"archive", "pixels", "computed_by"}
+
+HALF_DONE = [name for name in RUNS if name != "finished"]
+FRAGMENTS = sorted(str(path.relative_to(HERE)) for path in HERE.glob("*/fragments/*"))
+
+
+def read(name: str) -> Any:
+    return json.loads((HERE / name).read_text())
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def as_version_1(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in SETTINGS_ADDED_SINCE}
+
+
+def same_kind_of_machine() -> bool:
+    """Whether this machine must compute the pinned bytes: its CPU and numerics key are those that computed them."""
+    pinned = adapter.read_fragment(HERE / FRAGMENTS[0])["computed_by"]["numerics_key"]
+    return bool(read("machine.json")["cpu"] == cpu() and pinned == adapter.numerics_key(BATCH))
+
+
+def assert_pinned_archive(path: Path, name: str) -> None:
+    """Equal bytes on the same kind of machine; elsewhere equal but for rare values that round to the next."""
+    if same_kind_of_machine():
+        assert sha256(path.read_bytes()) == ARCHIVES_SHA256[name]
+        return
+    with np.load(path) as actual, np.load(HERE / "archives" / f"{name}.npz") as pinned:
+        assert actual.files == pinned.files
+        assert np.array_equal(actual["arr_1"], pinned["arr_1"])
+        assert (actual["arr_0"].dtype, actual["arr_0"].shape) == (pinned["arr_0"].dtype, pinned["arr_0"].shape)
+        difference = np.abs(actual["arr_0"].astype(int) - pinned["arr_0"])
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= ULP_SHARE
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory that holds tiny.safetensors, where every pinned request can be made."""
+    shutil.copy(HERE / "tiny.safetensors", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_no_pinned_file_was_changed() -> None:
+    sums = (HERE / "SHA256SUMS").read_bytes()
+    assert sha256(sums) == SUMS_SHA256
+    pinned = {name: digest for digest, name in (line.split("  ") for line in sums.decode().splitlines())}
+    actual = {name: sha256(data) for name, data in contents(HERE).items() if name != "SHA256SUMS"}
+    assert actual == pinned
+    assert {name: pinned[f"archives/{name}.npz"] for name in RUNS} == ARCHIVES_SHA256
+
+
+# What a request means.
+
+
+def test_every_configuration_is_in_the_table() -> None:
+    flags = {name: entry["flags"] for name, entry in read("fingerprints.json").items()}
+    assert flags == {name: each.flags for name, each in CONFIGURATIONS.items()}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_request_has_the_fingerprint_that_it_had(name: str) -> None:
+    entry = read("fingerprints.json")[name]
+    identity = adapter.identity_of(entry["flags"], entry["weights_hash"], entry["gpus"], entry["dummy_seed"])
+    assert identity == entry["identity"]
+    assert adapter.fingerprint_of(identity) == entry["fingerprint"]
+    assert sha256(json.dumps(identity, sort_keys=True).encode()) == entry["fingerprint"]
+
+
+@pytest.mark.parametrize("name", COMMAND_LINES)
+def test_a_command_line_resolves_to_the_settings_that_it_had(name: str) -> None:
+    entry = read("dry_run.json")[name]
+    assert entry["arguments"] == COMMAND_LINES[name]
+    assert as_version_1(adapter.dry_run_of(entry["arguments"])) == entry["resolved"]
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "half-done-dummy"])  # which draws a seed
+def test_a_request_has_the_run_json_that_it_had(name: str, folder: Path) -> None:
+    actual = adapter.run_json_of(RUNS[name])
+    pinned = read(f"{name}/run.json")
+    actual |= {"settings": as_version_1(actual["settings"]), "created": pinned["created"]}
+    assert json.dumps(actual, sort_keys=True) == json.dumps(pinned, sort_keys=True)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_samples_have_the_values_that_they_had_before_rounding(name: str, folder: Path) -> None:
+    actual = adapter.floats_of(FLOATS[name], FLOAT_SAMPLES)
+    with np.load(HERE / "floats.npz") as pinned:
+        assert actual.dtype == np.float32
+        tolerance = 0 if same_kind_of_machine() else 1e-4
+        np.testing.assert_allclose(actual, pinned[name], rtol=0, atol=tolerance)
+
+
+# What is stored.
+
+
+@pytest.mark.parametrize("name", FRAGMENTS)
+def test_the_samples_of_a_fragment_encode_to_its_bytes(name: str) -> None:
+    path = HERE / name
+    version = read("machine.json")["versions"]["pyarrow"]
+    if path.suffix == ".parquet" and pa.__version__ != version:
+        pytest.skip(f"pyarrow {pa.__version__} may write other Parquet bytes than {version}, which wrote these")
+    assert adapter.fragment_bytes(**adapter.read_fragment(path), format=path.suffix[1:]) == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", FRAGMENTS)
+def test_a_fragment_holds_its_part_of_the_archive(name: str) -> None:
+    run = name.partition("/")[0]
+    fragment = adapter.read_fragment(HERE / name)
+    part = slice(fragment["start"], fragment["start"] + len(fragment["images"]))
+    with np.load(HERE / "archives" / f"{run}.npz") as archive:
+        assert np.array_equal(fragment["images"], archive["arr_0"][part])
+        assert np.array_equal(fragment["labels"], archive["arr_1"][part])
+    assert fragment["fingerprint"] == read(f"{run}/run.json")["fingerprint"]
+
+
+def test_the_fragments_of_a_run_merge_into_its_archive(tmp_path: Path) -> None:
+    shutil.copytree(HERE / "finished", tmp_path / "run")
+    archive = tmp_path / "run" / "samples_24x16x16x3.npz"
+    archive.unlink()
+    adapter.merge(tmp_path / "run")
+    assert sha256(archive.read_bytes()) == ARCHIVES_SHA256["finished"]
+
+
+# What a run does.
+
+
+@pytest.fixture(scope="module")
+def rerun(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The finished run, done again from its start: its directory and summary."""
+    folder = tmp_path_factory.mktemp("rerun")
+    shutil.copy(HERE / "tiny.safetensors", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        archive, summary = adapter.run(RUNS["finished"])
+    return folder / archive.parent, summary
+
+
+def test_a_run_gives_the_archive_that_it_gave(rerun: tuple[Path, dict[str, Any]]) -> None:
+    assert_pinned_archive(rerun[0] / "samples_24x16x16x3.npz", "finished")
+
+
+def test_a_run_writes_the_run_json_that_it_wrote(rerun: tuple[Path, dict[str, Any]]) -> None:
+    pinned = (HERE / "finished" / "run.json").read_text()
+    text = (rerun[0] / "run.json").read_text()
+    actual = json.loads(text)
+    if added := actual["settings"].keys() & SETTINGS_ADDED_SINCE:
+        actual["settings"] = {key: value for key, value in actual["settings"].items() if key not in added}
+        text = json.dumps(actual, indent=2, sort_keys=True) + "\n"
+    assert text.replace(actual["created"], json.loads(pinned)["created"]) == pinned
+
+
+def test_a_run_writes_the_fragments_that_it_wrote(rerun: tuple[Path, dict[str, Any]]) -> None:
+    names = {path.name for path in (HERE / "finished" / "fragments").iterdir()}
+    assert {path.name for path in (rerun[0] / "fragments").iterdir()} == names
+    for name in names:
+        actual, pinned = (
+            adapter.read_fragment(folder / "fragments" / name) for folder in (rerun[0], HERE / "finished")
+        )
+        assert actual["computed_by"].keys() == pinned["computed_by"].keys()
+        assert actual["fingerprint"] == pinned["fingerprint"]
+        assert np.array_equal(actual["labels"], pinned["labels"])
+        if same_kind_of_machine():
+            assert np.array_equal(actual["images"], pinned["images"])
+
+
+def test_a_run_has_the_summary_that_it_had(rerun: tuple[Path, dict[str, Any]]) -> None:
+    pinned = read("finished/summary.json")
+    actual = rerun[1] | {"settings": as_version_1(rerun[1]["settings"])}
+    assert actual.keys() == pinned.keys()
+    varying = TIMINGS if same_kind_of_machine() else TIMINGS | OF_PIXELS
+    assert {k: v for k, v in actual.items() if k not in varying} == {
+        k: v for k, v in pinned.items() if k not in varying
+    }
+    assert actual["seconds"].keys() == pinned["seconds"].keys()
+    assert actual["timeline"].keys() == pinned["timeline"].keys()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_that_version_1_finished_is_left_as_it_is(folder: Path) -> None:
+    shutil.copytree(HERE / "finished", folder / "run")
+    archive, summary = adapter.run(RUNS["finished"])
+    assert archive.name == "samples_24x16x16x3.npz"
+    assert summary == read("finished/summary.json")
+    assert contents(folder / "run") == contents(HERE / "finished")
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("name", HALF_DONE)
+def test_a_run_that_version_1_left_half_done_goes_on(name: str, folder: Path) -> None:
+    shutil.copytree(HERE / name, folder / "run")
+    before = contents(folder / "run")
+    archive, summary = adapter.run(RUNS[name])
+    after = contents(folder / "run")
+    assert {path: after.get(path) for path in before} == before
+    assert not any(path.startswith("rejected") for path in after)
+    old = sum(len(adapter.read_fragment(HERE / name / path)["images"]) for path in before if "fragments" in path)
+    assert (summary["reused"], summary["computed"]) == (old, RUNS[name]["num_samples"] - old)
+    assert_pinned_archive(archive, name)
