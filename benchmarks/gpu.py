@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine import Case, architecture, random_weights
 from ray_sampler.config import Compile, Precision
-from ray_sampler.models.checkpoint import build, fit
-from ray_sampler.models.presets import IMAGENET64
+from ray_sampler.networks.weights import build, fit
+from ray_sampler.presets import IMAGENET64
 from table import Goal, Row, Values, in_turn, parser, report
 from textbook import Textbook
 

@@ -13,7 +13,7 @@ from unittest import mock
 
 from ray_sampler import RunConfig
 from ray_sampler.cluster import driver
-from ray_sampler.cluster.actor import ShardResult
+from ray_sampler.cluster.worker import ShardResult
 from ray_sampler.cluster.inventory import Inventory
 from ray_sampler.cluster.session import connect
 from table import Goal, Row, parser, report

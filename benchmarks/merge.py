@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from ray_sampler.cluster.reduce import Merged, merge_fragments, pack_pieces
+from ray_sampler.cluster.tasks import Merged, merge_fragments, pack_pieces
 from ray_sampler.storage.archive import Content, content_of
-from ray_sampler.storage.coverage import cover
+from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import s3fs
 
-from ray_sampler.storage.coverage import cover, missing
+from ray_sampler.storage.ranges import cover, missing
 from ray_sampler.storage.record import FragmentName
 from ray_sampler.storage.run_dir import RunDir
 from table import Goal, Row, in_turn, parser, report

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ray_sampler.config import Architecture
-from ray_sampler.models.unet import UNet
+from ray_sampler.networks.adm_unet import UNet
 
 
 def one_block(image_size: int) -> Architecture:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_sampler.models.unet import AttentionBlock, ResBlock, UNet, timestep_embedding
+from ray_sampler.networks.adm_unet import AttentionBlock, ResBlock, UNet, timestep_embedding
 
 
 def normalize(norm: Any, h: Tensor) -> Tensor:

@@ -2,115 +2,41 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import errno
 import json
-import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from types import FrameType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
-import psutil
-import tyro
 from rich.console import Console
 from rich.table import Table
-from tyro import _errors as parse_errors
-from tyro.conf import FlagConversionOff, OmitArgPrefixes, Positional, subcommand
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from ray_sampler import inspect_run
-from ray_sampler.config import RequestError, RunConfig, RunError
-from ray_sampler.flags import (
-    ArchitectureFlags,
-    FleetFlags,
-    ModelFlags,
-    OutputFlags,
-    ReportingFlags,
-    SampleSetFlags,
-    SamplingFlags,
-    TrainingFlags,
-)
-from ray_sampler.models.presets import BUNDLED, PRESETS, Bundled, Preset
+from ray_sampler import run_folder
+from ray_sampler.config import FLAGS, GROUPS, Composed, RunConfig, dry_run
+from ray_sampler.errors import RequestError, RunError
+from ray_sampler.interrupts import interruptible
+from ray_sampler.options import flags_of
+from ray_sampler.presets import BUNDLED, PRESETS, Bundled, Preset
 
 DONE, FAILED, WRONG = 0, 1, 2
 
-WIND_UP_S = 10.0
-"""What an interrupted run may take to end its actors and its Ray."""
+BOOLEANS = {
+    **dict.fromkeys(("true", "yes", "t", "y", "1"), True),
+    **dict.fromkeys(("false", "no", "f", "n", "0"), False),
+}
+"""What the original script accepts as a boolean."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Fill an archive with samples of a model; run again after any stop, it goes on."""
+class Command(NamedTuple):
+    """One command of `ray-sampler`."""
 
-    model: ModelFlags
-    samples: SampleSetFlags
-    sampling: SamplingFlags
-    architecture: ArchitectureFlags
-    output: OutputFlags
-    fleet: FleetFlags
-    reporting: ReportingFlags
-    training: TrainingFlags
-
-    def config(self) -> RunConfig:
-        groups = [getattr(self, f.name) for f in fields(self)]
-        return RunConfig(**{name: value for group in groups for name, value in vars(group).items()})
-
-
-@dataclass(frozen=True)
-class Status:
-    """How far a run is, from its directory alone: no Ray, no GPU, from any machine."""
-
-    url: Positional[str]
-    """The run directory: a local path or any fsspec URL."""
-    json: bool = False
-    """Print JSON."""
-    watch: bool = False
-    """Print again every 10 seconds, until the run is complete."""
-
-
-@dataclass(frozen=True)
-class Verify:
-    """Read and check every fragment; set aside what is damaged or foreign, so that the next run samples it again."""
-
-    url: Positional[str]
-    """The run directory: a local path or any fsspec URL."""
-
-
-@dataclass(frozen=True)
-class Merge:
-    """Write the archive of a complete set of fragments, without Ray."""
-
-    url: Positional[str]
-    """The run directory: a local path or any fsspec URL."""
-
-
-@dataclass(frozen=True)
-class Preview:
-    """Draw preview.png from the fragments that are there."""
-
-    url: Positional[str]
-    """The run directory: a local path or any fsspec URL."""
-
-
-@dataclass(frozen=True)
-class Presets:
-    """List the models that are known by name, and what they need."""
-
-
-Command = (
-    Annotated[FlagConversionOff[Sample], subcommand("sample")]
-    | Annotated[Status, subcommand("status")]
-    | Annotated[Verify, subcommand("verify")]
-    | Annotated[Merge, subcommand("merge")]
-    | Annotated[Preview, subcommand("preview")]
-    | Annotated[Presets, subcommand("presets")]
-)
+    help: str
+    declare: Callable[[argparse.ArgumentParser], None]
+    """Adds its arguments."""
+    execute: Callable[[argparse.Namespace], int]
+    """Returns the exit code."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     received: list[int] = []
     try:
         with interruptible(received, interrupted(argv)):
-            return execute(parse(argv))
+            command, arguments = parse(argv)
+            return command.execute(arguments)
     except RequestError as error:
         return complain(error, WRONG)
     except RunError as error:
@@ -142,183 +69,134 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-@contextmanager
-def interruptible(received: list[int], sentence: str) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into KeyboardInterrupt, and note in `received` which came.
-
-    Winding up may take WIND_UP_S; when they are over, or at a second signal, the process says `sentence` and ends at
-    once. That is safe, as a run may be killed anywhere. Only a main thread hears signals.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if received:
-            end_now()
-        received.append(number)
-        patience.start()
-        raise KeyboardInterrupt
-
-    def end_now() -> None:
-        cursor = "\033[?25h" if sys.stderr.isatty() else ""  # which a progress bar hides
-        os.write(2, f"{cursor}ray-sampler: {sentence}\n".encode())
-        for process in psutil.Process().children(recursive=True):  # a local Ray's
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        os._exit(128 + received[0])
-
-    patience = threading.Timer(WIND_UP_S, end_now)
-    patience.daemon = True
-    handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    earlier = [signal.signal(each, interrupt) for each in handled]
-    try:
-        yield
-    finally:
-        patience.cancel()
-        for each, handler in zip(handled, earlier, strict=True):
-            signal.signal(each, handler)
-
-
 def interrupted(argv: Sequence[str]) -> str:
     again = "run the same command again to go on" if argv[:1] == ["sample"] else "run it again"
     return f"interrupted; what was finished is kept: {again}"
 
 
-def parse(argv: Sequence[str]) -> Any:
-    """The command that `argv` means.
+class Parser(argparse.ArgumentParser):
+    """A parser that says in one sentence what is wrong."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **settings)
+        self.flags: list[str] = []
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(message)
+
+
+def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
+    """The command that `argv` means, and its arguments.
 
     Raises:
         RequestError: no such command, flag or value.
     """
-    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        raise RequestError(f"{argv[0]!r} is no command; it must be one of {', '.join(COMMANDS)}")
-    registry = ConstructorRegistry()
-    registry.primitive_rule(unset_is_none)
-    with parse_errors.on_parse_error(partial(one_sentence, argv[0] if argv else "")):
-        return tyro.cli(
-            Command,
-            prog="ray-sampler",
-            description="Draw large sample sets from diffusion and consistency models.",
-            args=spell_out(argv),
-            use_underscores=True,
-            config=(OmitArgPrefixes,),
-            registry=registry,
-        )
+    if not argv or argv[0] in ("-h", "--help"):
+        if not argv:
+            raise RequestError(f"a command is missing; it must be one of {', '.join(COMMANDS)}")
+        print(overview())
+        sys.exit(DONE)
+    name, *rest = argv
+    if name not in COMMANDS:
+        if name.startswith("-"):
+            raise RequestError(f"{name} is no flag of ray-sampler; `ray-sampler --help` lists the commands")
+        raise RequestError(f"{name!r} is no command; it must be one of {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    parser = Parser(prog=f"ray-sampler {name}", description=command.help)
+    command.declare(parser)
+    arguments, unknown = parser.parse_known_args(spelled(rest))
+    if unknown:
+        raise RequestError(unknown_argument(name, parser, unknown[0]))
+    return command, arguments
 
 
-def unset_is_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Read a flag of type X | None as an X: None is how the absence of the flag looks from inside."""
-    kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
-    if len(kinds) != 1 or type(None) not in get_args(info.type):
-        return None
-    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
-    if not isinstance(spec, PrimitiveConstructorSpec):
-        return None
-    return replace(
-        spec,
-        is_instance=lambda value: value is None or spec.is_instance(value),
-        str_from_instance=lambda value: ["unset"] if value is None else spec.str_from_instance(value),
-        choices=kinds[0].__args__ if get_origin(kinds[0]) is Literal else spec.choices,
-    )
-
-
-BOOLEANS = {
-    **dict.fromkeys(("true", "yes", "t", "y", "1"), "True"),
-    **dict.fromkeys(("false", "no", "f", "n", "0"), "False"),
-}
-"""What the original script accepts as a boolean."""
-
-
-def spell_out(argv: Sequence[str]) -> list[str]:
-    """Write the boolean flags of `sample` as tyro reads them: a bare --flag means True; yes, 1, f are spelled out."""
-    result = [part for token in argv for part in (token.split("=", 1) if token.startswith("--") else [token])]
-    if result[:1] != ["sample"]:
-        return result
-    booleans = {f.name for f in fields(RunConfig) if "bool" in str(f.type)}
-    at = 0
-    while at < len(result):
-        token, at = result[at], at + 1
-        if not token.startswith("--") or token[2:].replace("-", "_") not in booleans:
-            continue
-        if at < len(result) and not result[at].startswith("--"):
-            result[at] = BOOLEANS.get(result[at].lower(), result[at])
-        else:
-            result.insert(at, "True")
-        at += 1
+def spelled(arguments: Sequence[str]) -> list[str]:
+    """The arguments with underscores in the names of flags, which may be written with hyphens too."""
+    result = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, separator, value = argument[2:].partition("=")
+            argument = f"--{name.replace('-', '_')}{separator}{value}"
+        result.append(argument)
     return result
 
 
-def one_sentence(command: str, event: parse_errors.ParseErrorEvent) -> None:
-    """Say in one sentence what tyro cannot parse.
+def overview() -> str:
+    lines = [f"  {name:<9} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: ray-sampler COMMAND ...",
+            "",
+            "Draw large sample sets from diffusion and consistency models.",
+            "",
+            *lines,
+            "",
+            "`ray-sampler COMMAND --help` lists its flags.",
+        )
+    )
+
+
+def unknown_argument(command: str, parser: argparse.ArgumentParser, token: str) -> str:
+    """What is wrong with an argument that no flag takes."""
+    if not token.startswith("-"):
+        return f"{token!r} is one argument too many; `ray-sampler {command} --help` lists what there is"
+    flag = token.partition("=")[0]
+    known = [option for action in parser._actions for option in action.option_strings]
+    close = difflib.get_close_matches("--" + flag.lstrip("-").replace("-", "_"), known, 1)
+    hint = f"did you mean {close[0]}?" if close else f"`ray-sampler {command} --help` lists the flags"
+    return f"{flag} is no flag of {command}; {hint}"
+
+
+def declare_sample(parser: argparse.ArgumentParser) -> None:
+    for group in GROUPS:
+        section = parser.add_argument_group(group.title)
+        for component in group.components:
+            for name in flags_of(component):
+                declare_flag(section, FLAGS[name])
+
+
+def declare_flag(section: argparse._ArgumentGroup, composed: Composed) -> None:
+    """Add a flag of `sample`."""
+    flag = composed.flag
+    shown = "" if flag.default is None else f" ({flag.default if flag.default != '' else 'empty'})"
+    details: dict[str, Any] = {"default": None, "help": flag.help.rstrip(".").replace("%", "%%") + shown}
+    if flag.kind is bool:
+        details |= {"nargs": "?", "const": True, "metavar": "True|False"}
+    elif flag.choices:
+        details["metavar"] = "|".join(map(str, flag.choices))
+    else:
+        details["metavar"] = {int: "INT", float: "FLOAT"}.get(flag.kind, "TEXT")
+    section.add_argument(f"--{flag.name}", type=str, **details)
+
+
+def value_of(name: str, text: Any) -> Any:
+    """A flag's value from its text.
 
     Raises:
-        RequestError: always, for the events that are known.
+        RequestError: the text is no such value.
     """
-    match event:
-        case parse_errors.UnrecognizedArgs(tokens=tokens):
-            raise RequestError(unknown_argument(command, tokens[0]))
-        case parse_errors.MissingArgs(unrecognized_tokens=[token, *_]):
-            raise RequestError(unknown_argument(command, token))
-        case parse_errors.MissingArgs():
-            raise RequestError(f"`ray-sampler {command}` needs the path or URL of a run directory")
-        case parse_errors.MissingSubcommand():
-            raise RequestError(f"a command is missing; it must be one of {', '.join(COMMANDS)}")
-        case parse_errors.InvalidChoice(argument=argument, value=value, choices=choices):
-            raise RequestError(f"{flag_of(argument)} is {value!r}; it must be one of {', '.join(choices)}")
-        case parse_errors.BadValue(argument=argument):
-            raise RequestError(f"{flag_of(argument)} needs a value of the form {argument.lowered.metavar}")
-        case parse_errors.InstantiationFailure(argument=argument, message=message) if argument is not None:
-            given = message.rpartition(":")[2].strip() if "literal" in message or "convert" in message else message
-            raise RequestError(f"{flag_of(argument)} is {given}; it must be of the form {argument.lowered.metavar}")
+    flag = FLAGS[name].flag
+    if flag.choices:
+        if text not in flag.choices:
+            raise RequestError(f"--{name} is {text!r}; it must be one of {', '.join(flag.choices)}")
+        return text
+    if flag.kind is bool:
+        if isinstance(text, str) and text.lower() not in BOOLEANS:
+            raise RequestError(f"--{name} is {text!r}; it must be True or False")
+        return BOOLEANS[text.lower()] if isinstance(text, str) else text
+    try:
+        return flag.kind(text)
+    except ValueError:
+        raise RequestError(
+            f"--{name} is {text!r}; it must be of the form {'INT' if flag.kind is int else 'FLOAT'}"
+        ) from None
 
 
-COMMANDS = {
-    "sample": RunConfig,
-    "status": Status,
-    "verify": Verify,
-    "merge": Merge,
-    "preview": Preview,
-    "presets": Presets,
-}
-"""Whose fields are the flags of each command."""
-
-
-def flag_of(argument: Any) -> str:
-    return str(argument.lowered.name_or_flags[0]).replace("-", "_").replace("__", "--", 1)
-
-
-def unknown_argument(command: str, token: str) -> str:
-    usage = f"ray-sampler {command}" if command in COMMANDS else "ray-sampler"
-    if not token.startswith("-"):
-        return f"{token!r} is one argument too many; `{usage} --help` lists what there is"
-    known = ["--" + f.name for f in fields(COMMANDS[command])] if command in COMMANDS else []
-    close = difflib.get_close_matches("--" + token.lstrip("-").replace("-", "_"), known, 1)
-    hint = f"did you mean {close[0]}?" if close else f"`{usage} --help` lists the flags"
-    return f"{token} is no flag of {command if command in COMMANDS else 'ray-sampler'}; {hint}"
-
-
-def execute(command: Any) -> int:
-    """Carry out a parsed command; returns the exit code."""
-    match command:
-        case Sample():
-            return sample(command.config())
-        case Presets():
-            print_presets()
-            return DONE
-        case Status(url, as_json, watch):
-            return inspect_run.print_status(url, as_json, watch)
-        case Verify(url):
-            return inspect_run.verify_run(url)
-        case Merge(url):
-            return inspect_run.merge_run(url)
-        case Preview(url):
-            return inspect_run.preview_run(url)
-    raise AssertionError(command)
-
-
-def sample(config: RunConfig) -> int:
+def execute_sample(arguments: argparse.Namespace) -> int:
+    given = {name: value_of(name, text) for name, text in vars(arguments).items() if text is not None}
+    config = RunConfig(**given)
     if config.dry_run:
-        from ray_sampler.cluster.prepare import resolve
-
-        print(json.dumps(resolve(config).as_json(), indent=2))
+        print(json.dumps(dry_run(config), indent=2))
         return DONE
     from ray_sampler.cluster.driver import run
 
@@ -326,7 +204,57 @@ def sample(config: RunConfig) -> int:
     return DONE
 
 
-def print_presets() -> None:
+def declare_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", nargs="?", help="the run directory: a local path or any fsspec URL")
+
+
+def declare_status(parser: argparse.ArgumentParser) -> None:
+    declare_folder(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--watch", action="store_true", help="print again every 10 seconds, until the run is complete"
+    )
+
+
+def folder_of(command: str, arguments: argparse.Namespace) -> str:
+    """Raises RequestError: the run directory is missing."""
+    if arguments.url is None:
+        raise RequestError(f"`ray-sampler {command}` needs the path or URL of a run directory")
+    url: str = arguments.url
+    return url
+
+
+COMMANDS: dict[str, Command] = {
+    "sample": Command(
+        "Fill an archive with samples of a model; run again after any stop, it goes on.", declare_sample, execute_sample
+    ),
+    "status": Command(
+        "How far a run is, from its directory alone: no Ray, no GPU, from any machine.",
+        declare_status,
+        lambda a: run_folder.print_status(folder_of("status", a), a.json, a.watch),
+    ),
+    "verify": Command(
+        "Read and check every fragment; set aside what is damaged or foreign, so that the next run samples it again.",
+        declare_folder,
+        lambda a: run_folder.verify_run(folder_of("verify", a)),
+    ),
+    "merge": Command(
+        "Write the archive of a complete set of fragments, without Ray.",
+        declare_folder,
+        lambda a: run_folder.merge_run(folder_of("merge", a)),
+    ),
+    "preview": Command(
+        "Draw preview.png from the fragments that are there.",
+        declare_folder,
+        lambda a: run_folder.preview_run(folder_of("preview", a)),
+    ),
+    "presets": Command(
+        "List the models that are known by name, and what they need.", lambda parser: None, lambda a: print_presets()
+    ),
+}
+
+
+def print_presets() -> int:
     table = Table("name", "what it is", "what it needs", "parameters", "sampler")
     known: list[tuple[str, Bundled | Preset, str]]
     known = [(name, model, f"nothing: --model {name}") for name, model in BUNDLED.items()]
@@ -334,6 +262,7 @@ def print_presets() -> None:
     for name, model, needs in known:
         table.add_row(name, model.description, needs, f"{model.parameters:,}", sampler_of(model.settings))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return DONE
 
 
 def sampler_of(settings: Mapping[str, Any]) -> str:

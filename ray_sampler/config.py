@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal, NamedTuple
 
 from ray_sampler.errors import RequestError, RunError, redact, require
+from ray_sampler.networks import adm
 from ray_sampler.networks.adm_options import AdmOptions, TrainingOptions
 from ray_sampler.networks.family import NetworkSpec, Precision
 from ray_sampler.options import Flag, check_choices, flags_of, option, pick
-from ray_sampler.presets import ModelOptions
+from ray_sampler.presets import BUNDLED, ModelOptions, settings_for
 from ray_sampler.reporting.progress import ReportingOptions
 from ray_sampler.sampling.conditions import ConditionOptions, LabelRule
 from ray_sampler.sampling.decoding import AsItIs, Decoder, DecoderOptions, Pixels
@@ -178,6 +179,10 @@ class RunConfig(_Request):  # type: ignore[misc, valid-type]  # made of the comp
         for component in (EngineOptions, FleetOptions, OutputOptions):
             self.of(component).validate()
         self.of(PrecisionOptions).resolved()
+        both = {"sigma_min", "sigma_max"} <= self.given().keys()
+        known = {name: value for name, value in self.given().items() if both or name not in ("sigma_min", "sigma_max")}
+        pick(Schedule, known).validate()
+        pick(Indices, known).indices  # noqa: B018  # raises where they are no numbers
 
 
 @dataclass(frozen=True)
@@ -265,6 +270,7 @@ def resolve(
     batch_size = config.batch_size
     settings["shard_size"] = -(-(config.shard_size or 512) // batch_size) * batch_size
     settings["model"] = model
+    settings["ts"] = ",".join(map(str, pick(Indices, settings).indices))
     return Run(
         model=model,
         spec=spec,
@@ -345,3 +351,22 @@ def decoder_of(settings: Mapping[str, Any], spec: NetworkSpec) -> Decoder:
         "directory of an autoencoder, or --decoder none, which writes the solver's result as it is, float32 (N, H, W, C)",
     )
     return Pixels(settings["rounding"])
+
+
+def dry_run(config: RunConfig) -> dict[str, Any]:
+    """The resolved run as JSON, without opening anything: what only the checkpoint would tell is None.
+
+    Raises:
+        RequestError: a value is wrong.
+    """
+    model, brought = settings_for(config.of(ModelOptions))
+    settings = brought | config.given()
+    options = pick(AdmOptions, settings)
+    told = flags_of(AdmOptions).keys()
+    if settings.keys() & told - {"dropout"}:
+        options.validate()
+    result = resolve(config, model, brought, adm.spec_of(options, settings)).as_json()
+    if model not in BUNDLED and not settings.keys() & told:
+        result |= dict.fromkeys((*told, "labels", "training_mode", "clip_denoised", "rounding"))
+        result |= {name: settings[name] for name in result if name in settings}
+    return result

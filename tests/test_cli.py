@@ -19,7 +19,7 @@ import torch
 
 from ray_sampler.cli import main, parse
 from ray_sampler.config import RunConfig
-from ray_sampler.models.presets import BUNDLED, PRESETS
+from ray_sampler.presets import BUNDLED, PRESETS
 from ray_sampler.storage.fragment import read_fragment
 from ray_sampler.storage.record import Samples
 from tests.cluster.runs import ARCHIVE, contents, flags_of, leave, random_weights, savez

@@ -24,9 +24,9 @@ from ray_sampler.compat import (
     model_and_diffusion_defaults,
 )
 from ray_sampler.config import RequestError
-from ray_sampler.models.unet import UNet
-from ray_sampler.sampling.denoiser import edm_scalings
-from ray_sampler.sampling.schedule import karras_sigmas
+from ray_sampler.networks.adm_unet import UNet
+from ray_sampler.sampling.parameterisation import edm_scalings
+from ray_sampler.sampling.schedules import karras_sigmas
 from tests.models.golden import golden_flags, golden_folder, golden_state
 
 REQUIRED = inspect.Parameter.empty

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ray_sampler import cli
-from ray_sampler.cluster.prepare import resolve
+from ray_sampler.cluster.job import resolve
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.storage.run_dir import FragmentName, RunDir
 from tests.storage.fill import fill, make_samples

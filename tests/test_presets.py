@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from ray_sampler.cli import main
 from ray_sampler.config import Architecture, RequestError, Run, RunConfig
 from ray_sampler.models import checkpoint
-from ray_sampler.models.checkpoint import open_weights, weights_hash
-from ray_sampler.models.presets import BUNDLED, PRESETS, settings_for
-from ray_sampler.models.unet import UNet
+from ray_sampler.networks.weights import open_weights, weights_hash
+from ray_sampler.presets import BUNDLED, PRESETS, settings_for
+from ray_sampler.networks.adm_unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
 

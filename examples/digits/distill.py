@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import load_digits
-from ray_sampler.models.unet import UNet
-from ray_sampler.sampling.denoiser import Denoiser, make_denoiser
-from ray_sampler.sampling.schedule import karras_sigmas
+from ray_sampler.networks.adm_unet import UNet
+from ray_sampler.sampling.parameterisation import Denoiser, make_denoiser
+from ray_sampler.sampling.schedules import karras_sigmas
 from train import ARCHITECTURE, channels_last, learning_rate, save_checkpoint
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from data import load_digits
 from ray_sampler.config import Architecture
-from ray_sampler.models.unet import UNet
-from ray_sampler.sampling.denoiser import edm_scalings, make_denoiser
+from ray_sampler.networks.adm_unet import UNet
+from ray_sampler.sampling.parameterisation import edm_scalings, make_denoiser
 
 ARCHITECTURE = Architecture(
     image_size=32,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ray_sampler.cluster.actor import ShardResult
 from ray_sampler.cluster.metrics import DriverMetrics
-from ray_sampler.cluster.pool import Failed, Finished, Lost, Pool, Ready, Shard, StartFailed, reason_of
-from ray_sampler.config import RequestError, RunError
+from ray_sampler.cluster.pool import Failed, Finished, Lost, Pool, Ready, StartFailed, reason_of
+from ray_sampler.cluster.worker import IMAGES, Task, TaskResult
+from ray_sampler.errors import RequestError, RunError
 from ray_sampler.reporting.progress import Rates, Reporter, Snapshot
 from ray_sampler.reporting.summary import Timeline
 from ray_sampler.sampling.engine import NonFiniteError, OutOfDeviceMemoryError
@@ -38,22 +38,25 @@ SHARDS_PER_ACTOR = 2
 TICK_S = 1.0
 
 
-def shards_of(missing: Iterable[tuple[int, int]], shard_size: int) -> Iterator[Shard]:
+def tasks_of(
+    missing: Iterable[tuple[int, int]], shard_size: int, run: int = 0, product: str = IMAGES
+) -> Iterator[Task]:
     """Cut missing ranges at the multiples of `shard_size`."""
     for start, stop in missing:
         while start < stop:
             end = min(stop, (start // shard_size + 1) * shard_size)
-            yield Shard(start, end)
+            yield Task(run, start, end, product)
             start = end
 
 
-def samples_in(shards: Iterable[Shard]) -> int:
-    return sum(shard.stop - shard.start for shard in shards)
+def samples_in(tasks: Iterable[Task]) -> int:
+    """Samples that are computed by these tasks."""
+    return sum(task.stop - task.start for task in tasks if task.product == IMAGES)
 
 
 @dataclass
 class Tally:
-    """What the figures of a run are made of."""
+    """What the figures of one run are made of."""
 
     num_samples: int
     reused: int
@@ -71,48 +74,51 @@ class Tally:
 
 
 class Dispatch:
-    """Shards on their way to actors and back.
+    """Tasks of one or several runs, on their way to actors and back.
 
     Args:
         pool: the actors.
-        shards: what to compute.
-        tally: counted into.
+        tasks: what to do, the most urgent first.
+        tallies: counted into, one for each run.
         reporter: told about failures and progress.
-        finished: called with the result of each shard, once.
-        background: called about once a second, while sampling runs; returns more shards, of fragments found damaged.
+        finished: called with each task and its result, once.
+        background: called about once a second, while sampling runs; returns more tasks, of fragments found damaged.
             None says that it has nothing left to do.
-        min_actors: kept until the last shard is done.
+        min_actors: kept until the last task is done.
         metrics: counted into.
     """
 
     def __init__(
         self,
         pool: Pool,
-        shards: Iterable[Shard],
-        tally: Tally,
+        tasks: Iterable[Task],
+        tallies: Sequence[Tally],
         reporter: Reporter,
-        finished: Callable[[ShardResult], None],
-        background: Callable[[], list[Shard] | None],
+        finished: Callable[[Task, TaskResult], None],
+        background: Callable[[], list[Task] | None],
         min_actors: int,
         metrics: DriverMetrics,
     ) -> None:
         self.pool = pool
-        self.queue = deque(shards)
-        self.left = samples_in(self.queue)
-        self.tally = tally
+        self.queue = deque(tasks)
+        self.tallies = tallies
+        self.left = [samples_in(task for task in self.queue if task.run == run) for run in range(len(tallies))]
+        """Samples of each run that are not there yet."""
+        self.rates = tallies[0].rates if len(tallies) == 1 else Rates()
+        """Of all runs together."""
         self.reporter = reporter
         self.finished = finished
         self.background = background
         self.min_actors = min_actors
         self.metrics = metrics
-        self.copies: Counter[Shard] = Counter()
-        self.attempts: Counter[Shard] = Counter()
-        self.deaths: Counter[Shard] = Counter()
+        self.copies: Counter[Task] = Counter()
+        self.attempts: Counter[Task] = Counter()
+        self.deaths: Counter[Task] = Counter()
         self.start_failures = 0
         self.failures_in_a_row = 0
-        self.given_up: dict[Shard, str] = {}
+        self.given_up: dict[Task, str] = {}
 
-    def run(self) -> dict[Shard, str]:
+    def run(self) -> dict[Task, str]:
         """Compute everything; returns the shards that were given up, with the reason.
 
         Raises:
@@ -134,15 +140,18 @@ class Dispatch:
                 found = self.background()
                 more_to_come = found is not None
                 self.queue.extend(found or ())
-                self.left += samples_in(found or ())
+                for task in found or ():
+                    self.left[task.run] += samples_in([task])
                 self._report()
         self._report()
         return self.given_up
 
-    def _begin(self, shard: Shard) -> None:
+    def _begin(self, shard: Task) -> None:
         now = time.monotonic()
-        self.tally.first_shard = self.tally.first_shard or now
-        self.tally.rates.start(now)
+        tally = self.tallies[shard.run]
+        tally.first_shard = tally.first_shard or now
+        tally.rates.start(now)
+        self.rates.start(now)
         self.copies[shard] += 1
 
     def _scale(self) -> None:
@@ -157,34 +166,49 @@ class Dispatch:
         match event:
             case Ready():
                 self.start_failures = 0
-                self.tally.max_actors = max(self.tally.max_actors, len(self.pool.ready))
+                for tally in self.tallies:
+                    tally.max_actors = max(tally.max_actors, len(self.pool.ready))
             case Finished(shard, result):
                 self.start_failures = self.failures_in_a_row = 0
                 if self.copies.pop(shard, 0):
-                    self.left -= shard.stop - shard.start
-                    self.tally.last_sample = time.monotonic()
-                    self.tally.rates.add(self.tally.last_sample, shard.stop - shard.start)
-                    self.finished(result)
+                    self._count(shard)
+                    self.finished(shard, result)
             case Failed(shard, error):
                 self._failed(shard, error)
             case Lost(shards, reason, guilty):
-                self.tally.failures += 1
+                self._count_failure(shards)
                 self.reporter.message(f"lost an actor; its {len(shards)} shards go to others: {reason}", "warning")
                 if guilty:
                     self.deaths.update(shards)
                 for shard in reversed(shards):
                     self._return(shard, front=True, give_up=self.deaths[shard] >= DEATHS and reason)
             case StartFailed(reason, guilty):
-                self.tally.failures += 1
+                self._count_failure(())
                 self.start_failures += guilty
                 self.reporter.message(f"an actor could not start: {reason}", "warning")
                 if self.start_failures >= START_FAILURES:
                     raise RunError(f"{START_FAILURES} actors in a row could not start; the last one said: {reason}")
 
-    def _failed(self, shard: Shard, error: BaseException) -> None:
+    def _count(self, task: Task) -> None:
+        """A task was finished for the first time."""
+        samples, now, tally = samples_in([task]), time.monotonic(), self.tallies[task.run]
+        self.left[task.run] -= samples
+        tally.last_sample = now
+        for rates in {id(tally.rates): tally.rates, id(self.rates): self.rates}.values():
+            rates.add(now, samples)
+
+    def _count_failure(self, tasks: Iterable[Task]) -> None:
+        """Something failed in the course of these tasks; of none, on behalf of all runs."""
+        for run in {task.run for task in tasks} or range(len(self.tallies)):
+            self.tallies[run].failures += 1
+
+    def _nothing_finished(self) -> bool:
+        return not any(tally.rates.done or tally.reused for tally in self.tallies)
+
+    def _failed(self, shard: Task, error: BaseException) -> None:
         if isinstance(error, OutOfDeviceMemoryError):
             raise RunError(str(error)) from error
-        self.tally.failures += 1
+        self._count_failure([shard])
         self.attempts[shard] += 1
         reason = reason_of(error)
         hopeless = isinstance(error, NonFiniteError | RequestError)
@@ -196,10 +220,10 @@ class Dispatch:
                 f"sampling failed {FAILURES_IN_A_ROW} times with no shard finished between, so the run stopped; "
                 f"the last time at samples {shard.start} to {shard.stop - 1}: {reason}"
             )
-        if len(self.given_up) >= NOTHING_BUT_NON_FINITE and not self.tally.rates.done and not self.tally.reused:
+        if len(self.given_up) >= NOTHING_BUT_NON_FINITE and self._nothing_finished():
             raise RunError(f"{len(self.given_up)} shards failed and none was finished, so the run stopped: {reason}")
 
-    def _return(self, shard: Shard, *, front: bool, give_up: str | bool) -> None:
+    def _return(self, shard: Task, *, front: bool, give_up: str | bool) -> None:
         """Take back a copy of a shard, and queue it again if that was the last and it was not finished meanwhile."""
         if shard not in self.copies:
             return
@@ -210,7 +234,7 @@ class Dispatch:
         if give_up:
             self.given_up[shard] = str(give_up)
             return
-        self.tally.retries += 1
+        self.tallies[shard.run].retries += 1
         self.metrics.retries.inc()
         if front:
             self.queue.appendleft(shard)
@@ -219,25 +243,28 @@ class Dispatch:
 
     def _report(self) -> None:
         now = time.monotonic()
-        tally, rates, ready = self.tally, self.tally.rates, len(self.pool.ready)
-        tally.reused = max(0, tally.num_samples - self.left - rates.done)
+        tallies, rates, ready = self.tallies, self.rates, len(self.pool.ready)
+        for tally, left in zip(tallies, self.left, strict=True):
+            tally.reused = max(0, tally.num_samples - left - tally.rates.done)
+        num_samples, reused = sum(tally.num_samples for tally in tallies), sum(tally.reused for tally in tallies)
         pending = self.pool.pending()
         waiting = self.queue and not ready and pending
         snapshot = Snapshot(
-            num_samples=tally.num_samples,
-            reused=tally.reused,
-            done=tally.num_samples - self.left - tally.reused,
+            num_samples=num_samples,
+            reused=reused,
+            done=num_samples - sum(self.left) - reused,
             shards_in_flight=self.pool.in_flight(),
             actors_ready=ready,
             actors_starting=len(self.pool.members) - ready - pending,
             actors_pending=pending,
-            failures=tally.failures,
+            failures=max(tally.failures for tally in tallies),
             stage="sampling" if ready else "waiting for capacity" if waiting else "starting",
             elapsed_s=rates.elapsed_s(now),
             rate_now=rates.rate_now(now),
             rate=rates.rate(now),
         )
-        tally.timeline.add(snapshot.elapsed_s, snapshot.rate_now, ready)
         self.metrics.fleet(snapshot.actors_ready, snapshot.actors_starting, snapshot.actors_pending)
-        tally.latest = snapshot
+        for tally in tallies:
+            tally.timeline.add(snapshot.elapsed_s, snapshot.rate_now, ready)
+            tally.latest = snapshot
         self.reporter.update(snapshot)

@@ -1,28 +1,30 @@
-"""The driver: plan what is missing, dispatch it to actors, reduce the fragments to the archive."""
+"""The driver: plan what is missing, dispatch it to actors, reduce the fragments to the archive; for one run or several."""
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ray
 
-from ray_sampler.cluster.actor import CONCURRENCY, ActorSpec, PackedWeights, SamplerActor, pack
-from ray_sampler.cluster.dispatch import Dispatch, Tally, shards_of
+from ray_sampler.cluster.dispatch import Dispatch, Tally
 from ray_sampler.cluster.inventory import Inventory
+from ray_sampler.cluster.job import Job, claim, prepare, still_ours
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.outcome import already_done, write_outcome
-from ray_sampler.cluster.pool import Pool, Shard, reason_of
-from ray_sampler.cluster.prepare import Job, claim, prepare, still_ours
-from ray_sampler.cluster.reduce import Damage, Merged, merge_task, pack_pieces
+from ray_sampler.cluster.pool import Pool, reason_of
 from ray_sampler.cluster.session import Fleet, beside_driver, connect, joins_cluster, plan_fleet
-from ray_sampler.config import RunConfig, RunError
-from ray_sampler.pictures import PreviewKeeper
+from ray_sampler.cluster.shipping import Shipped, ship
+from ray_sampler.cluster.tasks import Damage, Merged, merge_task, pack_pieces
+from ray_sampler.cluster.worker import CONCURRENCY, Loaded, RunSpec, Task, TaskResult, Worker
+from ray_sampler.config import FleetOptions, RunConfig
+from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter, Snapshot, reporter
+from ray_sampler.reporting.sheet import PreviewKeeper
 from ray_sampler.sampling.engine import compiles
 
 REPAIR_ROUNDS = 5
@@ -48,136 +50,220 @@ def run(config: RunConfig) -> RunResult:
         RunError: the run failed or is incomplete; what was finished is kept.
     """
     began = time.monotonic()
-    joined = connect(config) if joins_cluster(config) else nullcontext()
+    joined = connect(config.address) if joins_cluster(config.address) else nullcontext()
     with reporter(config.progress, config.json_log) as report, joined:
-        job = prepare(config)
+        return drive([prepare(config)], report, began)[0]
+
+
+def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> list[RunResult]:
+    """Fill the archives of several jobs; those whose actors hold the same networks share one pool.
+
+    Jobs that come first are served first. Where no Ray is connected, one is started on this machine.
+
+    Args:
+        began: when the driver started, on the monotonic clock; now unless given.
+
+    Raises:
+        RequestError: a directory was taken by another run meanwhile.
+        RunError: a job failed or is incomplete; what was finished, of it and of the others, is kept.
+    """
+    began = time.monotonic() if began is None else began
+    results: dict[int, RunResult] = {}
+    for number, job in enumerate(jobs):
         claim(job)
-        report.message(f"run {job.fingerprint[:8]} in {job.run_dir.url}")
-        if not (job.local or job.gpus or config.gpus_per_actor == 0):
-            report.message(
-                "the cluster has no GPU now, so actors take CPUs; if GPU nodes come on demand, give --gpus_per_actor 1",
-                "warning",
-            )
+        announce(job, report)
         if (summary := already_done(job)) is not None:
             report.message("the archive is complete already")
-            return result_of(job, summary)
-        if ray.is_initialized():
-            return fill(job, report, began)
-        report.message("starting Ray on this machine, which takes some seconds")
-        with connect(config):
-            return fill(job, report, began)
+            results[number] = result_of(job, summary)
+    groups: dict[Any, list[int]] = {}
+    for number, job in enumerate(jobs):
+        if number not in results:
+            groups.setdefault(job.loads(), []).append(number)
+    if groups:
+        with own_ray(report):
+            for numbers in groups.values():
+                filled = Filling([jobs[number] for number in numbers], report, began).run()
+                results |= dict(zip(numbers, filled, strict=True))
+    return [results[number] for number in range(len(jobs))]
+
+
+def announce(job: Job, report: Reporter) -> None:
+    report.message(f"run {job.fingerprint[:8]} in {job.run_dir.url}")
+    for network in job.networks.values():
+        if network.note:
+            report.message(network.note)
+    if not (job.local or job.gpus or job.run.request.gpus_per_actor == 0):
+        report.message(
+            "the cluster has no GPU now, so actors take CPUs; if GPU nodes come on demand, give --gpus_per_actor 1",
+            "warning",
+        )
+
+
+@contextmanager
+def own_ray(report: Reporter) -> Iterator[None]:
+    """A Ray on this machine, unless one is connected."""
+    if ray.is_initialized():
+        yield
+        return
+    report.message("starting Ray on this machine, which takes some seconds")
+    with connect(None):
+        yield
 
 
 def result_of(job: Job, summary: dict[str, Any]) -> RunResult:
     return RunResult(job.run_dir.path_of(summary["archive"]["name"]), summary)
 
 
-def fill(job: Job, report: Reporter, began: float) -> RunResult:
-    """Sample what is missing and merge, until the archive stands."""
-    config = job.run.request
-    inventory = Inventory(job, report)
-    tally = Tally(config.num_samples, reused=config.num_samples - inventory.missing_samples())
-    preview = PreviewKeeper(job.run_dir, job.fingerprint, config.num_samples, describe(job), inventory.names)
-    merge_s = 0.0
-    if inventory.missing() and compiles(config.compile, job.gpus > 0):
-        report.message("each actor compiles the network before its first shard, which takes a minute or more")
-    try:
-        for _ in range(REPAIR_ROUNDS + 1):
-            shards = list(shards_of(inventory.missing(), job.run.shard_size))
-            if shards or inventory.unchecked():
-                with open_pool(job, len(shards) or 1) as pool:
-                    sample(pool, shards, inventory, preview, tally, report)
-            still_ours(job)
-            merging = time.monotonic()
-            merged = merge(job, inventory, tally, report)
-            merge_s += time.monotonic() - merging
-            if isinstance(merged, Merged):
-                summary = write_outcome(job, tally, inventory, merged, preview, began, merge_s)
-                report.update(replace(tally.latest, stage="done"))
-                return result_of(job, summary)
-            inventory.repair(merged)
-        raise RunError(
-            f"fragments in {job.run_dir.url} kept failing their checks through {REPAIR_ROUNDS} repairs; "
-            "check the storage, then run the same command again"
-        )
-    finally:
-        preview.close()
-        inventory.close()
+class Filling:
+    """Jobs that share a pool, on their way from what is missing to their archives."""
 
+    def __init__(self, jobs: Sequence[Job], report: Reporter, began: float) -> None:
+        self.jobs = jobs
+        self.report = report
+        self.began = began
+        self.inventories = [Inventory(job, report, run) for run, job in enumerate(jobs)]
+        self.tallies = [
+            Tally(job.num_samples, reused=job.num_samples - inventory.missing_samples())
+            for job, inventory in zip(jobs, self.inventories, strict=True)
+        ]
+        self.previews = [
+            PreviewKeeper(job.run_dir, job.fingerprint, job.num_samples, describe(job), inventory.names)
+            for job, inventory in zip(jobs, self.inventories, strict=True)
+        ]
+        self.merge_s = [0.0] * len(jobs)
+        self.shipped: dict[str, Shipped] = {}
+        """The networks, once they are in the object store."""
 
-def describe(job: Job) -> str:
-    sampling, name = job.run.sampling, job.run.weights.rpartition("/")[2]
-    steps = f" {sampling.steps} steps" if sampling.sampler not in ("onestep", "multistep") else ""
-    return f"{name} · {sampling.sampler}{steps} · seed {sampling.seed} · {job.fingerprint[:8]}"
+    def run(self) -> list[RunResult]:
+        """Sample what is missing and merge, until every archive stands.
 
+        Raises:
+            RunError: one does not; those that can be finished are.
+        """
+        request = self.jobs[0].run.request
+        if any(i.missing() for i in self.inventories) and compiles(request.compile, self.jobs[0].gpus > 0):
+            self.report.message("each actor compiles the network before its first shard, which takes a minute or more")
+        results: dict[int, RunResult] = {}
+        try:
+            for _ in range(REPAIR_ROUNDS + 1):
+                todo = [run for run in range(len(self.jobs)) if run not in results]
+                failure = self._sample([task for run in todo for task in self.inventories[run].tasks()], todo)
+                failure = self._sample_products(todo) or failure
+                for run in todo:
+                    if not self.inventories[run].missing() and (result := self._finish(run)):
+                        results[run] = result
+                if failure:
+                    raise failure
+                if len(results) == len(self.jobs):
+                    return [results[run] for run in range(len(self.jobs))]
+            urls = ", ".join(job.run_dir.url for run, job in enumerate(self.jobs) if run not in results)
+            raise RunError(
+                f"fragments in {urls} kept failing their checks through {REPAIR_ROUNDS} repairs; "
+                "check the storage, then run the same command again"
+            )
+        finally:
+            for preview, inventory in zip(self.previews, self.inventories, strict=True):
+                preview.close()
+                inventory.close()
 
-@contextmanager
-def open_pool(job: Job, shards: int) -> Iterator[Pool]:
-    """A pool whose actors share one copy of the weights per node; they are gone at the end, so that nodes can go."""
-    config = job.run.request
-    fleet = plan_fleet(config, job.gpus, shards, local=job.local)
-    weights = ray.put(pack(job.weights))
-    probe = f"driver-{secrets.token_hex(8)}"
-    job.run_dir.probe_write(probe)
-    pool = Pool(starter(job, fleet, weights, probe), fleet, config.shard_timeout)
-    try:
-        yield pool
-    finally:
-        pool.close()
-        job.run_dir.probes_clear(probe)
+    def _sample(self, tasks: list[Task], runs: Iterable[int]) -> RunError | None:
+        """Carry out tasks, and check the fragments of `runs` meanwhile; returns what could not be done."""
+        if not tasks and not any(self.inventories[run].unchecked() for run in runs):
+            return None
+        with self._pool(len(tasks) or 1) as pool:
+            return self._dispatch(pool, tasks)
 
+    def _sample_products(self, runs: Iterable[int]) -> RunError | None:
+        """Make what the runs' other products lack, of pictures that earlier starts left."""
+        tasks = [
+            task
+            for run in runs
+            if not self.inventories[run].missing()
+            for task in self.inventories[run].products_to_make()
+        ]
+        return self._sample(tasks, ())
 
-def starter(job: Job, fleet: Fleet, weights: ray.ObjectRef[PackedWeights], probe: str) -> Callable[[], Any]:
-    run, config = job.run, job.run.request
-    assert run.precision != "auto"
-    spec = ActorSpec(
-        output=job.output,
-        fingerprint=job.fingerprint,
-        architecture=run.architecture,
-        sampling=run.sampling,
-        labels=job.labels,
-        precision=run.precision,
-        num_samples=config.num_samples,
-        batch_size=config.batch_size,
-        fragment_format=config.fragment_format,
-        compile=config.compile,
-        cores=fleet.cpus,
-        probe=probe,
-    )
-    actor = ray.remote(SamplerActor).options(
-        num_gpus=fleet.gpus, num_cpus=fleet.cpus, max_restarts=0, max_concurrency=CONCURRENCY
-    )
-    shared = ray.put(spec)
-    return lambda: actor.remote(shared, weights)
+    def _dispatch(self, pool: Pool, tasks: list[Task]) -> RunError | None:
+        def finished(task: Task, result: TaskResult) -> None:
+            if result.record is not None:
+                self.inventories[task.run].add(result.name, result.record)
 
+        def background() -> list[Task] | None:
+            for preview in self.previews:
+                preview.redraw_when_due()
+            found = [inventory.check_some() for inventory in self.inventories]
+            return None if all(f is None for f in found) else [task for f in found for task in f or ()]
 
-def sample(
-    pool: Pool, shards: list[Shard], inventory: Inventory, preview: PreviewKeeper, tally: Tally, report: Reporter
-) -> None:
-    """Compute `shards`, and whatever turns out to be damaged meanwhile.
-
-    Raises:
-        RunError: some could not be computed; names them.
-    """
-
-    def background() -> list[Shard] | None:
-        preview.redraw_when_due()
-        return inventory.check_some()
-
-    job = inventory.job
-    metrics = DriverMetrics(job.fingerprint[:8])
-    try:
-        given_up = Dispatch(
-            pool, shards, tally, report, inventory.add, background, job.run.request.min_actors, metrics
-        ).run()
-    finally:
-        metrics.fleet(0, 0, 0)  # the pool closes
-    if given_up:
-        ranges = "; ".join(f"{s.start} to {s.stop - 1}: {reason}" for s, reason in list(given_up.items())[:3])
-        raise RunError(
+        metrics = DriverMetrics(self.jobs[0].fingerprint[:8])
+        min_actors = max(job.run.request.min_actors for job in self.jobs)
+        try:
+            given_up = Dispatch(
+                pool, tasks, self.tallies, self.report, finished, background, min_actors, metrics
+            ).run()
+        finally:
+            metrics.fleet(0, 0, 0)  # the pool closes
+        if not given_up:
+            return None
+        ranges = "; ".join(f"{t.start} to {t.stop - 1}: {reason}" for t, reason in list(given_up.items())[:3])
+        return RunError(
             f"{len(given_up)} shards could not be sampled (samples {ranges}); the others are kept, "
             "and the same command tries these again"
         )
+
+    @contextmanager
+    def _pool(self, tasks: int) -> Iterator[Pool]:
+        """A pool whose actors share one copy of the networks per node; they are gone at the end, so that nodes can go."""
+        job = self.jobs[0]
+        options = job.run.request.of(FleetOptions)
+        fleet = plan_fleet(options, job.gpus, tasks, local=job.local)
+        self.shipped = self.shipped or {role: ship(net, job.precision) for role, net in job.networks.items()}
+        probe = f"driver-{secrets.token_hex(8)}"
+        for each in self.jobs:
+            each.run_dir.probe_write(probe)
+        pool = Pool(self._starter(fleet, probe), fleet, options.shard_timeout)
+        try:
+            yield pool
+        finally:
+            pool.close()
+            for each in self.jobs:
+                each.run_dir.probes_clear(probe)
+
+    def _starter(self, fleet: Fleet, probe: str) -> Callable[[], Any]:
+        job = self.jobs[0]
+        request = job.run.request
+        loaded = Loaded(self.shipped, job.precision, request.batch_size, request.compile, fleet.cpus)
+        runs = [
+            RunSpec(
+                each.output, each.fingerprint, each.run.plan, each.run.request.fragment_format, probe, each.products
+            )
+            for each in self.jobs
+        ]
+        actor = ray.remote(Worker).options(
+            num_gpus=fleet.gpus, num_cpus=fleet.cpus, max_restarts=0, max_concurrency=CONCURRENCY
+        )
+        shared = ray.put(loaded), ray.put(runs)
+        return lambda: actor.remote(*shared)
+
+    def _finish(self, run: int) -> RunResult | None:
+        """Merge a run's fragments; None where one was damaged, and its range is to be sampled again."""
+        job, inventory, tally = self.jobs[run], self.inventories[run], self.tallies[run]
+        still_ours(job)
+        merging = time.monotonic()
+        merged = merge(job, inventory, tally, self.report)
+        self.merge_s[run] += time.monotonic() - merging
+        if isinstance(merged, Damage):
+            inventory.repair(merged)
+            return None
+        summary = write_outcome(job, tally, inventory, merged, self.previews[run], self.began, self.merge_s[run])
+        self.report.update(replace(tally.latest, stage="done"))
+        return result_of(job, summary)
+
+
+def describe(job: Job) -> str:
+    """A run in a few words, for its pictures."""
+    plan, name = job.run.plan, job.run.model.rpartition("/")[2]
+    steps = f" {plan.schedule.steps} steps" if "steps" in plan.solver.uses and plan.sampler != "multistep" else ""
+    return f"{name} · {plan.sampler}{steps} · seed {plan.noise.seed} · {job.fingerprint[:8]}"
 
 
 def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Merged | Damage:
@@ -186,11 +272,10 @@ def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Mer
     Raises:
         RunError: the archive cannot be written.
     """
-    num_samples = job.run.request.num_samples
     tally.latest = Snapshot(
-        num_samples=num_samples,
+        num_samples=job.num_samples,
         reused=tally.reused,
-        done=num_samples - tally.reused,
+        done=job.num_samples - tally.reused,
         failures=tally.failures,
         stage="merging",
         elapsed_s=tally.latest.elapsed_s,
@@ -199,7 +284,7 @@ def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Mer
     report.update(tally.latest)
     packed = pack_pieces(inventory.cover(), inventory.contents)
     task: ray.ObjectRef[Merged | Damage] = merge_task.options(scheduling_strategy=beside_driver()).remote(
-        job.output, job.fingerprint, packed, num_samples, job.image_shape, job.labels is not None
+        job.output, job.fingerprint, packed, job.num_samples, job.image_shape, job.labelled
     )
     try:
         return ray.get(task)

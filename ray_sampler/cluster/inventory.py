@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import ray
 
-from ray_sampler.cluster.actor import ShardResult
-from ray_sampler.cluster.dispatch import shards_of
-from ray_sampler.cluster.pool import Shard, reason_of
-from ray_sampler.cluster.prepare import Job
-from ray_sampler.cluster.reduce import Checked, Damage, check_task
+from ray_sampler.cluster.dispatch import tasks_of
+from ray_sampler.cluster.job import Job
+from ray_sampler.cluster.pool import reason_of
 from ray_sampler.cluster.session import beside_driver
-from ray_sampler.config import RunError
+from ray_sampler.cluster.tasks import Checked, Damage, check_task
+from ray_sampler.cluster.worker import Task, TaskResult
+from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter
 from ray_sampler.reporting.summary import Part
 from ray_sampler.storage.archive import Content, content_of
@@ -42,10 +42,12 @@ class Maker(NamedTuple):
 class Inventory:
     """The fragments of a run directory, by name, and what is known of them."""
 
-    def __init__(self, job: Job, reporter: Reporter) -> None:
+    def __init__(self, job: Job, reporter: Reporter, run: int = 0) -> None:
         self.job = job
+        self.run = run
+        """The job's place among those that share a pool."""
         self.reporter = reporter
-        self.num_samples = job.run.request.num_samples
+        self.num_samples = job.num_samples
         self.rejected: list[tuple[str, str]] = []
         self.contents: dict[FragmentName, Content] = {}
         """Of the fragments that were checked, or written by this run."""
@@ -79,6 +81,19 @@ class Inventory:
         """Ranges that no fragment covers, as far as is known."""
         return missing(self.cover(), self.num_samples)
 
+    def tasks(self) -> list[Task]:
+        """What is to be sampled, as far as is known."""
+        return list(tasks_of(self.missing(), self.job.run.shard_size, self.run))
+
+    def products_to_make(self) -> list[Task]:
+        """What the job's other products lack, once every picture is there."""
+        tasks: list[Task] = []
+        for name, product in self.job.products.items():
+            there = self.job.run_dir.ranges(product.folder).list().fragments
+            gaps = missing(cover(there, self.num_samples), self.num_samples)
+            tasks += tasks_of(gaps, self.job.run.shard_size, self.run, name)
+        return tasks
+
     def missing_samples(self) -> int:
         return sum(stop - start for start, stop in self.missing())
 
@@ -86,11 +101,11 @@ class Inventory:
         """Whether fragments that the archive needs have not been checked."""
         return any(piece.fragment not in self.contents for piece in self.cover())
 
-    def add(self, result: ShardResult) -> None:
+    def add(self, name: FragmentName, record: Record) -> None:
         """An actor wrote a fragment."""
-        self.names[result.name] = None
+        self.names[name] = None
         self._pieces = None
-        self._know(result.name, result.record)
+        self._know(name, record)
 
     def _know(self, name: FragmentName, record: Record) -> None:
         """Keep of a record what the archive and the summary need: there may be a million."""
@@ -133,7 +148,7 @@ class Inventory:
         self.reporter.message(f"set aside {filename}: {reason}", "warning")
         self.job.run_dir.reject(filename, reason)
 
-    def check_some(self) -> list[Shard] | None:
+    def check_some(self) -> list[Task] | None:
         """Collect checks that are done and start more; returns the shards to sample in place of damaged fragments.
 
         None says that nothing is left to check.
@@ -158,7 +173,7 @@ class Inventory:
             self.checking.append(task.remote(self.job.output, self.job.fingerprint, names))
         return shards
 
-    def _replace(self, damaged: list[tuple[FragmentName, str]], gone: list[FragmentName]) -> list[Shard]:
+    def _replace(self, damaged: list[tuple[FragmentName, str]], gone: list[FragmentName]) -> list[Task]:
         """Do without fragments; what they had hidden is checked now, and what nothing else covers is to be sampled."""
         before = self.missing()
         for name, reason in damaged:
@@ -168,7 +183,8 @@ class Inventory:
         pieces = self.cover()
         known = self.contents.keys() | set(self.to_check)
         self.to_check += [piece.fragment for piece in pieces if piece.fragment not in known]
-        return list(shards_of(newly(missing(pieces, self.num_samples), before), self.job.run.shard_size))
+        gaps = newly(missing(pieces, self.num_samples), before)
+        return list(tasks_of(gaps, self.job.run.shard_size, self.run))
 
     def _result(self, ref: ray.ObjectRef[Checked]) -> Checked:
         try:
@@ -201,7 +217,7 @@ def newly(now: Iterable[tuple[int, int]], before: Iterable[tuple[int, int]]) -> 
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Make a million names that last; the garbage collector goes through them neither meanwhile nor until `close`."""
+    """Build long-lived objects with the garbage collector paused, then exempt them from collection until `close`."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,30 +1,25 @@
-"""From a request to a job: what can be settled before anything is sampled."""
+"""From a request to a job: what can be settled before anything is sampled, in one pass."""
 
 from __future__ import annotations
 
 import os
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ray_sampler.cluster.session import gpus_per_actor, in_submitted_job, joins_cluster
-from ray_sampler.config import (
-    RequestError,
-    Run,
-    RunConfig,
-    RunError,
-    fingerprint,
-    redact,
-    require,
-)
-from ray_sampler.models.checkpoint import fit, open_weights, weights_hash
-from ray_sampler.models.presets import settings_for
-from ray_sampler.sampling.labels import LabelRule, listed_labels
+from ray_sampler.cluster.worker import Product
+from ray_sampler.config import FleetOptions, PrecisionOptions, Run, RunConfig, resolve
+from ray_sampler.errors import RequestError, RunError, printable, require
+from ray_sampler.networks.family import Network, NetworkSpec, Precision
+from ray_sampler.networks.opening import open_network
+from ray_sampler.presets import ModelOptions, settings_for
+from ray_sampler.sampling.conditions import LabelRule, listed_labels
+from ray_sampler.sampling.plan import MAIN
 from ray_sampler.storage.label_file import read_labels
+from ray_sampler.storage.record import fingerprint
 from ray_sampler.storage.run_dir import RunDir
 
 RUN_FORMAT = 1
@@ -42,23 +37,43 @@ class Job:
     output: str
     """Absolute path or URL of the run directory, credentials and all: not to be shown."""
     run_dir: RunDir
-    weights: dict[str, Tensor]
-    """In the precision of the run."""
-    labels: LabelRule | None
+    networks: dict[str, Network]
+    """By role."""
     gpus: float
     """GPUs of an actor."""
     local: bool
     """Whether a Ray of our own, on this machine alone, computes the run."""
     identity: dict[str, Any]
+    products: dict[str, Product]
+    """What is made of the pictures beside them, by name."""
 
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.identity)
 
     @property
+    def num_samples(self) -> int:
+        return self.run.plan.num_samples
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        size = self.run.architecture.image_size
-        return (size, size, 3)
+        """(H, W, C)."""
+        return self.run.plan.image_shape
+
+    @property
+    def labelled(self) -> bool:
+        return self.run.plan.labels is not None
+
+    @property
+    def precision(self) -> Precision:
+        assert self.run.precision != "auto", "the fleet is known"
+        return self.run.precision
+
+    def loads(self) -> tuple[Any, ...]:
+        """What its actors hold and take: jobs in which this is equal share a pool."""
+        request = self.run.request
+        networks = tuple((role, net.spec.family, net.weights, str(net.spec.options)) for role, net in self.networks.items())
+        return networks, self.precision, request.batch_size, request.compile, self.gpus, self.local
 
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
@@ -66,108 +81,95 @@ class Job:
             "format": RUN_FORMAT,
             "fingerprint": self.fingerprint,
             "identity": self.identity,
-            "num_samples": self.run.request.num_samples,
+            "num_samples": self.num_samples,
             "image_shape": list(self.image_shape),
-            "labelled": self.labels is not None,
+            "labelled": self.labelled,
             "settings": self.run.as_json(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
 
-def resolve(config: RunConfig) -> Run:
-    """The run that a request means. Opens no file.
+def prepare(config: RunConfig, products: dict[str, Product] | None = None) -> Job:
+    """Read the request, load what it names, resolve defaults against that, and find or choose the run directory.
+
+    Ray matters where one is joined. Nothing is written.
 
     Raises:
-        RequestError: a setting is wrong.
+        RequestError: the request is wrong, or the directory belongs to another run.
     """
-    weights, brought = settings_for(config)
-    run = config.resolve(brought, weights)
-    if config.output is not None:
-        check_output(config.output)
-    return run
+    config.check()
+    check_submitted(config.output)
+    model, brought = settings_for(config.of(ModelOptions))
+    given = config.given()
+    network = open_network(model, brought | given, frozenset(given))
+    labels = label_rule(config.labels, network.spec)
+    gpus = gpus_per_actor(config.of(FleetOptions))
+    run_dir = RunDir(config.output) if config.output else None
+    there = run_dir.read_run() if run_dir and not config.overwrite else None
+    earlier = there.get("identity", {}) if there else {}
+    run = resolve(
+        config,
+        model,
+        brought,
+        network.spec,
+        labels=labels,
+        precision=settled_precision(config, gpus, earlier),
+        seed=settled_seed(config, earlier),
+    )
+    identity = run.identity(network.weights)
+    output = config.output or default_output(model, fingerprint(identity))
+    run_dir = run_dir or RunDir(output)
+    output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
+    job = Job(run, output, run_dir, {MAIN: network}, gpus, not joins_cluster(config.address), identity, products or {})
+    if not config.overwrite:
+        refuse_another(job, there if config.output else run_dir.read_run())
+    return job
 
 
-def check_output(output: str) -> None:
-    require(output != "", "--output is empty; it must be a directory or an fsspec URL")
+def check_submitted(output: str | None) -> None:
+    """Raises RequestError: the output of a submitted job would lie in its working directory, which is temporary."""
+    if not in_submitted_job():
+        return
     require(
-        not output.startswith("memory://"),
-        f"--output is {output!r}, the memory of one process, which no actor shares; give a directory or a bucket",
-    )
-    protocol, _, path = output.partition("://") if "://" in output else ("", "", output)
-    require(
-        path.strip("/") != "" or not protocol, f"--output is {output!r}; a bucket or directory must follow the protocol"
+        output is not None,
+        "--output is missing; a submitted job's working directory is temporary, so give a bucket or a shared path",
     )
     require(
-        protocol not in ("http", "https"),
-        f"--output is {redact(output)!r}, a web address, where nothing can be written; give a directory or a bucket",
-    )
-    require(
-        protocol in ("", "file", "local") or "?" not in path,
-        f"--output is {redact(output)!r} with a query, which no bucket has; credentials come from the environment",
-    )
-    relative = not protocol and not Path(output).is_absolute()
-    require(
-        not (relative and in_submitted_job()),
+        "://" in str(output) or Path(str(output)).is_absolute(),
         f"--output is {output!r}, relative to a submitted job's working directory, which is temporary; "
         "give an absolute path that every node shares, or a bucket",
     )
 
 
-def prepare(config: RunConfig) -> Job:
-    """Read the checkpoint and the labels, and find or choose the run directory. Ray matters where one is joined.
-
-    Raises:
-        RequestError: the request is wrong, or the directory belongs to another run.
-    """
-    run = resolve(config)
-    require(
-        config.output is not None or not in_submitted_job(),
-        "--output is missing; a submitted job's working directory is temporary, so give a bucket or a shared path",
-    )
-    state = open_weights(run.weights)
-    labels = label_rule(run)
-    gpus = gpus_per_actor(config)
-    run_dir = RunDir(config.output) if config.output else None
-    there = run_dir.read_run() if run_dir and not config.overwrite else None
-    run = settle(run, gpus, there)
-    weights = fit(state, run.architecture, run.precision if run.precision != "auto" else "fp32")
-    identity = run.identity(weights_hash(state), labels.identity() if labels else None)
-    output = config.output or default_output(run, fingerprint(identity))
-    run_dir = run_dir or RunDir(output)
-    output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
-    local = not joins_cluster(config)
-    job = Job(run, output, run_dir, weights, labels, gpus, local, identity)
-    if not config.overwrite:
-        refuse_another(job, job.run_dir.read_run())
-    return job
-
-
-def label_rule(run: Run) -> LabelRule | None:
-    classes = run.architecture.num_classes
-    if run.labels is None:
+def label_rule(labels: str | None, spec: NetworkSpec) -> LabelRule | None:
+    """The rule that --labels names, read; None for an unconditional network, of which `resolve` speaks."""
+    if not spec.num_classes:
         return None
-    if run.labels in ("random", "balanced"):
-        return LabelRule("random" if run.labels == "random" else "balanced", classes)
-    return listed_labels(read_labels(run.labels), classes, repr(run.labels))
+    if labels in (None, "random", "balanced"):
+        return LabelRule("balanced" if labels == "balanced" else "random", spec.num_classes)
+    return listed_labels(read_labels(str(labels)), spec.num_classes, repr(labels))
 
 
-def settle(run: Run, gpus: float, there: dict[str, Any] | None) -> Run:
-    """Decide what the request leaves to the moment: what an earlier run decided there stays so.
-
-    The precision auto is fp16 on a GPU and fp32 on a CPU; the generator dummy draws a fresh seed.
-    """
-    earlier = there.get("identity", {}) if there else {}
-    if run.precision == "auto":
-        run = replace(run, precision=earlier.get("precision") or ("fp16" if gpus else "fp32"))
-    sampling = run.sampling
-    if sampling.generator == "dummy":
-        seed = earlier.get("seed") if earlier.get("generator") == "dummy" else None
-        run = replace(run, sampling=replace(sampling, seed=seed or 1 + secrets.randbits(FRESH_SEED_BITS)))
-    return run
+def settled_precision(config: RunConfig, gpus: float, earlier: dict[str, Any]) -> Precision:
+    """The precision; auto is what an earlier start there made of it, else fp16 on a GPU and fp32 on a CPU."""
+    asked = config.of(PrecisionOptions).resolved()
+    if asked != "auto":
+        return asked
+    there: Precision | None = earlier.get("precision")
+    return there or ("fp16" if gpus else "fp32")
 
 
-def default_output(run: Run, print_: str) -> str:
-    name = Path(run.weights.partition("?")[0].rstrip("/")).stem or "model"
+def settled_seed(config: RunConfig, earlier: dict[str, Any]) -> int | None:
+    """The seed of --generator dummy: fresh, or what an earlier start there drew."""
+    if config.generator != "dummy":
+        return None
+    seed = earlier.get("seed") if earlier.get("generator") == "dummy" else None
+    return seed or 1 + secrets.randbits(FRESH_SEED_BITS)
+
+
+def default_output(model: str, print_: str) -> str:
+    """runs/<model>-<start of the fingerprint>."""
+    name = Path(model.partition("?")[0].rstrip("/")).stem or "model"
     return os.path.join("runs", f"{name}-{print_[:8]}")
 
 
@@ -182,7 +184,7 @@ def refuse_another(job: Job, there: dict[str, Any] | None) -> None:
     earlier = there.get("identity", {})
     keys = sorted(key for key in earlier.keys() | job.identity.keys() if earlier.get(key) != job.identity.get(key))
     differences = ", ".join(
-        f"{key} {short(earlier.get(key))} there and {short(job.identity.get(key))} here" for key in keys
+        f"{printable(key)} {short(earlier.get(key))} there and {short(job.identity.get(key))} here" for key in keys
     )
     raise RequestError(
         f"{job.run_dir.url} holds another run: {differences or 'its fingerprint differs'}; "
@@ -191,7 +193,8 @@ def refuse_another(job: Job, there: dict[str, Any] | None) -> None:
 
 
 def short(value: Any) -> str:
-    text = "none" if value is None else str(value)
+    """A setting's value as a message shows it."""
+    text = "none" if value is None else printable(value)
     return text if len(text) <= 24 else text[:12] + "…"
 
 
@@ -206,8 +209,8 @@ def claim(job: Job) -> None:
         job.run_dir.delete()
     there = job.run_dir.create_run(job.record())
     refuse_another(job, there)
-    if there["num_samples"] != job.run.request.num_samples:
-        job.run_dir.replace_run(there | {"num_samples": job.run.request.num_samples})
+    if there["num_samples"] != job.num_samples:
+        job.run_dir.replace_run(there | {"num_samples": job.num_samples})
 
 
 def still_ours(job: Job) -> None:

@@ -9,11 +9,11 @@ import numpy as np
 
 from ray_sampler.cluster.dispatch import Tally
 from ray_sampler.cluster.inventory import Inventory
-from ray_sampler.cluster.prepare import Job
-from ray_sampler.cluster.reduce import Merged
-from ray_sampler.pictures import PreviewKeeper, Tile
+from ray_sampler.cluster.job import Job
+from ray_sampler.cluster.tasks import Merged
 from ray_sampler.reporting.preview import class_strips
 from ray_sampler.reporting.report import render_report
+from ray_sampler.reporting.sheet import PreviewKeeper, Tile
 from ray_sampler.reporting.summary import ArchiveMember, Summary
 from ray_sampler.storage.archive import archive_intact
 from ray_sampler.storage.archive_layout import ArchiveLayout
@@ -36,7 +36,7 @@ def write_outcome(
         fingerprint=job.fingerprint,
         settings=job.run.as_json(),
         identity=job.identity,
-        num_samples=job.run.request.num_samples,
+        num_samples=job.num_samples,
         reused=tally.reused,
         computed=tally.rates.done,
         start_s=first - began if first else 0.0,
@@ -47,7 +47,7 @@ def write_outcome(
         retries=tally.retries,
         rejected=tuple(inventory.rejected),
         parts=inventory.parts(),
-        archive=job.run_dir.archive_name(job.run.request.num_samples, job.image_shape),
+        archive=job.run_dir.archive_name(job.num_samples, job.image_shape),
         archive_bytes=merged.layout.size,
         archive_members=members_of(merged.layout),
         labels=merged.labels,
@@ -81,10 +81,11 @@ def already_done(job: Job) -> dict[str, Any] | None:
     text = job.run_dir.read_file(SUMMARY)
     try:
         summary: dict[str, Any] = json.loads(text) if text else {}
-        if summary.get("fingerprint") != job.fingerprint or summary["num_samples"] != job.run.request.num_samples:
+        if summary.get("fingerprint") != job.fingerprint or summary["num_samples"] != job.num_samples:
             return None
         crcs = [int(member["crc32"], 16) for member in summary["archive"]["members"]]
-        layout = ArchiveLayout(job.run.request.num_samples, job.image_shape, crcs[0], crcs[1] if job.labels else None)
+        label_crc = crcs[1] if job.labelled else None
+        layout = ArchiveLayout(job.num_samples, job.image_shape, crcs[0], label_crc, job.run.plan.decoder.dtype)
     except (ValueError, KeyError, IndexError, TypeError):
         return None
     if layout.size != summary["archive"]["bytes"] or not archive_intact(job.run_dir, layout):

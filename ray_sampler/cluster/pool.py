@@ -15,8 +15,8 @@ import ray
 from ray._private.state import state as cluster_state
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from ray_sampler.cluster.actor import ActorInfo, ShardResult
 from ray_sampler.cluster.session import Fleet
+from ray_sampler.cluster.worker import Task, TaskResult, WorkerInfo
 from ray_sampler.sampling.engine import NonFiniteError
 
 MOST_IN_FLIGHT = 8
@@ -52,31 +52,24 @@ STRAGGLER_FACTOR = 2
 """A shard straggles when it has taken so many times the median."""
 
 
-class Shard(NamedTuple):
-    """Samples [start, stop), the content of one fragment."""
-
-    start: int
-    stop: int
-
-
 class Finished(NamedTuple):
     """An actor wrote a shard's fragment."""
 
-    shard: Shard
-    result: ShardResult
+    task: Task
+    result: TaskResult
 
 
 class Failed(NamedTuple):
     """A shard raised by itself, on an actor that is well."""
 
-    shard: Shard
+    task: Task
     error: BaseException
 
 
 class Lost(NamedTuple):
     """An actor is gone, and with it these shards."""
 
-    shards: list[Shard]
+    tasks: list[Task]
     reason: str
     guilty: bool
     """Whether one of them may have killed it: its node lives."""
@@ -85,7 +78,7 @@ class Lost(NamedTuple):
 class Ready(NamedTuple):
     """An actor is ready for shards."""
 
-    info: ActorInfo
+    info: WorkerInfo
 
 
 class StartFailed(NamedTuple):
@@ -104,12 +97,12 @@ class Member:
     """An actor of the pool and what it is doing."""
 
     handle: Any
-    hello: ray.ObjectRef[ActorInfo]
-    info: ActorInfo | None = None
+    hello: ray.ObjectRef[WorkerInfo]
+    info: WorkerInfo | None = None
     """None until it is ready."""
     node_id: str | None = None
     """Where it is or starts; None while it waits for a machine."""
-    tasks: dict[ray.ObjectRef[ShardResult], Shard] = field(default_factory=dict)
+    tasks: dict[ray.ObjectRef[TaskResult], Task] = field(default_factory=dict)
     """In the order of submission."""
     depth: int = 2
     """Shards that it may have at once, so that one computes while others are written."""
@@ -208,14 +201,14 @@ class Pool:
         for member in list(self.members):
             self.remove(member)
 
-    def assign(self, queue: deque[Shard], alone: Set[Shard]) -> list[Shard]:
+    def assign(self, queue: deque[Task], alone: Set[Task]) -> list[Task]:
         """Give shards from the front of `queue` to the least busy actors that have room; returns those given.
 
         While the queue is long an actor has a second shard waiting; near its end it takes one at a time, so that
         none waits behind another. The shards of `alone` share an actor with no other. Nodes that are about to go get
         no more.
         """
-        given: list[Shard] = []
+        given: list[Task] = []
         if not queue or not self.ready:
             return given
         members = [member for member in self.ready if member.node_id not in self.draining]
@@ -230,12 +223,12 @@ class Pool:
                     self.submit(member, given[-1])
         return given
 
-    def submit(self, member: Member, shard: Shard) -> None:
+    def submit(self, member: Member, task: Task) -> None:
         if not member.tasks:
             member.work_begins()
-        member.tasks[member.handle.sample.remote(shard.start, shard.stop)] = shard
+        member.tasks[member.handle.work.remote(*task)] = task
 
-    def straggler(self, unfinished: Container[Shard]) -> Shard | None:
+    def straggler(self, unfinished: Container[Task]) -> Task | None:
         """A shard of `unfinished` that one actor alone has, and that takes long or waits behind another.
 
         An actor may still be at a shard that another one finished; that is no straggler.
@@ -278,9 +271,9 @@ class Pool:
         member.node_id = member.info.node_id
         return Ready(member.info)
 
-    def _collect(self, member: Member, ref: ray.ObjectRef[ShardResult]) -> list[Event]:
+    def _collect(self, member: Member, ref: ray.ObjectRef[TaskResult]) -> list[Event]:
         try:
-            result: ShardResult = ray.get(ref, timeout=60)
+            result: TaskResult = ray.get(ref, timeout=60)
         except RayTaskError as error:
             return self._raised(member, member.tasks.pop(ref), error.cause)
         except (RayActorError, GetTimeoutError, RayError) as error:
@@ -293,7 +286,7 @@ class Pool:
             member.depth = min(MOST_IN_FLIGHT, 2 + int(result.upload_s / result.compute_s))
         return [Finished(shard, result)]
 
-    def _raised(self, member: Member, shard: Shard, error: BaseException) -> list[Event]:
+    def _raised(self, member: Member, shard: Task, error: BaseException) -> list[Event]:
         member.work_begins()
         if not isinstance(error, NonFiniteError):
             member.raised += 1

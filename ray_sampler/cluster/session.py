@@ -18,7 +18,8 @@ from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_sampler.config import RequestError, RunConfig, require
+from ray_sampler.config import FleetOptions
+from ray_sampler.errors import RequestError, require
 
 LOCAL_ACTORS = 8
 """CPU actors of one machine at most; each takes an equal part of its cores."""
@@ -39,9 +40,9 @@ class Fleet:
     max_actors: int
 
 
-def joins_cluster(config: RunConfig) -> bool:
+def joins_cluster(address: str | None) -> bool:
     """Whether the run uses a Ray that somebody else started."""
-    return bool(config.address or os.environ.get("RAY_ADDRESS") or ray.is_initialized())
+    return bool(address or os.environ.get("RAY_ADDRESS") or ray.is_initialized())
 
 
 def in_submitted_job() -> bool:
@@ -55,7 +56,7 @@ def beside_driver() -> NodeAffinitySchedulingStrategy:
 
 
 @contextmanager
-def connect(config: RunConfig) -> Iterator[None]:
+def connect(address: str | None) -> Iterator[None]:
     """Be connected to Ray; what this started is stopped at the end.
 
     Raises:
@@ -65,7 +66,7 @@ def connect(config: RunConfig) -> Iterator[None]:
         yield
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS")
     if address:
         require(
             not address.startswith("ray://"),
@@ -133,20 +134,20 @@ def on_loopback() -> Iterator[None]:
             os.environ[LOOPBACK_VARIABLE] = earlier[0]
 
 
-def gpus_per_actor(config: RunConfig) -> float:
+def gpus_per_actor(options: FleetOptions) -> float:
     """GPUs of an actor: as asked for, else 1 where there are GPUs (in a cluster: now), else 0."""
-    if config.gpus_per_actor is not None:
-        return config.gpus_per_actor
+    if options.gpus_per_actor is not None:
+        return options.gpus_per_actor
     if ray.is_initialized():
         return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
     return 1.0 if torch.cuda.is_available() else 0.0
 
 
-def plan_fleet(config: RunConfig, gpus: float, shards: int, local: bool) -> Fleet:
+def plan_fleet(options: FleetOptions, gpus: float, shards: int, local: bool) -> Fleet:
     """What each actor takes of a connected Ray. CPU actors split a machine's cores fairly."""
     if gpus:
         room = math.floor(ray.cluster_resources().get("GPU", 0) / gpus) if local else shards
-        return Fleet(gpus, 1, max(1, min(config.max_actors or shards, room, shards)))
+        return Fleet(gpus, 1, max(1, min(options.max_actors or shards, room, shards)))
     cores = max(1, min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]))
-    per_node = min(config.max_actors or cores, cores, LOCAL_ACTORS)
-    return Fleet(0, cores // per_node, min(per_node if local else config.max_actors or shards, shards))
+    per_node = min(options.max_actors or cores, cores, LOCAL_ACTORS)
+    return Fleet(0, cores // per_node, min(per_node if local else options.max_actors or shards, shards))

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 
-from ray_sampler.pictures import TILES, Tile, tiles_of
 from ray_sampler.reporting.pixels import PixelStatistics
 from ray_sampler.reporting.preview import choose_indices
+from ray_sampler.reporting.sheet import TILES, Tile, tiles_of
 from ray_sampler.storage.archive import Content, DamagedPiece, merge
 from ray_sampler.storage.archive_layout import ArchiveLayout
 from ray_sampler.storage.ranges import Piece
 from ray_sampler.storage.record import DamagedFragment, FragmentName, MissingFragment, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
-from ray_sampler.storage.verify import check_fragment
 
 PICTURES = 20_000
 PICTURE_BYTES = 128 * 2**20
@@ -70,7 +69,7 @@ def check(output: str, fingerprint: str, names: Sequence[FragmentName]) -> Check
     gone: list[FragmentName] = []
     for name in names:
         try:
-            records[name] = check_fragment(run_dir, name, fingerprint)
+            records[name] = run_dir.read_fragment(name, fingerprint).record
         except MissingFragment:
             gone.append(name)
         except DamagedFragment as error:

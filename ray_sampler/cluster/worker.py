@@ -1,58 +1,88 @@
-"""One network on one device, many shards."""
+"""An actor: the networks that it holds, on one device, and the tasks of several runs that it carries out."""
 
 from __future__ import annotations
 
 import os
 import socket
 import time
-import warnings
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import ray
 import torch
-from torch import Tensor
 
+from ray_sampler.cluster import shipping
 from ray_sampler.cluster.metrics import ActorMetrics
-from ray_sampler.config import Architecture, Compile, FragmentFormat, Precision, RunError, Sampling
-from ray_sampler.models.checkpoint import build
-from ray_sampler.sampling.engine import Engine, Pictures, numerics_key
-from ray_sampler.sampling.labels import LabelRule
+from ray_sampler.cluster.shipping import Shipped
+from ray_sampler.errors import RunError
+from ray_sampler.networks.family import Precision
+from ray_sampler.sampling.engine import Compile, Engine, Pictures, numerics_key
+from ray_sampler.sampling.plan import SamplePlan
 from ray_sampler.storage.fragment import encode
-from ray_sampler.storage.record import Record, Samples
-from ray_sampler.storage.run_dir import FragmentName, RunDir
-
-PackedWeights = dict[str, tuple[np.ndarray, str, tuple[int, ...]]]
-"""Bytes, dtype and stored shape of each tensor: what Ray keeps once per node and maps into every actor."""
+from ray_sampler.storage.record import FragmentFormat, FragmentName, Record, Samples
+from ray_sampler.storage.run_dir import RunDir
 
 CONCURRENCY = 10
 """Calls that an actor takes at once: shards in flight, at most eight, and questions beside them."""
 
+IMAGES = "images"
+"""The product that every run has: its pictures, in fragments."""
+
+
+class Task(NamedTuple):
+    """One call of an actor: which run, which samples [start, stop), and what of them."""
+
+    run: int
+    """Its place among the runs that share the pool."""
+    start: int
+    stop: int
+    product: str = IMAGES
+
 
 @dataclass(frozen=True)
-class ActorSpec:
-    """What an actor must know, the weights apart."""
+class Loaded:
+    """What an actor is: the networks that it holds, and how it computes."""
 
-    output: str
-    fingerprint: str
-    architecture: Architecture
-    sampling: Sampling
-    labels: LabelRule | None
+    networks: Mapping[str, Shipped]
+    """By role."""
     precision: Precision
-    num_samples: int
     batch_size: int
-    fragment_format: FragmentFormat
     compile: Compile
     cores: int
     """CPU cores of an actor without a GPU."""
-    probe: str
-    """Name of the file by which the driver shows that it writes to the same place."""
 
 
 @dataclass(frozen=True)
-class ActorInfo:
+class RunSpec:
+    """What a call is about: one run."""
+
+    output: str
+    """Absolute path or URL of the run directory."""
+    fingerprint: str
+    plan: SamplePlan
+    fragment_format: FragmentFormat
+    probe: str
+    """Name of the file by which the driver shows that it writes to the same place."""
+    products: Mapping[str, Product] = field(default_factory=dict)
+    """What is made of the pictures beside them, by name."""
+
+
+class Product(Protocol):
+    """Something that is made of each range of pictures and stored beside them, as features for a score are."""
+
+    @property
+    def folder(self) -> str:
+        """Where in the run directory its ranges lie."""
+
+    def encode(self, samples: Samples, fingerprint: str) -> bytes:
+        """The file of one range; called on the actor that has the pictures, or reads them from their fragments."""
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
     """Where an actor runs."""
 
     node_id: str
@@ -62,117 +92,105 @@ class ActorInfo:
 
 
 @dataclass(frozen=True)
-class ShardResult:
-    """What comes back of a shard: no images."""
+class TaskResult:
+    """What comes back of a task: no images."""
 
     name: FragmentName
-    record: Record
+    record: Record | None
+    """Of the fragment; None for another product."""
     compute_s: float
     wait_s: float
-    """Time the device had nothing to do before this shard."""
+    """Time the device had nothing to do before this task."""
     upload_s: float
     """Encoding and writing."""
 
 
-def pack(weights: dict[str, Tensor]) -> PackedWeights:
-    """The weights as arrays of bytes, those of convolutions channels last, as networks take them.
-
-    They are laid out here and not by `fit`, whose tensors may be the mapped file and live as long as the run.
-    """
-    stored = {name: t.permute(0, 2, 3, 1) if t.dim() == 4 else t for name, t in weights.items()}
-    return {
-        name: (
-            tensor.contiguous().view(torch.uint8).numpy(),
-            str(tensor.dtype).removeprefix("torch."),
-            tuple(tensor.shape),
-        )
-        for name, tensor in stored.items()
-    }
-
-
-def unpack(packed: PackedWeights) -> dict[str, Tensor]:
-    """Views of the packed bytes, which are shared memory and must not be written to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        stored = {
-            name: torch.from_numpy(data).view(getattr(torch, dtype)).reshape(shape)
-            for name, (data, dtype, shape) in packed.items()
-        }
-    return {name: t.permute(0, 3, 1, 2) if t.dim() == 4 else t for name, t in stored.items()}
-
-
-class SamplerActor:
+class Worker:
     """Samples shards and writes their fragments. All computing happens on one dedicated thread."""
 
-    def __init__(self, spec: ActorSpec, packed: PackedWeights) -> None:
-        self.spec = spec
-        self.packed = packed
-        self.run_dir = RunDir(spec.output)
+    def __init__(self, loaded: Loaded, runs: Sequence[RunSpec]) -> None:
+        self.loaded = loaded
+        self.runs = runs
+        self.run_dirs = [RunDir(run.output) for run in runs]
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self.computed_until: float | None = None
 
-    def start(self) -> ActorInfo:
-        """Prove access to the output and load the network; to be called once, before anything else.
+    def start(self) -> WorkerInfo:
+        """Prove access to the outputs and load the networks; to be called once, before anything else.
 
         Raises:
-            RunError: this node does not share the output.
+            RunError: this node does not share an output.
         """
-        prove_access(self.run_dir, self.spec.probe)
-        self.engine = self.compute.submit(self._build, self.packed).result()
-        del self.packed
-        self.metrics = ActorMetrics(self.spec.fingerprint[:8])
+        for run, run_dir in zip(self.runs, self.run_dirs, strict=True):
+            prove_access(run_dir, run.probe)
+        self.engine = self.compute.submit(self._build).result()
+        self.metrics = [ActorMetrics(run.fingerprint[:8]) for run in self.runs]
         return self.info()
 
-    def _build(self, packed: PackedWeights) -> Engine:
-        spec = self.spec
+    def _build(self) -> Engine:
+        loaded = self.loaded
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
         engine = Engine(
-            build(spec.architecture, unpack(packed), spec.precision, self.device),
-            spec.architecture,
-            spec.sampling,
-            spec.labels,
-            num_samples=spec.num_samples,
-            batch_size=spec.batch_size,
+            {role: shipping.load(network, self.device) for role, network in loaded.networks.items()},
+            batch_size=loaded.batch_size,
             device=self.device,
-            compile=spec.compile,
-            cores=spec.cores,
+            compile=loaded.compile,
+            cores=loaded.cores,
         )
-        engine.warm_up()
+        engine.warm_up(self.runs[0].plan)
         return engine
 
-    def info(self) -> ActorInfo:
+    def info(self) -> WorkerInfo:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        key = numerics_key(self.device, self.spec.batch_size, self.spec.precision, self.spec.compile)
-        return ActorInfo(ray.get_runtime_context().get_node_id(), os.getpid(), name, key)
+        loaded = self.loaded
+        key = numerics_key(self.device, loaded.batch_size, loaded.precision, loaded.compile)
+        return WorkerInfo(ray.get_runtime_context().get_node_id(), os.getpid(), name, key)
 
     def evaluations(self) -> int:
-        """Calls of the network so far: a number that rises shows that a slow shard is being computed."""
+        """Network calls so far: a number that rises shows that a slow shard is being computed."""
         return self.engine.evaluations
 
-    def sample(self, start: int, stop: int) -> ShardResult:
-        """Compute the samples [start, stop) and write their fragment.
+    def work(self, run: int, start: int, stop: int, product: str) -> TaskResult:
+        """Carry out a `Task`: compute its samples and write their fragment, or make another product of them.
 
         Raises:
             NonFiniteError, OutOfDeviceMemoryError: from the engine.
-            RunError: the fragment cannot be written.
+            RunError: the result cannot be written.
         """
-        pictures, wait_s = self._compute(start, stop)
+        if product == IMAGES:
+            return self._sample(run, start, stop)
+        return self._derive(run, start, stop, product)
+
+    def _sample(self, run: int, start: int, stop: int) -> TaskResult:
+        spec, run_dir = self.runs[run], self.run_dirs[run]
+        pictures, wait_s = self._compute(spec.plan, start, stop)
         began = time.perf_counter()
         samples = Samples(start, pictures.images, pictures.labels)
-        name = FragmentName(start, stop, self.spec.fragment_format)
-        data, record = encode(samples, self.spec.fingerprint, self._computed_by(pictures.seconds), name.format)
-        self.run_dir.write_fragment(name, data)
+        name = FragmentName(start, stop, spec.fragment_format)
+        data, record = encode(samples, spec.fingerprint, self._computed_by(pictures.seconds), name.format)
+        run_dir.write_fragment(name, data)
+        for made in spec.products.values():
+            run_dir.ranges(made.folder).write(name, made.encode(samples, spec.fingerprint))
         upload_s = time.perf_counter() - began
-        self.metrics.count(stop - start, pictures.seconds, wait_s, upload_s)
-        return ShardResult(name, record, pictures.seconds, wait_s, upload_s)
+        self.metrics[run].count(stop - start, pictures.seconds, wait_s, upload_s)
+        return TaskResult(name, record, pictures.seconds, wait_s, upload_s)
 
-    def _compute(self, start: int, stop: int) -> tuple[Pictures, float]:
-        def on_compute_thread() -> tuple[Any, float]:
+    def _derive(self, run: int, start: int, stop: int, product: str) -> TaskResult:
+        """Make a product of pictures that an earlier start left."""
+        spec, run_dir = self.runs[run], self.run_dirs[run]
+        began = time.perf_counter()
+        made, samples = spec.products[product], run_dir.read_samples(start, stop, spec.fingerprint)
+        name = FragmentName(start, stop, spec.fragment_format)
+        run_dir.ranges(made.folder).write(name, made.encode(samples, spec.fingerprint))
+        return TaskResult(name, None, 0.0, 0.0, time.perf_counter() - began)
+
+    def _compute(self, plan: SamplePlan, start: int, stop: int) -> tuple[Pictures, float]:
+        def on_compute_thread() -> tuple[Callable[[], Pictures], float]:
             wait = 0.0 if self.computed_until is None else time.perf_counter() - self.computed_until
-            finish = self.engine.sample(start, stop)
+            finish = self.engine.sample(plan, start, stop)
             self.computed_until = time.perf_counter()
             return finish, wait
 

@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ray_sampler.config import Architecture, Sampling, Solver, require
-from ray_sampler.models.unet import UNet
-from ray_sampler.sampling.denoiser import SIGMA_DATA, Denoiser, consistency_scalings, edm_scalings, network_time
+from ray_sampler.errors import require
+from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.sampling.noise import in_order
-from ray_sampler.sampling.schedule import RHO, karras_sigmas
-from ray_sampler.sampling.solvers import draws_after_x_T, solve
+from ray_sampler.sampling.parameterisation import SIGMA_DATA, TIMES, Denoiser, consistency_scalings, edm_scalings
+from ray_sampler.sampling.schedules import RHO, Schedule
+from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices
 
 NUM_CLASSES = 1000
 
@@ -29,6 +30,9 @@ Device = torch.device | str
 
 EVALUATIONS = {"heun": 2, "dpm": 2, "euler": 1, "ancestral": 1, "progdist": 1}
 """Network evaluations of a step, for the solvers that report their steps; the others report none."""
+
+ORIGINAL = ("heun", "euler", "dpm", "ancestral", "onestep", "progdist", "multistep")
+"""The solvers of the consistency-models repository."""
 
 RAISES_SIGMA = ("heun", "dpm", "ancestral")
 """Solvers that report sigma_hat, the level of the step's first evaluation."""
@@ -80,7 +84,7 @@ class KarrasDenoiser:
         """F(c_in x, 250 ln sigma, **model_kwargs) and D(x, sigma), unclamped, of x_t (B, C, H, W) at sigmas (B,)."""
         scalings = consistency_scalings(sigmas, self.sigma_min) if self.distillation else edm_scalings(sigmas)
         c_skip, c_out, c_in = (s[:, None, None, None] for s in scalings)
-        model_output = model(c_in * x_t, network_time(sigmas), **model_kwargs)
+        model_output = model(c_in * x_t, TIMES["250log"](sigmas), **model_kwargs)
         return model_output, c_out * model_output + c_skip * x_t
 
 
@@ -115,7 +119,7 @@ def create_model_and_diffusion(
         RequestError: an argument is wrong, or learn_sigma, which no Karras sampler uses.
     """
     require(not learn_sigma, "learn_sigma=True is not supported: a Karras sampler uses no learned variance")
-    arch = Architecture(
+    arch = AdmOptions(
         image_size=image_size,
         num_channels=num_channels,
         num_res_blocks=num_res_blocks,
@@ -179,22 +183,18 @@ def karras_sample(
     Raises:
         RequestError: an argument is wrong.
     """
-    require(sampler in get_args(Solver), f"sampler is {sampler!r}; it must be one of {', '.join(get_args(Solver))}")
-    sampling = Sampling(
-        sampler=sampler,  # type: ignore[arg-type]  # just checked
-        steps=steps,
-        ts=tuple(ts or ()),
-        sigma_min=sigma_min,
-        sigma_max=sigma_max,
-        s_churn=s_churn,
-        s_tmin=s_tmin,
-        s_tmax=s_tmax,
-        s_noise=s_noise,
-    )
-    sampling.validate()
+    solvers = [name for name in SOLVERS if name in ORIGINAL]
+    require(sampler in solvers, f"sampler is {sampler!r}; it must be one of {', '.join(solvers)}")
+    solver = SOLVERS[sampler]
     source = get_generator("dummy") if generator is None else generator
-    x_T = source.randn(*shape, device=torch.get_default_device() if device is None else device)
     rho = diffusion.rho if sampler == "multistep" else rho
+    schedule = Schedule(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    churn = Churn(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+    options = Indices(",".join(map(str, ts or ()))) if solver.options is Indices else churn
+    schedule.validate()
+    churn.validate(schedule)
+    options.validate(schedule)
+    x_T = source.randn(*shape, device=torch.get_default_device() if device is None else device)
     drawn = 0
 
     def draw_next() -> Tensor:
@@ -202,41 +202,40 @@ def karras_sample(
         drawn += 1
         return x_T if drawn == 1 else source.randn_like(x_T)
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
         _, denoised = diffusion.denoise(model, x, sigma.to(x).expand(len(x)), **(model_kwargs or {}))
         return denoised.clamp(-1, 1) if clip_denoised else denoised
 
-    with step_bar(steps if progress and sampler in EVALUATIONS else None) as advance:
-        x_0 = solve(sampling, reporting(denoise, sampling, rho, callback, advance), in_order(draw_next), rho)
-    while drawn < 1 + draws_after_x_T(sampling):
+    sigmas, noise = solver.levels(schedule, options, torch.float32), in_order(draw_next)
+    with step_bar(steps if progress and sampler in EVALUATIONS else None) as advance, torch.no_grad():
+        reported = reporting(denoise, sampler, sigmas, callback, advance)
+        x_0 = solver.run(reported, noise(0) * sigma_max, sigmas, noise, options).clamp(-1, 1)
+    while drawn < 1 + solver.draws(steps, options):
         draw_next()
     return x_0
 
 
 def reporting(
     denoise: Denoiser,
-    sampling: Sampling,
-    rho: float,
+    sampler: str,
+    sigmas: Tensor,
     callback: Callable[[dict[str, Any]], object] | None,
     advance: Callable[[], None],
 ) -> Denoiser:
     """`denoise`, which at the first evaluation of each step calls `callback` with its state and then `advance`."""
-    if sampling.sampler not in EVALUATIONS:
+    if sampler not in EVALUATIONS:
         return denoise
-    sigmas = karras_sigmas(
-        sampling.steps + (sampling.sampler == "progdist"), sampling.sigma_min, sampling.sigma_max, rho
-    )
     evaluations = 0
 
-    def reported(x: Tensor, sigma: Tensor) -> Tensor:
+    def reported(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
         nonlocal evaluations
         denoised = denoise(x, sigma)
-        step, within = divmod(evaluations, EVALUATIONS[sampling.sampler])
+        number, within = divmod(evaluations, EVALUATIONS[sampler])
         evaluations += 1
         if within == 0:
             if callback is not None:
-                state = {"x": x, "i": step, "sigma": sigmas[step], "denoised": denoised}
-                callback(state | ({"sigma_hat": sigma} if sampling.sampler in RAISES_SIGMA else {}))
+                state = {"x": x, "i": number, "sigma": sigmas[number], "denoised": denoised}
+                callback(state | ({"sigma_hat": sigma} if sampler in RAISES_SIGMA else {}))
             advance()
         return denoised
 

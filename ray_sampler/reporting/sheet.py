@@ -11,7 +11,7 @@ from threading import Thread
 
 import numpy as np
 
-from ray_sampler.config import RequestError, RunError
+from ray_sampler.errors import RequestError, RunError
 from ray_sampler.reporting.preview import choose_indices, contact_sheet
 from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.record import DamagedFragment, FragmentName, Samples

@@ -132,8 +132,7 @@ def parts_of(piece: Piece, groups: Iterable[Samples]) -> Iterator[Samples]:
     for group in groups:
         start, stop = max(piece.start, group.start), min(piece.stop, group.stop)
         if start < stop:
-            part = slice(start - group.start, stop - group.start)
-            yield Samples(start, group.images[part], None if group.labels is None else group.labels[part])
+            yield group.part(start, stop)
 
 
 def image_values(samples: Samples) -> memoryview:

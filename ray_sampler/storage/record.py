@@ -108,6 +108,11 @@ class Samples:
     def stop(self) -> int:
         return self.start + len(self.images)
 
+    def part(self, start: int, stop: int) -> Samples:
+        """Those of the samples [start, stop), which must be among these."""
+        here = slice(start - self.start, stop - self.start)
+        return Samples(start, self.images[here], None if self.labels is None else self.labels[here])
+
 
 @dataclass(frozen=True)
 class Record:

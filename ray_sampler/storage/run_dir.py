@@ -12,20 +12,25 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-from ray_sampler.errors import RequestError, RunError
+import numpy as np
+
+from ray_sampler.errors import RequestError, RunError, redact, require
+from ray_sampler.options import option
 from ray_sampler.storage.connect import open_store
 from ray_sampler.storage.fragment import Fragment, decode, decode_groups
 from ray_sampler.storage.local_store import LocalStore
+from ray_sampler.storage.ranges import Listing, RangeSet, cover
 from ray_sampler.storage.record import (
     DamagedFragment,
+    FragmentFormat,
     FragmentName,
     MissingFragment,
     Record,
     Samples,
     fingerprint,
-    in_order,
 )
 from ray_sampler.storage.store import Readable, StagedFile
 
@@ -35,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 RUN = "run.json"
 FRAGMENTS = "fragments"
+FEATURES = "features"
+"""The folder of other products."""
 REJECTED = "rejected"
 RUN_KINDS = {"fingerprint": str, "identity": dict, "num_samples": int, "labelled": bool, "settings": dict}
 PROBE = ".probe"
@@ -43,15 +50,43 @@ PICTURES = ("preview.png", "summary.json", "report.html")
 ARCHIVE = re.compile(r"samples_[0-9]+x[0-9]+x[0-9]+x[0-9]+\.npz")
 
 
-class Listing(NamedTuple):
-    """What lies under fragments/."""
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Where a run lies, and as what."""
 
-    fragments: list[FragmentName]
-    """As `in_order` sorts them."""
-    foreign: list[str]
-    """Names that are no fragment's, folders and links among them."""
-    modified: dict[FragmentName, float]
-    """Unix time of each fragment's last write, where the store tells."""
+    output: str | None = option(
+        None,
+        "The run directory: a local path or any fsspec URL, s3:// and gs:// among them "
+        "(runs/<model>-<start of the fingerprint>).",
+    )
+    fragment_format: FragmentFormat = option("parquet", "Of the fragments.")
+    overwrite: bool = option(False, "Delete an earlier run there first; no other driver may be writing to it.")
+
+    def validate(self) -> None:
+        """Raises RequestError: the output cannot be one."""
+        if self.output is not None:
+            check_output(self.output)
+
+
+def check_output(output: str) -> None:
+    """Raises RequestError: nothing can be written to such a path or URL."""
+    require(output != "", "--output is empty; it must be a directory or an fsspec URL")
+    require(
+        not output.startswith("memory://"),
+        f"--output is {output!r}, the memory of one process, which no actor shares; give a directory or a bucket",
+    )
+    protocol, _, path = output.partition("://") if "://" in output else ("", "", output)
+    require(
+        path.strip("/") != "" or not protocol, f"--output is {output!r}; a bucket or directory must follow the protocol"
+    )
+    require(
+        protocol not in ("http", "https"),
+        f"--output is {redact(output)!r}, a web address, where nothing can be written; give a directory or a bucket",
+    )
+    require(
+        protocol in ("", "file", "local") or "?" not in path,
+        f"--output is {redact(output)!r} with a query, which no bucket has; credentials come from the environment",
+    )
 
 
 class RunDir:
@@ -105,22 +140,34 @@ class RunDir:
         """Write run.json anew, as when num_samples grows."""
         self._store.put(RUN, run_json(run))
 
+    def ranges(self, folder: str = FRAGMENTS) -> RangeSet:
+        """A folder of ranges: the fragments, or another product of the run."""
+        return RangeSet(self._store, folder)
+
     def fragments(self, times: bool = False) -> Listing:
         """What is under fragments/, never from a cache; with `times`, when each was written, where the store says."""
-        names, foreign, modified = [], [], {}
-        for entry in self._store.list(FRAGMENTS, times):
-            name = FragmentName.parse(entry.name) if entry.is_file else None
-            if name is not None:
-                names.append(name)
-                if entry.modified is not None:
-                    modified[name] = entry.modified
-            else:
-                foreign.append(entry.name)
-        return Listing(in_order(names), sorted(foreign), modified)
+        return self.ranges().list(times)
 
     def write_fragment(self, name: FragmentName, data: bytes) -> None:
         """Write a fragment, which is complete or absent."""
-        self._store.put(f"{FRAGMENTS}/{name.filename}", data)
+        self.ranges().write(name, data)
+
+    def read_samples(self, start: int, stop: int, fingerprint: str | None) -> Samples:
+        """The samples [start, stop), from whatever fragments hold them.
+
+        Raises:
+            DamagedFragment: a fragment is not whole.
+            RunError: a sample is missing.
+        """
+        parts = []
+        for piece in cover(self.fragments().fragments, stop):
+            first = max(piece.start, start)
+            if first < piece.stop:
+                parts.append(self.read_fragment(piece.fragment, fingerprint).samples.part(first, piece.stop))
+        if sum(len(part.images) for part in parts) != stop - start:
+            raise RunError(f"samples {start} to {stop - 1} are not all in {self.url}; run the same command again")
+        labels = None if parts[0].labels is None else np.concatenate([np.asarray(part.labels) for part in parts])
+        return Samples(start, np.concatenate([part.images for part in parts]), labels)
 
     def read_fragment(self, name: FragmentName, fingerprint: str | None) -> Fragment:
         """A fragment, taken in one read and checked in every way.
@@ -136,7 +183,7 @@ class RunDir:
         return decode_groups(self._fragment_bytes(name), name, fingerprint)
 
     def _fragment_bytes(self, name: FragmentName) -> bytes:
-        data = self._store.read(f"{FRAGMENTS}/{name.filename}")
+        data = self.ranges().read(name)
         if data is None:
             raise MissingFragment("it is not there any more")
         return data
@@ -222,7 +269,7 @@ class RunDir:
                 f"{self.url} holds files but no {RUN}, so it is no run's; --overwrite deletes nothing there"
             )
         # run.json goes last: while it stands, the same request can be made again.
-        for name in [n for n in names if n in (FRAGMENTS, REJECTED, PROBE, *PICTURES) or ARCHIVE.fullmatch(n)]:
+        for name in [n for n in names if n in (FRAGMENTS, FEATURES, REJECTED, PROBE, *PICTURES) or ARCHIVE.fullmatch(n)]:
             self._store.remove(name)
         if RUN in names:
             self._store.clear_abandoned("", seconds=0)

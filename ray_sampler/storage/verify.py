@@ -21,15 +21,6 @@ class Verification:
     """File name and reason of each that was set aside."""
 
 
-def check_fragment(run_dir: RunDir, name: FragmentName, fingerprint: str | None) -> Record:
-    """The record of a fragment that is whole.
-
-    Raises:
-        DamagedFragment: it is not.
-    """
-    return run_dir.read_fragment(name, fingerprint).record
-
-
 def verify(run_dir: RunDir, fingerprint: str | None, workers: int = 4) -> Verification:
     """Read and check every fragment, `workers` at a time; the damaged and the foreign move to rejected/."""
     listing = run_dir.fragments()
@@ -40,7 +31,7 @@ def verify(run_dir: RunDir, fingerprint: str | None, workers: int = 4) -> Verifi
 
     def check(name: FragmentName) -> Record | DamagedFragment:
         try:
-            return check_fragment(run_dir, name, fingerprint)
+            return run_dir.read_fragment(name, fingerprint).record
         except DamagedFragment as damage:
             return damage
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ray_sampler.cluster.prepare import claim, prepare
-from ray_sampler.config import Architecture, RunConfig, Sampling
-from ray_sampler.models.checkpoint import build
-from ray_sampler.models.unet import UNet
+from ray_sampler.cluster.job import claim, prepare
+from ray_sampler.config import RunConfig
+from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.sampling.engine import Engine
-from ray_sampler.sampling.labels import LabelRule, listed_labels
+from ray_sampler.sampling.plan import MAIN
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import FragmentName, Samples
+from tests.loading import loaded
 
 TINY: dict[str, Any] = {
     "image_size": 8,
@@ -55,7 +55,7 @@ def random_weights(**architecture: Any) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(tensor.shape, generator=random) * (0.1 if tensor.ndim > 1 else 0.5)
-        for name, tensor in UNet(Architecture(**TINY | architecture)).state_dict().items()
+        for name, tensor in UNet(AdmOptions(**TINY | architecture)).state_dict().items()
     }
 
 
@@ -72,22 +72,14 @@ def flags_of(config: RunConfig) -> list[str]:
 
 def sampled(config: RunConfig) -> Samples:
     """What one engine, in this process, computes for `config`: all of its samples."""
-    architecture = Architecture(**{name: getattr(config, name) for name in TINY})
-    given = {f.name: getattr(config, f.name) for f in fields(Sampling)}
-    labels = LabelRule("random", architecture.num_classes) if architecture.class_cond else None
-    if config.labels:
-        labels = listed_labels(np.array(config.labels.split(","), np.int64), architecture.num_classes, "the test")
+    job = prepare(replace(config, output=None))
     engine = Engine(
-        build(architecture, load_file(str(config.model)), "fp32", "cpu"),
-        architecture,
-        Sampling(**{name: value for name, value in given.items() if value is not None}),
-        labels,
-        num_samples=config.num_samples,
+        {MAIN: loaded(job.networks[MAIN])},
         batch_size=config.batch_size,
         device=torch.device("cpu"),
         compile="off",
     )
-    pictures = engine.sample(0, config.num_samples)()
+    pictures = engine.sample(job.run.plan, 0, config.num_samples)()
     return Samples(0, pictures.images, pictures.labels)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ray_sampler.cli import main
 from ray_sampler.cluster import driver, inventory
 from ray_sampler.cluster.driver import run
-from ray_sampler.cluster.reduce import check
+from ray_sampler.cluster.tasks import check
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import Samples
 from tests.cluster.runs import ARCHIVE, contents, flags_of, fragments, leave, part, random_weights, sampled, savez

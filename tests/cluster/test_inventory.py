@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_sampler.cluster.inventory import newly
-from ray_sampler.storage.coverage import cover, missing
+from ray_sampler.storage.ranges import cover, missing
 from ray_sampler.storage.record import FragmentName
 
 NAMES = st.lists(

@@ -18,14 +18,18 @@ import torch
 import ray_sampler
 from ray_sampler import config
 from ray_sampler.cli import main
-from ray_sampler.cluster import prepare
-from ray_sampler.models import checkpoint
+from ray_sampler.cluster import job
+from ray_sampler.networks.adm import spec_of
+from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.networks.adm_unet import UNet
+from ray_sampler.networks.opening import open_network
+from ray_sampler.options import pick
+from ray_sampler.presets import ModelOptions, settings_for
 from ray_sampler.sampling import engine
-from ray_sampler.sampling.denoiser import make_denoiser
-from ray_sampler.sampling.noise import make_noise
-from ray_sampler.sampling.solvers import solve
+from ray_sampler.sampling.plan import MAIN, sample_block
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import Samples
+from tests.loading import loaded
 
 
 def identity_of(
@@ -38,13 +42,21 @@ def identity_of(
         gpus: GPUs of an actor, which decide the precision auto.
         dummy_seed: what --generator dummy drew.
     """
-    run = prepare.resolve(config.RunConfig(**flags))
-    there = None if dummy_seed is None else {"identity": {"generator": "dummy", "seed": dummy_seed}}
-    run = prepare.settle(run, gpus, there)
-    labels = prepare.label_rule(run)
-    if weights_hash is None:
-        weights_hash = checkpoint.weights_hash(checkpoint.open_weights(run.weights))
-    return run.identity(weights_hash, labels.identity() if labels else None)
+    request = config.RunConfig(**flags)
+    model, brought = settings_for(request.of(ModelOptions))
+    settings = brought | request.given()
+    spec = spec_of(pick(AdmOptions, settings), settings)
+    there = {} if dummy_seed is None else {"generator": "dummy", "seed": dummy_seed}
+    run = config.resolve(
+        request,
+        model,
+        brought,
+        spec,
+        labels=job.label_rule(request.labels, spec),
+        precision=job.settled_precision(request, gpus, there),
+        seed=job.settled_seed(request, there),
+    )
+    return run.identity(open_network(model, settings).weights if weights_hash is None else weights_hash)
 
 
 def fingerprint_of(identity: Mapping[str, Any]) -> str:
@@ -54,7 +66,7 @@ def fingerprint_of(identity: Mapping[str, Any]) -> str:
 
 def run_json_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     """What a new run of the request writes as run.json; reads the weights, writes nothing, needs no Ray."""
-    return prepare.prepare(config.RunConfig(**flags)).record()
+    return job.prepare(config.RunConfig(**flags)).record()
 
 
 def dry_run_of(arguments: list[str]) -> dict[str, Any]:
@@ -104,23 +116,14 @@ def fragment_bytes(
 
 def floats_of(flags: Mapping[str, Any], count: int) -> np.ndarray:
     """What the first `count` samples of a request are before they become pixels, on one thread: (count, 3, H, W)."""
-    job = prepare.prepare(config.RunConfig(**flags))
-    sampling, architecture, indices = job.run.sampling, job.run.architecture, torch.arange(count)
-    network = checkpoint.build(architecture, job.weights, "fp32", "cpu")
+    prepared = job.prepare(config.RunConfig(**flags))
+    network = loaded(prepared.networks[MAIN], "fp32")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            denoise = make_denoiser(
-                network,
-                job.labels.labels(sampling.seed, indices) if job.labels else None,
-                consistency=sampling.consistency,
-                sigma_min=sampling.sigma_min,
-                clip=sampling.clip_denoised,
-            )
-            shape = (3, architecture.image_size, architecture.image_size)
-            noise = make_noise(sampling.generator, sampling.seed, job.run.request.num_samples, indices, shape)
-            return solve(sampling, denoise, noise).numpy()
+            x, _ = sample_block({MAIN: network}, prepared.run.plan, torch.arange(count))
+            return x.clamp(-1, 1).numpy()
     finally:
         torch.set_num_threads(threads)
 
@@ -132,10 +135,8 @@ def numerics_key(batch_size: int) -> str:
 
 def weights_of_tiny(architecture: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Random float16 weights of an ADM network; used once, to make tiny.safetensors."""
-    from ray_sampler.models.unet import UNet
-
     random = torch.Generator().manual_seed(0)
     return {
         name: (torch.randn(tensor.shape, generator=random) * (0.04 if tensor.ndim > 1 else 0.3)).half()
-        for name, tensor in UNet(config.Architecture(**architecture)).state_dict().items()
+        for name, tensor in UNet(AdmOptions(**architecture)).state_dict().items()
     }

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ray_sampler.cluster.actor import pack, unpack
+from ray_sampler.cluster.worker import pack, unpack
 from ray_sampler.config import Architecture, Precision, RequestError
-from ray_sampler.models.checkpoint import build, fit, load_checkpoint, weights_hash
-from ray_sampler.models.unet import UNet
+from ray_sampler.networks.weights import build, fit, load_checkpoint, weights_hash
+from ray_sampler.networks.adm_unet import UNet
 
 ARCH = Architecture(
     image_size=16,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from ray_sampler.models.presets import BUNDLED, PRESETS
-from ray_sampler.models.unet import Convolution, GroupNorm, UNet
+from ray_sampler.presets import BUNDLED, PRESETS
+from ray_sampler.networks.adm_unet import Convolution, GroupNorm, UNet
 from tests.models.golden import architecture_of, golden_flags, golden_folder, golden_state
 
 ORIGINAL_DEFAULTS: dict[str, Any] = {

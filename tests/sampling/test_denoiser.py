@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ray_sampler.sampling.denoiser import consistency_scalings, edm_scalings, make_denoiser, network_time
+from ray_sampler.sampling.parameterisation import consistency_scalings, edm_scalings, make_denoiser, network_time
 
 SIGMA_MIN = 0.002
 SIGMAS = st.floats(SIGMA_MIN, 80.0)

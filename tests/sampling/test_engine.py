@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_sampler.config import Architecture, Sampling, Solver, TrainingMode
-from ray_sampler.models.unet import UNet
-from ray_sampler.sampling.denoiser import make_denoiser
+from ray_sampler.networks.adm_unet import UNet
+from ray_sampler.sampling.parameterisation import make_denoiser
 from ray_sampler.sampling.engine import (
     Engine,
     NonFiniteError,
@@ -22,7 +22,7 @@ from ray_sampler.sampling.engine import (
     numerics_key,
     to_uint8,
 )
-from ray_sampler.sampling.labels import LabelRule, listed_labels
+from ray_sampler.sampling.conditions import LabelRule, listed_labels
 from ray_sampler.sampling.noise import make_noise
 from ray_sampler.sampling.solvers import solve
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from ray_sampler.config import Architecture, Compile, Precision, Sampling
-from ray_sampler.models.checkpoint import build, fit, open_weights
-from ray_sampler.models.presets import BUNDLED
+from ray_sampler.networks.weights import build, fit, open_weights
+from ray_sampler.presets import BUNDLED
 from ray_sampler.sampling.engine import Engine
-from ray_sampler.sampling.labels import LabelRule
+from ray_sampler.sampling.conditions import LabelRule
 
 N, BATCH = 16, 8
 BOUNDS: dict[Precision, tuple[int, float]] = {"fp16": (2, 0.05), "bf16": (12, 0.4)}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_sampler.config import RequestError
-from ray_sampler.sampling.labels import LabelRule, listed_labels
+from ray_sampler.sampling.conditions import LabelRule, listed_labels
 
 Words = tuple[int, int, int, int]
 

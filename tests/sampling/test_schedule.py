@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_sampler.sampling.schedule import karras_sigmas, multistep_sigmas
+from ray_sampler.sampling.schedules import karras_sigmas, multistep_sigmas
 
 
 def formula(position: float, sigma_min: float, sigma_max: float, rho: float) -> float:

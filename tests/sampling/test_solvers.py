@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ray_sampler.config import Architecture, Generator, Sampling, Solver, TrainingMode
-from ray_sampler.models.unet import UNet
-from ray_sampler.sampling.denoiser import make_denoiser
+from ray_sampler.networks.adm_unet import UNet
+from ray_sampler.sampling.parameterisation import make_denoiser
 from ray_sampler.sampling.noise import make_noise, philox_normals
-from ray_sampler.sampling.schedule import karras_sigmas
+from ray_sampler.sampling.schedules import karras_sigmas
 from ray_sampler.sampling.solvers import (
     Churn,
     ancestral,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ray_sampler.config import RunError
 from ray_sampler.storage.archive import Content, DamagedPiece, archive_intact, content_of, lay_out, merge
 from ray_sampler.storage.archive_layout import ArchiveLayout, crc32_combine
-from ray_sampler.storage.coverage import cover
+from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.record import FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
 from tests.storage.fill import FINGERPRINT, fill, make_samples
@@ -201,7 +201,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
         import resource, sys
         import numpy as np
         from ray_sampler.storage.archive import content_of, merge
-        from ray_sampler.storage.coverage import cover
+        from ray_sampler.storage.ranges import cover
         from ray_sampler.storage.fragment import encode
         from ray_sampler.storage.record import FragmentName, Samples
         from ray_sampler.storage.run_dir import RunDir

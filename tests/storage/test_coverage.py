@@ -5,7 +5,7 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_sampler.storage.coverage import Piece, cover, missing
+from ray_sampler.storage.ranges import Piece, cover, missing
 from ray_sampler.storage.record import FragmentName
 
 NAMES = st.builds(

@@ -1,0 +1,143 @@
+"""What can be asked of, and done with, a run directory from any machine, without Ray."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from ray_sampler.errors import RequestError, RunError
+from ray_sampler.reporting.sheet import PREVIEW, Sheet
+from ray_sampler.reporting.status import FragmentFact, Status, render, status
+from ray_sampler.storage.archive import DamagedPiece, content_of, merge
+from ray_sampler.storage.ranges import cover, missing
+from ray_sampler.storage.record import DamagedFragment, FragmentName
+from ray_sampler.storage.run_dir import RunDir
+from ray_sampler.storage.verify import verify
+
+WATCH_S = 10.0
+
+RECORDS_READ = 8
+"""Fragments whose records `status` reads, about: each is a whole read."""
+
+NEEDED = {"fingerprint", "num_samples", "image_shape", "labelled", "settings"}
+"""What is read of run.json."""
+
+
+def open_run(url: str) -> tuple[RunDir, dict[str, Any]]:
+    """A run directory and its run.json.
+
+    Raises:
+        RequestError: there is no run.
+    """
+    run_dir = RunDir(url)
+    run = run_dir.read_run()
+    if run is None:
+        raise RequestError(f"{run_dir.url} holds no run.json; give the --output of a run")
+    if not run.keys() >= NEEDED:
+        raise RequestError(f"{run_dir.url}/run.json is not one of ray-sampler's; give the --output of a run")
+    return run_dir, run
+
+
+def print_status(url: str, as_json: bool, watch: bool) -> int:
+    """Say how far the run is; with `watch` again and again until it is done."""
+    run_dir, run = open_run(url)
+    console = Console()
+    while True:
+        found = status_of(run_dir, run)
+        if as_json:
+            print(json.dumps(found.as_json()), flush=True)
+        else:
+            console.print(render(found))
+        if not watch or found.state == "done":
+            return 0
+        time.sleep(WATCH_S)
+
+
+def status_of(run_dir: RunDir, run: dict[str, Any]) -> Status:
+    """How far a run is, from the listing of its fragments and the records of a few."""
+    listing = run_dir.fragments(times=True)
+    every = max(1, len(listing.fragments) // RECORDS_READ)
+    facts = []
+    for i, name in enumerate(listing.fragments):
+        made = made_by(run_dir, name, run["fingerprint"]) if i % every == 0 else {}
+        facts.append(
+            FragmentFact(
+                name.start, name.stop, listing.modified.get(name), made.get("device"), made.get("numerics_key")
+            )
+        )
+    archive = run_dir.archive_name(run["num_samples"], tuple(run["image_shape"]))
+    return status(run["fingerprint"], run["num_samples"], facts, archive if run_dir.has(archive) else None, time.time())
+
+
+def made_by(run_dir: RunDir, name: FragmentName, fingerprint: str) -> Mapping[str, Any]:
+    try:
+        return run_dir.read_fragment(name, fingerprint).record.computed_by
+    except DamagedFragment:
+        return {}  # `verify` tells of it
+
+
+def verify_run(url: str) -> int:
+    """Check every fragment and set aside what is damaged; returns 0 if the run is whole and complete, else 1."""
+    run_dir, run = open_run(url)
+    found = verify(run_dir, run["fingerprint"])
+    for name, reason in found.rejected:
+        print(f"set aside {name}: {reason}")
+    gaps = missing(cover(found.records, run["num_samples"]), run["num_samples"])
+    keys = {str(record.computed_by.get("numerics_key")) for record in found.records.values()}
+    print(f"{len(found.records)} fragments are whole, {len(found.rejected)} were set aside")
+    if len(keys) > 1:
+        print(f"they were computed under {len(keys)} numerics keys: {'; '.join(sorted(keys))}")
+    if gaps:
+        count = sum(stop - start for start, stop in gaps)
+        print(f"{count} of {run['num_samples']} samples are missing; the run's command samples them")
+    return 1 if gaps or found.rejected else 0
+
+
+def merge_run(url: str) -> int:
+    """Write the archive of a complete set of fragments.
+
+    Raises:
+        RunError: samples are missing, or a fragment is damaged.
+    """
+    run_dir, run = open_run(url)
+    found = verify(run_dir, run["fingerprint"])
+    num_samples = run["num_samples"]
+    pieces = cover(found.records, num_samples)
+    gaps = missing(pieces, num_samples)
+    if gaps:
+        count = sum(stop - start for start, stop in gaps)
+        raise RunError(
+            f"{count} of {num_samples} samples are missing from {run_dir.url}; run the run's command to sample them"
+        )
+    contents = {name: content_of(record) for name, record in found.records.items()}
+    height, width, channels = run["image_shape"]
+    try:
+        layout = merge(
+            run_dir, pieces, contents, num_samples, (height, width, channels), run["labelled"], run["fingerprint"]
+        )
+    except DamagedPiece as damage:
+        raise RunError(f"{damage} while it was merged; run merge again") from damage
+    print(run_dir.path_of(run_dir.archive_name(num_samples, layout.image_shape)))
+    return 0
+
+
+def preview_run(url: str) -> int:
+    """Draw preview.png from the fragments that are there.
+
+    Raises:
+        RunError: there is none.
+    """
+    run_dir, run = open_run(url)
+    settings = run["settings"]
+    title = f"{str(settings['model']).rpartition('/')[2]} · {settings['sampler']} · {run['fingerprint'][:8]}"
+    sheet = Sheet(run_dir, run["fingerprint"], run["num_samples"], title)
+    tiles = sheet.read(run_dir.fragments().fragments)
+    if not tiles:
+        raise RunError(f"{run_dir.url} has no readable fragment to draw yet")
+    run_dir.write_file(PREVIEW, sheet.draw(tiles))
+    print(run_dir.path_of(PREVIEW))
+    return 0
