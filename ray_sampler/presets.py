@@ -21,10 +21,19 @@ class ModelOptions:
 
     model: str | None = option(
         None,
-        "Weights: a bundled model's name (digits, digits-cd), which brings its settings, or a checkpoint: a local path or "
-        "any fsspec URL. Without one the bundled digits model runs.",
+        "Weights: a bundled model's name (digits, digits-cd), which brings its settings; a checkpoint, by a local path or "
+        "any fsspec URL; or python:module:function, a network of your own. Without one the bundled digits model runs.",
     )
     model_path: str = option("", "The same as --model.")
+    weights_key: str | None = option(
+        None, "Where in a checkpoint the weights are, as ema or state_dict (found by itself).", recorded=False
+    )
+    weights: str | None = option(
+        None, "Passed to the function of --model python:module:function.", recorded=False
+    )
+    tag: str | None = option(
+        None, "Text that goes into the fingerprint of --model python:module:function, as a version.", recorded=False
+    )
     preset: str | None = option(
         None,
         "Settings alone, for weights that you have: architecture, preconditioning, solver and ts. Explicit flags win. "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class Shipped:
 
 def ship(network: Network, precision: Precision) -> Shipped:
     """Put a network into the object store; its tensors are taken out of it on the way."""
+    for name in network.by_value:
+        cloudpickle.register_pickle_by_value(sys.modules[name])
     module = network.build(precision)
     names = {id(tensor): name for name, tensor in module.state_dict(keep_vars=True).items()}
     loader = _Loader(network.tensors, names)

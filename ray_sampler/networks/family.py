@@ -101,6 +101,8 @@ class Network:
     """What the user should know of how the file was read."""
     sha256: str | None = None
     """Of a file that was fetched."""
+    by_value: tuple[str, ...] = ()
+    """Names of modules that travel with the network, as other nodes lack their files."""
 
 
 def without_memory(build: Callable[[], nn.Module]) -> nn.Module:
