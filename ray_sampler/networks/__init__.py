@@ -1,0 +1,1 @@
+"""Networks: their weights, from whatever file they come in, and what those weights tell."""
