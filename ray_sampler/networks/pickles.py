@@ -1,9 +1,9 @@
 """A reader of pickles that runs nothing in them.
 
-Python's own unpickler can be stopped from importing what a file names, but not from using memory: one opcode of five bytes
-makes its memo 2^32 entries long, another a buffer of any length, and a dictionary key of nested tuples takes
-for ever to hash. This one executes the opcodes itself, counts them, calls nothing but the stand-ins that it is given, and never
-allocates more than the file has bytes for.
+Python's own unpickler can be stopped from importing what a file names, but not from using memory: one opcode of five
+bytes makes its memo 2^32 entries long, another makes a buffer of any length, and a dictionary key of nested tuples takes
+for ever to hash. This one executes the opcodes itself and counts them. It calls nothing but the stand-ins that it is
+given, and never allocates more than the file has bytes for.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def read(file: BinaryIO, size: int, lookup: Lookup, persistent: Callable[[Any], 
 
 
 class _Machine:
-    """The stack machine of the pickle protocol, versions 0 to 5, without what needs code or buffers outside of the file."""
+    """The stack machine of the pickle protocol, versions 0 to 5, without what needs code or buffers of other files."""
 
     def __init__(self, file: BinaryIO, size: int, lookup: Lookup, persistent: Callable[[Any], Any] | None) -> None:
         self.file = file
@@ -301,8 +301,8 @@ class _Machine:
         if make is None:
             shown = f"{module}.{name}"[:100].encode("ascii", "backslashreplace").decode()
             raise Refused(
-                f"it asks for {shown if shown.isprintable() else ascii(shown)}, which no known network needs; loading it "
-                "would run code, so it is refused"
+                f"it asks for {shown if shown.isprintable() else ascii(shown)}, which no known network needs; "
+                "loading it would run code, so it is refused"
             )
         return Name(f"{module}.{name}", make)
 

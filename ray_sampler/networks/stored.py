@@ -17,6 +17,8 @@ CHUNK = 2**22
 """Bytes that one read asks for: they are still in the processor's cache when their CRC is taken."""
 
 MAX_DIMENSIONS = 64
+LARGEST = 2**48
+"""Of sizes, strides and offsets: torch counts in 64 bits."""
 SLACK = 2**26
 SHARED = 8
 """How many times a file's bytes its tensors may have together, since they may share memory."""
@@ -74,7 +76,7 @@ class Budget:
     def tensor(self, storage: Any, dtype: torch.dtype, shape: Any, strides: Any, offset: Any, start: int = 0) -> Stored:
         """The tensor, if it lies in its storage. `start` is where in the storage element 0 is, in bytes."""
         numbers = (*shape, *strides, offset)
-        whole = all(type(number) is int and number >= 0 for number in numbers)
+        whole = all(type(number) is int and 0 <= number < LARGEST for number in numbers)
         if not (isinstance(storage, Storage) and whole and len(shape) == len(strides) <= MAX_DIMENSIONS):
             raise Refused(f"{DAMAGED}: a tensor in it has no size")
         if start % dtype.itemsize:
@@ -82,7 +84,10 @@ class Budget:
         stored = Stored(storage, dtype, tuple(shape), tuple(strides), offset + start // dtype.itemsize)
         last = stored.offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         self.left -= stored.size
-        if (stored.size and (last + 1) * dtype.itemsize > storage.size) or self.left < 0:
+        too_long = (
+            (last + 1) * dtype.itemsize > storage.size if stored.size else math.prod(n or 1 for n in shape) > LARGEST
+        )
+        if too_long or self.left < 0:
             raise Refused(f"{DAMAGED}: it is too short for the tensors that it lists")
         return stored
 

@@ -65,8 +65,8 @@ SAFE_DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-SAFE_HEADER = 100_000_000
-"""Bytes that the header of a safetensors file may have, by its definition."""
+SAFE_HEADER = 2**25
+"""Bytes that the header of a safetensors file may have here: room for 200,000 tensors."""
 
 ODD = {
     "_rebuild_sparse_tensor": "a sparse tensor",
@@ -142,7 +142,9 @@ class _Stands:
             return Odd("a tensor whose conjugate or negative is meant")
         return self.budget.tensor(view.storage, view.dtype, shape, strides, offset, view.start)
 
-    def typed_tensor(self, view: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *others: Any) -> Entry:
+    def typed_tensor(
+        self, view: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *others: Any
+    ) -> Entry:
         kind = DTYPES.get(dtype.name) if isinstance(dtype, Name) else None
         if kind is None or not isinstance(view, View):
             return Odd("a tensor of an unknown dtype")
@@ -184,7 +186,9 @@ def read_zip(file: BinaryIO, size: int) -> Any:
         records = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, zlib.error, OverflowError) as error:
         raise Refused("it is truncated or damaged: a zip archive, as torch.save writes, without its end") from error
-    folder = next((name.partition("/")[0] for name in records if name.count("/") == 1 and name.endswith("/data.pkl")), None)
+    folder = next(
+        (name.partition("/")[0] for name in records if name.count("/") == 1 and name.endswith("/data.pkl")), None
+    )
     if folder is None:
         kind = "an archive of NumPy" if any(name.endswith(".npy") for name in records) else "a zip archive"
         raise Refused(f"it is {kind}, and holds no checkpoint of torch.save; unpack it and name the checkpoint in it")
@@ -308,7 +312,9 @@ def _blob(blob: Any) -> View:
         stands = _Stands(len(data))
         if read(file, len(data), stands.lookup) != MAGIC:
             raise Refused(f"{DAMAGED}: a tensor in it is stored in an unknown way")
-        blob.made = _legacy(file, len(data), stands, lambda position, count: read_bytes(io.BytesIO(data), position, count))
+        blob.made = _legacy(
+            file, len(data), stands, lambda position, count: read_bytes(io.BytesIO(data), position, count)
+        )
         blob.data = None
     if not isinstance(blob.made, View):
         raise Refused(f"{DAMAGED}: a tensor in it is stored in an unknown way")
@@ -340,7 +346,11 @@ def read_safetensors(file: BinaryIO, size: int) -> dict[str, Entry]:
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (first, last) = SAFE_DTYPES.get(described["dtype"]), described["shape"], described["data_offsets"]
+            dtype, shape, (first, last) = (
+                SAFE_DTYPES.get(described["dtype"]),
+                described["shape"],
+                described["data_offsets"],
+            )
             whole = all(type(number) is int and number >= 0 for number in (*shape, first, last))
         except (TypeError, KeyError, ValueError) as error:
             raise Refused("it is damaged: a safetensors file that describes a tensor otherwise") from error
