@@ -34,7 +34,7 @@ def foreign_kind(head: bytes) -> str:
         return "it is a tar archive; unpack it and name the checkpoint in it"
     text = head[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head")) or (text.startswith(b"<") and b"<html" in text):
-        return "it is an HTML page, such as a site shows in place of a download; check the address, or log in and download it"
+        return "it is an HTML page, such as a site shows in place of a download; check the address"
     if text.startswith(b"<?xml"):
         return "it is an XML text, such as a storage service answers with in place of a file; check the address"
     if text.startswith((b"{", b"[")):

@@ -1,7 +1,7 @@
 """A reader of pickles that runs nothing in them.
 
 Python's own unpickler can be stopped from importing what a file names, but not from using memory: one opcode of five
-bytes makes its memo 2^32 entries long, another makes a buffer of any length, and a dictionary key of nested tuples takes
+bytes makes its memo 2^32 entries long, another a buffer of any length, and a dictionary key of nested tuples takes
 for ever to hash. This one executes the opcodes itself and counts them. It calls nothing but the stand-ins that it is
 given, and never allocates more than the file has bytes for.
 """

@@ -112,13 +112,15 @@ def _local(path: Path, stack: contextlib.ExitStack) -> Source | Folder:
         return Folder(str(path), tuple(sorted(entry.name for entry in path.iterdir() if not entry.is_dir())))
     piped = not stat.S_ISREG(mode)
     require(not piped or stat.S_ISFIFO(mode), "it is a device or a socket; name a file, a pipe or a directory")
-    file: BinaryIO = stack.enter_context(path.open("rb"))
-    if piped:
-        spooled = stack.enter_context(tempfile.TemporaryFile())
-        shutil.copyfileobj(file, spooled, CHUNK)
-        spooled.flush()
-        file = spooled
-    return _source(file)
+    file = stack.enter_context(path.open("rb"))
+    return _source(_spooled(file, stack.enter_context(tempfile.TemporaryFile())) if piped else file)
+
+
+def _spooled(pipe: BinaryIO, file: Any) -> Any:
+    """`file` with all that comes through the pipe, which can only be read once and in order."""
+    shutil.copyfileobj(pipe, file, CHUNK)
+    file.flush()
+    return file
 
 
 def _source(
@@ -141,7 +143,10 @@ def _remote(url: str, stack: contextlib.ExitStack) -> Source | Folder:
             reason = cache.prepare(locked)
             if reason is None:
                 return _source(stack.enter_context(cache.open()), True, None, cache.discard)
-        note = f"{cache.folder.parent} cannot be written ({reason}), so this file is not kept; XDG_CACHE_HOME chooses another folder"
+        note = (
+            f"{cache.folder.parent} cannot be written ({reason}), so the file is not kept there; "
+            "XDG_CACHE_HOME chooses another folder"
+        )
     else:
         note = None
     info = fs.info(path)

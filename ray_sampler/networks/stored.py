@@ -95,7 +95,7 @@ class Budget:
 def read_bytes(file: BinaryIO, position: int, count: int, crc: int = 0) -> Tensor:
     """Bytes of the file, (count,) uint8, in memory of their own. A `crc` other than 0 is compared with their CRC-32."""
     data = torch.empty(count, dtype=torch.uint8)
-    view = memoryview(data.numpy())
+    view = memoryview(data.numpy())  # type: ignore[arg-type]  # numpy's stubs know no Buffer before 3.12
     file.seek(position)
     done = computed = 0
     while done < count:

@@ -1,7 +1,7 @@
 """The weights of a checkpoint, from whatever file people have, without running anything in it.
 
-What a file is, its content tells and never its name. Each file is read once, from one descriptor, into memory of this process, so
-the tensors that are hashed are the tensors that are used, whatever happens to the file.
+What a file is, its content tells and never its name. Each file is read once, from one descriptor, into memory of this
+process, so the tensors that are hashed are the tensors that are used, whatever happens to the file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from ray_sampler.config import RequestError, redact
 from ray_sampler.networks.choose import Part, WrongKey, choose
 from ray_sampler.networks.kinds import foreign_kind
 from ray_sampler.networks.pickles import Refused
+from ray_sampler.networks.safe_files import is_safetensors, read_safetensors
 from ray_sampler.networks.sources import Folder, Source, opened
 from ray_sampler.networks.stored import Entry, Odd, Stored, load
-from ray_sampler.networks.torch_files import is_safetensors, read_pickle, read_safetensors, read_zip
+from ray_sampler.networks.torch_files import read_pickle, read_zip
 
 HEAD = 2**16
 NAMED = 3
@@ -41,8 +42,8 @@ class Checkpoint:
     """What was read from a file."""
 
     tensors: dict[str, Tensor] = field(repr=False)
-    """The weights, floating-point numbers, on the CPU, as they are stored, by canonical name: without the prefixes that wrappers
-    (DataParallel, torch.compile, Lightning, averages) give them. Empty for a snapshot of NVIDIA's."""
+    """The weights: floating-point numbers on the CPU, in the dtype in which they are stored, by canonical name, without the
+    prefixes that wrappers give (DataParallel, torch.compile, Lightning, averages). Empty for a snapshot of NVIDIA's."""
     key: str
     """Where in the file they were, as in "ema" or "state_dict.model_ema"; "" is the top level."""
     note: str | None
@@ -58,16 +59,17 @@ class Checkpoint:
 def read_checkpoint(url: str, key: str | None = None, flag: str = "--model") -> Checkpoint:
     """The weights in the file at a path, a pipe or any fsspec URL, or in a directory with an index of its parts.
 
-    Read are what torch.save writes (zip or older), safetensors, plain pickles, and snapshots of NVlabs/edm and edm2. Objects
-    of classes beside the weights are ignored: no name in the file is imported, looked up or called.
+    It reads what torch.save writes (zip or older), safetensors, plain pickles, and snapshots of NVlabs/edm and edm2.
+    Objects beside the weights are ignored: no name in the file is imported, looked up or called.
 
     Args:
-        key: where in the file the weights are, with dots. By default an exponential moving average is taken where there is one, else
-            the state dict.
+        key: where in the file the weights are, with dots. By default an exponential moving average is taken where there
+            is one, else the state dict.
         flag: that named the file, for messages.
 
     Raises:
-        RequestError: there is no such file, it cannot be read, or holds no weights: one sentence that says what it is and what to do.
+        RequestError: there is no such file, it cannot be read, or holds no weights; one sentence says what it is and
+            what to do.
     """
     shown = str(redact(url))
     with opened(url, flag) as found:
@@ -145,7 +147,8 @@ def _loaded(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     odd = [f"{_shown(name)} as {entry.what}" for name, entry in entries.items() if isinstance(entry, Odd)]
     if odd:
         raise Refused(
-            f"it has {', '.join(odd[:NAMED])}{', ...' if len(odd) > NAMED else ''}; save the weights as ordinary dense tensors"
+            f"it has {', '.join(odd[:NAMED])}{', ...' if len(odd) > NAMED else ''}; "
+            "save the weights as ordinary dense tensors"
         )
     stored = {name: entry for name, entry in entries.items() if isinstance(entry, Stored)}
     whole = [
