@@ -20,21 +20,10 @@ MODEL_PARTS = ("state_dict", "model", "module", "_orig_mod")
 """Beginnings of names, before a dot, that make a part of a state dict where other names stand beside."""
 
 WRAPPERS = frozenset(
-    [
-        "module",
-        "_orig_mod",
-        "_forward_module",
-        "model",
-        "ema_model",
-        "ema",
-        "model_ema",
-        "state_dict",
-        "net",
-        "network",
-        "denoiser",
-        "diffusion_model",
-        "unet",
-    ]
+    (
+        *("module", "_orig_mod", "_forward_module", "state_dict", "model", "ema_model", "ema", "model_ema"),
+        *("net", "network", "denoiser", "diffusion_model", "unet"),
+    )
 )
 """Beginnings of names that say nothing where all names have them."""
 

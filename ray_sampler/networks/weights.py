@@ -42,8 +42,8 @@ class Checkpoint:
     """What was read from a file."""
 
     tensors: dict[str, Tensor] = field(repr=False)
-    """The weights: floating-point numbers on the CPU, in the dtype in which they are stored, by canonical name, without the
-    prefixes that wrappers give (DataParallel, torch.compile, Lightning, averages). Empty for a snapshot of NVIDIA's."""
+    """The weights: floating-point numbers on the CPU, in the dtype in which they are stored, by canonical name: without
+    the prefixes of wrappers (DataParallel, torch.compile, Lightning, averages). Empty for a snapshot of NVIDIA's."""
     key: str
     """Where in the file they were, as in "ema" or "state_dict.model_ema"; "" is the top level."""
     note: str | None
