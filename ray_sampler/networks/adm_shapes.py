@@ -108,7 +108,7 @@ def explain_misfit(tensors: Mapping[str, Tensor], flags: Mapping[str, Any]) -> s
     if told is None:
         return ""
     size = flags.get("image_size")
-    wrong = [
+    wrong: list[tuple[str, Any, Any]] = [
         (name, told[name], flags[name])
         for name in (
             "num_channels",

@@ -198,10 +198,11 @@ def read_zip(file: BinaryIO, size: int) -> Any:
     views: dict[str, Storage] = {}
     left = size
 
-    def load(position: int, info: zipfile.ZipInfo, itemsize: int) -> Tensor:
+    def load(position: int, info: zipfile.ZipInfo, dtype: torch.dtype) -> Tensor:
         data = read_bytes(file, position, info.file_size, info.CRC)
-        # numpy swaps in place whatever the dtype.
-        return torch.from_numpy(data.numpy().view(f"V{itemsize}").byteswap().view("u1")) if swapped else data
+        if swapped:
+            data.untyped_storage().byteswap(dtype)
+        return data
 
     def persistent(saved: Any) -> View:
         nonlocal left
@@ -214,12 +215,13 @@ def read_zip(file: BinaryIO, size: int) -> Any:
             left -= info.file_size
             if left < 0:  # records that lie on one another
                 raise Refused(f"{DAMAGED}: its records are larger than the file")
-            views[key] = Storage(info.file_size, partial(load, position, info, dtype.itemsize), position)
+            views[key] = Storage(info.file_size, partial(load, position, info, dtype), position)
         return View(views[key], dtype)
 
     position, info = record("data.pkl")
     file.seek(position)
-    return read(file, info.file_size, _Stands(size).lookup, persistent)
+    pickled = io.BytesIO(file.read(info.file_size))  # `record` moves the position of the file
+    return read(pickled, info.file_size, _Stands(size).lookup, persistent)
 
 
 def _bytes(file: BinaryIO, position: int, info: zipfile.ZipInfo) -> bytes:
