@@ -77,10 +77,7 @@ LAYOUTS: dict[str, tuple[Any, str]] = {
     "alone": (STATE, ""),
     "ordered": (OrderedDict(STATE), ""),
     "of a module": (Net().state_dict() | STATE, ""),
-    "parameters": (
-        {name: nn.Parameter(t, t.is_floating_point()) if t.is_floating_point() else t for name, t in STATE.items()},
-        "",
-    ),
+    "parameters": (STATE | {name: nn.Parameter(tensor) for name, tensor in FLOATS.items()}, ""),
     "beside objects": ({**STATE, "args": Settings(lr=1)}, ""),
     "module.": (prefixed(STATE, "module."), ""),
     "_orig_mod.": (prefixed(STATE, "_orig_mod."), ""),
@@ -189,11 +186,8 @@ def test_the_hash_is_that_of_version_1(tmp_path: Path) -> None:
 
 def test_views_of_one_memory_and_other_orders_of_it_are_read(tmp_path: Path) -> None:
     base = torch.arange(24.0)
-    views = {
-        "a": base[3:9].reshape(2, 3).t(),
-        "b": base.reshape(1, 2, 3, 4).to(memory_format=torch.channels_last),
-        "c": base[5:],
-    }
+    channels_last = base.reshape(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    views = {"a": base[3:9].reshape(2, 3).t(), "b": channels_last, "c": base[5:]}
     for write in WRITERS:
         write(views, tmp_path / "w")
         read = read_checkpoint(str(tmp_path / "w")).tensors
@@ -254,7 +248,7 @@ def test_an_index_of_parts_is_read_whole(index: str, given: str, tmp_path: Path)
     suffix = index.split(".")[1]
     names = list(FLOATS)
     parts = {f"w-0000{i + 1}-of-00002.{suffix}": {n: FLOATS[n] for n in names[i::2]} for i in range(2)}
-    files = {}
+    files: dict[str, str] = {}
     for file, part in parts.items():
         (save_file if suffix == "safetensors" else torch.save)(part, tmp_path / file)
         files |= dict.fromkeys(part, file)
@@ -262,8 +256,8 @@ def test_an_index_of_parts_is_read_whole(index: str, given: str, tmp_path: Path)
     url = {"folder": str(tmp_path), "index": str(tmp_path / index), "url": "memory://parts"}[given]
     if given == "url":
         fs = fsspec.filesystem("memory")
-        for file in tmp_path.iterdir():
-            fs.pipe_file(f"/parts/{file.name}", file.read_bytes())
+        for path in tmp_path.iterdir():
+            fs.pipe_file(f"/parts/{path.name}", path.read_bytes())
     assert weights_hash(read_checkpoint(url).tensors) == weights_hash(FLOATS)
     assert "part 1 of 2" in refusal(tmp_path / next(iter(parts)))
     if given == "url":
@@ -330,11 +324,7 @@ def test_what_is_no_checkpoint_is_named(content: bytes, said: str, tmp_path: Pat
 
 
 OPTIMIZER = torch.optim.AdamW(Net().parameters()).state_dict()
-NAN: State = {
-    **FLOATS,
-    "blocks.0.weight": torch.tensor([1.0, float("nan")]),
-    "blocks.2.weight": torch.tensor(float("-inf")),
-}
+NAN: State = FLOATS | {"blocks.0.weight": torch.tensor([1, torch.nan]), "blocks.2.weight": torch.tensor(-torch.inf)}
 
 
 @pytest.mark.parametrize(
@@ -364,7 +354,7 @@ NAN: State = {
         ({"a.weight": torch.zeros(3, dtype=torch.int8), "a.scale": torch.zeros(1)}, "a.weight as int8"),
         ({"steps": torch.zeros(3, dtype=torch.int64), "ids": torch.zeros(3, dtype=torch.int64)}, "no floating-point"),
         ({"a": torch.zeros(0), "b": torch.zeros(0), "c": torch.zeros(1)}, "one part of a sharded checkpoint"),
-        (NAN, "2 of its 7 tensors have values that are not finite (blocks.0.weight, blocks.2.weight)"),
+        (NAN, "2 of its 8 tensors have values that are not finite (blocks.0.weight, blocks.2.weight)"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else None,
 )
@@ -446,5 +436,5 @@ def test_a_directory_of_distributed_checkpoints_names_the_command_that_joins_it(
 
 
 def test_another_flag_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="^--guide is "):
+    with pytest.raises(RequestError, match=r"^--guide is "):
         read_checkpoint(str(tmp_path / "none"), flag="--guide")
