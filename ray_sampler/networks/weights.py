@@ -1,144 +1,271 @@
-"""Weights from a path or URL into a network, without running code that a checkpoint may hold."""
+"""The weights of a checkpoint, from whatever file people have, without running anything in it.
+
+What a file is, its content tells and never its name. Each file is read once, from one descriptor, into memory of this
+process, so the tensors that are hashed are the tensors that are used, whatever happens to the file.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import pickle
+import importlib
+import json
 import re
-import tempfile
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import torch
-from fsspec.implementations.local import LocalFileSystem
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ray_sampler.errors import RequestError, redact, require
+from ray_sampler.config import RequestError, redact
+from ray_sampler.networks.choose import Part, WrongKey, choose
+from ray_sampler.networks.kinds import foreign_kind
+from ray_sampler.networks.pickles import Refused
+from ray_sampler.networks.safe_files import is_safetensors, read_safetensors
+from ray_sampler.networks.sources import Folder, Source, opened
+from ray_sampler.networks.stored import Entry, Odd, Stored, load
+from ray_sampler.networks.torch_files import read_pickle, read_zip
 
-SUFFIXES = (".pt", ".pth", ".safetensors")
-State = dict[str, Tensor]
+HEAD = 2**16
+NAMED = 3
+"""How many offending tensors an error names."""
+MAX_INDEX = 2**25
+MAX_PARTS = 500
+PART = re.compile(r"(\d{3,5})-of-(\d{3,5})\.\w+$")
+INDEX = ".index.json"
+NVIDIA = "ray_sampler.networks.nvidia"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    tensors: State
-    key: str = ""
-    note: str | None = None
-    shown: str = ""
+    """What was read from a file."""
+
+    tensors: dict[str, Tensor] = field(repr=False)
+    """The weights: floating-point numbers on the CPU, in the dtype in which they are stored, by canonical name: without
+    the prefixes of wrappers (DataParallel, torch.compile, Lightning, averages). Empty for a snapshot of NVIDIA's."""
+    key: str
+    """Where in the file they were, as in "ema" or "state_dict.model_ema"; "" is the top level."""
+    note: str | None
+    """A sentence for the user where a choice was made."""
+    shown: str
+    """The path or URL, without credentials."""
     sha256: str | None = None
+    """Of the file, in hexadecimal digits, where it came over a network."""
     saved: Any = None
+    """The networks of a snapshot of NVlabs/edm or NVlabs/edm2, by key."""
 
 
-def read_checkpoint(url: str, key: str | None = None) -> Checkpoint:
-    return Checkpoint(load_checkpoint(url), shown=str(redact(url)))
+def read_checkpoint(url: str, key: str | None = None, flag: str = "--model") -> Checkpoint:
+    """The weights in the file at a path, a pipe or any fsspec URL, or in a directory with an index of its parts.
 
-
-def load_checkpoint(url: str) -> State:
-    """The tensors of a checkpoint, on the CPU, by state-dict name, as they are stored.
-
-    A local file is memory-mapped; a remote one is fetched once, to a temporary file. The file holds the
-    state dict itself, or one under the key "state_dict".
+    It reads what torch.save writes (zip or older), safetensors, plain pickles, and snapshots of NVlabs/edm and edm2.
+    Objects beside the weights are ignored: no name in the file is imported, looked up or called.
 
     Args:
-        url: a .pt, .pth or .safetensors file: a local path or any fsspec URL.
+        key: where in the file the weights are, with dots. By default an exponential moving average is taken where there
+            is one, else the state dict.
+        flag: that named the file, for messages.
 
     Raises:
-        RequestError: there is no such file, it cannot be reached or read, or it is no checkpoint; a pickle
-            that would run code is refused before any of it runs.
+        RequestError: there is no such file, it cannot be read, or holds no weights; one sentence says what it is and
+            what to do.
     """
     shown = str(redact(url))
-    suffix = Path(shown).suffix.lower()
-    require(
-        suffix in SUFFIXES, f"--model is {shown!r}; its name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-    )
-    if "://" not in url:
-        return _read(Path(url).expanduser(), suffix, shown)
-    with tempfile.TemporaryDirectory() as folder:
-        return _read(_fetch(url, Path(folder) / f"weights{suffix}", shown), suffix, shown)
+    with opened(url, flag) as found:
+        try:
+            if isinstance(found, Folder):
+                return _folder(found, key, shown, flag)
+            head = _head(found)
+            if head.lstrip()[:1] == b"{" and b'"weight_map"' in head and found.size <= MAX_INDEX:
+                return _indexed(found.file.read(MAX_INDEX), url.rpartition("/")[0] or ".", key, shown, flag)
+            return _file(found, head, key, shown)
+        except Refused as error:
+            if isinstance(found, Source):
+                found.discard()
+            raise RequestError(f"{flag} is {shown}; {error}") from error
+        except WrongKey as error:
+            raise RequestError(f"--weights_key is {key!r}; {error}; the file is {shown}") from None
 
 
-def _fetch(url: str, target: Path, shown: str) -> Path:
-    """A local copy of the file at `url`; a local one is taken where it is."""
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-        if isinstance(fs, LocalFileSystem):
-            return Path(path)
-        info = fs.info(path)
-        if info["type"] == "file":
-            fs.get_file(path, str(target))
-    except FileNotFoundError:
-        raise RequestError(f"--model is {shown}; no such file can be reached") from None
-    except Exception as error:  # each filesystem has exceptions of its own
-        # The address may be spelled anew in it, signature and all: %2F becomes a slash.
-        said = re.sub(r"[\w+.-]+://[^\s'\"]+", shown, str(error).replace(url, shown))
-        reason = said.strip().partition("\n")[0]
-        raise RequestError(
-            f"--model is {shown}; it cannot be read ({type(error).__name__}: {reason}); "
-            "check its address and your credentials"
-        ) from None
-    require(info["type"] == "file", f"--model is {shown}, a directory; name the checkpoint file in it")
-    size = info.get("size")
-    require(
-        size is None or target.stat().st_size == size,
-        f"--model is {shown}; only {target.stat().st_size} of its {size} bytes arrived; try again",
-    )
-    return target
+def _head(source: Source) -> bytes:
+    head = source.file.read(HEAD)
+    source.file.seek(0)
+    return head
 
 
-def _read(path: Path, suffix: str, shown: str) -> State:
-    require(not path.is_dir(), f"--model is {shown}, a directory; name the checkpoint file in it")
-    require(path.exists(), f"--model is {shown}; there is no such file")
-    try:
-        content = load_file(path) if suffix == ".safetensors" else _unpickle(path)
-    except PermissionError as error:
-        raise RequestError(f"--model is {shown}; it cannot be read ({error.strerror})") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged bytes lead a parser to any exception
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        require(
-            refused is None,
-            f"--model is {shown}; loading it would run code ({refused and refused[1]}), so it is refused; "
-            "save its state dict alone, with safetensors or torch.save(model.state_dict(), ...)",
+def _file(source: Source, head: bytes, key: str | None, shown: str) -> Checkpoint:
+    part = PART.search(re.split(r"[?#]", shown)[0])
+    if part and int(part[2]) > 1:
+        raise Refused(
+            f"by its name it is part {int(part[1])} of {int(part[2])} of a checkpoint; "
+            "name the folder that holds all parts and their index (*.index.json)"
         )
-        raise RequestError(f"--model is {shown}; it is truncated, damaged, or no {suffix} checkpoint") from error
-    return _state_dict(content, shown)
+    digest = source.sha256()
+    nvidia = _nvidia()
+    if nvidia is not None and nvidia.looks_like_nvidia(head):
+        source.file.seek(0)
+        try:
+            saved = nvidia.read_pickle(source.file)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        return Checkpoint({}, "ema" if "ema" in saved else next(iter(saved), ""), source.note, shown, digest, saved)
+    chosen = choose(_content(source, head), key)
+    notes = [note for note in (_note(chosen) if key is None else None, source.note) if note]
+    return Checkpoint(_loaded(chosen.tensors), chosen.key, "; ".join(notes) or None, shown, digest)
 
 
-def _unpickle(path: Path) -> Any:
-    with path.open("rb") as file:
-        mappable = file.read(4) == b"PK\x03\x04"  # checkpoints of before PyTorch 1.6 are not
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it warns of, it refuses
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+def _nvidia() -> Any:
+    """The reader of NVIDIA's snapshots."""
+    try:
+        return importlib.import_module(NVIDIA)
+    except ModuleNotFoundError as error:
+        if error.name != NVIDIA:
+            raise
+        return None
 
 
-def _state_dict(content: Any, shown: str) -> State:
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    dense = isinstance(content, dict) and all(
-        isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-        for name, value in content.items()
-    )
-    require(
-        dense and bool(content),
-        f"--model is {shown}; it must hold a state dict, that is tensors by name, alone or under the key 'state_dict'",
-    )
-    return {name: value.detach() for name, value in content.items()}
+def _content(source: Source, head: bytes) -> Any:
+    if head[:4] == b"PK\x03\x04":
+        return read_zip(source.file, source.size)
+    if is_safetensors(head):
+        return read_safetensors(source.file, source.size)
+    if head[:1] == b"\x80":
+        return read_pickle(source.file, source.size)
+    raise Refused(foreign_kind(head))
 
 
-def weights_hash(state: Mapping[str, Tensor]) -> str:
+def _note(chosen: Part) -> str | None:
+    if chosen.others:
+        others = ", ".join(repr(other) if other else "the top level" for other in chosen.others)
+        return f"took the weights under {chosen.key!r}; the file also has {others}; --weights_key chooses"
+    return None if chosen.obvious else f"took the weights under {chosen.key!r}"
+
+
+def _loaded(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """The floating-point tensors, read and checked; others that are no weights are left out."""
+    odd = [f"{_shown(name)} as {entry.what}" for name, entry in entries.items() if isinstance(entry, Odd)]
+    if odd:
+        raise Refused(
+            f"it has {', '.join(odd[:NAMED])}{', ...' if len(odd) > NAMED else ''}; "
+            "save the weights as ordinary dense tensors"
+        )
+    stored = {name: entry for name, entry in entries.items() if isinstance(entry, Stored)}
+    whole = [
+        f"{_shown(name)} as {str(entry.dtype).removeprefix('torch.')}"
+        for name, entry in stored.items()
+        if not entry.dtype.is_floating_point and name.rpartition(".")[2] in ("weight", "bias")
+    ]
+    floats = {name: entry for name, entry in stored.items() if entry.dtype.is_floating_point}
+    if whole or not floats:
+        what = ", ".join(whole[:NAMED]) or "no floating-point tensors"
+        raise Refused(f"it has {what}; weights must be floating-point numbers, so save them before they are quantised")
+    if any(name.startswith(("down_blocks.", "transformer_blocks.")) for name in floats):
+        raise Refused(
+            "its names are those of a network in a pipeline of diffusers (such as "
+            f"{_shown(next(name for name in floats if name.startswith(('down_blocks.', 'transformer_blocks.'))))}), "
+            "which is read only with its pipeline; name the checkpoint that it was converted from"
+        )
+    empty = sum(0 in entry.shape for entry in floats.values())
+    if 2 * empty > len(floats):
+        raise Refused(
+            "most of its tensors are empty: it is one part of a sharded checkpoint; consolidate the parts first"
+        )
+    for name in floats:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise Refused("it is damaged: the name of a tensor is no text") from None
+    tensors = load(floats)
+    _require_finite(tensors)
+    return tensors
+
+
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    bad = [name for name, tensor in tensors.items() if not _finite(tensor)]
+    if bad:
+        named = ", ".join(_shown(name) for name in bad[:NAMED])
+        raise Refused(
+            f"{len(bad)} of its {len(tensors)} tensors have values that are not finite ({named}"
+            f"{', ...' if len(bad) > NAMED else ''}); take a checkpoint from before the training diverged"
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are finite. The extremes are found in one pass, and are NaN where one value is."""
+    if not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.half()  # which has every value of the types of 8 bits
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def _shown(name: str) -> str:
+    text = ascii(name)[1:-1]
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _folder(folder: Folder, key: str | None, shown: str, flag: str) -> Checkpoint:
+    indices = sorted(name for name in folder.names if name.endswith(INDEX))
+    if len(indices) == 1:
+        with opened(folder.join(indices[0]), flag) as index:
+            assert isinstance(index, Source)
+            return _indexed(index.file.read(MAX_INDEX), folder.url, key, shown, flag)
+    if "model_index.json" in folder.names:
+        raise Refused("a directory with a pipeline of diffusers, which is not read yet; name a single checkpoint file")
+    if ".metadata" in folder.names:
+        raise Refused(
+            "a directory of torch.distributed.checkpoint; make one file of it with "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIRECTORY FILE"
+        )
+    many = f"has {len(indices)} indices of parts" if indices else "has no index of parts (*.index.json)"
+    raise Refused(f"a directory that {many}; name the checkpoint file in it")
+
+
+def _indexed(index: bytes, folder: str, key: str | None, shown: str, flag: str) -> Checkpoint:
+    """The tensors of all files that an index lists."""
+    try:
+        weight_map = json.loads(index)["weight_map"]
+        wanted = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Refused("its index of parts is damaged") from error
+    files = sorted(set(wanted.values()))
+    outside = [file for file in files if not re.fullmatch(r"[\w.\-+ ]+", file) or file.startswith(".")]
+    if outside or not files or len(files) > MAX_PARTS:
+        raise Refused(
+            f"its index lists {_shown(outside[0]) if outside else f'{len(files)} parts'}; it must name files beside it"
+        )
+    entries: dict[str, Entry] = {}
+    notes = []
+    with contextlib.ExitStack() as stack:
+        for number, file in enumerate(files):
+            source = stack.enter_context(opened("/" + file if folder == "/" else f"{folder.rstrip('/')}/{file}", flag))
+            if not isinstance(source, Source):
+                raise Refused(f"its part {_shown(file)} is a directory")
+            part = _content(source, _head(source))
+            for name, entry in part.items() if type(part) is dict else ():
+                if wanted.get(name) == file and isinstance(entry, Stored | Odd):
+                    entries[name] = entry
+                    if isinstance(entry, Stored):
+                        entry.storage.position |= number << 48  # file by file
+            notes += [source.note] if source.note else []
+        missing = [name for name in wanted if name not in entries]
+        if missing:
+            raise Refused(
+                f"its parts lack {len(missing)} of the {len(wanted)} tensors in their index ({_shown(missing[0])})"
+            )
+        chosen = choose(entries, key)
+        notes = [note for note in (_note(chosen) if key is None else None, *notes[:1]) if note]
+        return Checkpoint(_loaded(chosen.tensors), chosen.key, "; ".join(notes) or None, shown)
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256, as 64 hexadecimal digits, of the names, dtypes, shapes and bytes of all tensors, sorted by name.
 
     The same tensors give the same hash from whatever file they come.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

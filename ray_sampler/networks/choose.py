@@ -1,0 +1,283 @@
+"""Where in a checkpoint the weights are, and by what names: the search through the layouts that people save."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ray_sampler.networks.pickles import Inert, Name, Refused
+from ray_sampler.networks.stored import Entry, Odd, Stored
+from ray_sampler.networks.torch_files import SHARDS, Foreign
+
+EMA = ("ema", "model_ema", "ema_model", "ema_state_dict", "model_ema_state_dict", "state_dict_ema", "params_ema")
+PLAIN = ("state_dict", "model", "module", "model_state_dict", "net", "network", "params")
+"""Keys under which weights are looked for, in this order; then come the top level, and a key of any other name."""
+
+EMA_PARTS = ("ema", "model_ema", "ema_model")
+MODEL_PARTS = ("state_dict", "model", "module", "_orig_mod")
+"""Beginnings of names, before a dot, that make a part of a state dict where other names stand beside."""
+
+WRAPPERS = frozenset(
+    (
+        *("module", "_orig_mod", "_forward_module", "state_dict", "model", "ema_model", "ema", "model_ema"),
+        *("net", "network", "denoiser", "diffusion_model", "unet"),
+    )
+)
+"""Beginnings of names that say nothing where all names have them."""
+
+INFIX = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+EXTRAS = ("num_updates", "decay", "n_averaged", "initted", "step", "optimization_step", "global_step")
+"""What stands among the weights of an average."""
+
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+SHADOW = "shadow_params"
+SAVE = "save its state dict alone, with torch.save(model.state_dict(), ...)"
+MAX_DEPTH = 4
+LISTED = 8
+
+Tensors = dict[str, Entry]
+
+
+class WrongKey(ValueError):
+    """The user's key names no weights. The message is what follows "--weights_key is KEY; "."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The weights that were chosen."""
+
+    key: str
+    """Where in the file they are; "" is the top level."""
+    tensors: Tensors
+    """By canonical name."""
+    others: tuple[str, ...]
+    """Keys of other weights in the file."""
+    obvious: bool = True
+    """Whether the key is one that is looked for."""
+
+
+def choose(content: Any, key: str | None) -> Part:
+    """The weights of a checkpoint's content, with the prefixes of their names removed.
+
+    Args:
+        content: as `torch_files` reads it.
+        key: where they are, with dots, or None to search.
+
+    Raises:
+        Refused: there are none; says what is there instead.
+        WrongKey: there are none under `key`.
+    """
+    found = list(_candidates(content))
+    keys = list(dict.fromkeys(candidate for path, tensors in found for candidate in (path, *_parts(path, tensors))))
+    if key is not None:
+        chosen = _at(content, key, found)
+        if chosen is None:
+            listed = ", ".join(repr(k) for k in keys[:LISTED]) or "no key"
+            raise WrongKey(f"the file has weights under {listed}")
+        return _named(key, chosen, (), keys)
+    if not found:
+        _refuse(content)
+    path, tensors = found[0]
+    for name in (*EMA, *PLAIN):
+        if path.partition(".")[0] == name:
+            break
+        _require_data((_mapping(content) or {}).get(name), name, keys)
+    obvious = path == "" or path.partition(".")[0] in EMA + PLAIN
+    if not obvious and len(found) > 1:
+        raise Refused(f"it has weights under {', '.join(repr(k) for k in keys[:LISTED])}; --weights_key chooses")
+    part = _named(path, tensors, (), keys)
+    return Part(part.key, part.tensors, part.others, obvious)
+
+
+def _mapping(value: Any) -> dict[Any, Any] | None:
+    """What a dictionary, or an object of a class derived from it, holds."""
+    if isinstance(value, dict):
+        return value
+    return value.items if isinstance(value, Inert) and value.items else None
+
+
+def _tensors(value: Any) -> Tensors:
+    """The tensors directly in a dictionary."""
+    items = ((name, _entry(v)) for name, v in (_mapping(value) or {}).items() if isinstance(name, str))
+    return {name: entry for name, entry in items if entry is not None}
+
+
+def _entry(value: Any) -> Entry | None:
+    if isinstance(value, Foreign) and value.name.endswith(SHARDS):
+        return Odd("one part of a sharded tensor")
+    return value if isinstance(value, Stored | Odd) else None
+
+
+def _weights(value: Any) -> Tensors:
+    """The tensors directly in a dictionary, if they are more than some counters."""
+    tensors = _tensors(value)
+    return tensors if any(name not in EXTRAS for name in tensors) else {}
+
+
+def _candidates(root: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensors]]:
+    """Keys and state dicts, in the order in which they are preferred."""
+    items = _mapping(root)
+    if items is None or depth >= MAX_DEPTH or "param_groups" in items:
+        return
+    found = False
+    for name in (*EMA, *PLAIN):
+        if name in items:
+            for candidate in _under(items, name, path, depth):
+                found = True
+                yield candidate
+    if _weights(root) and (not found or len(_weights(root)) > 1):
+        yield path, _tensors(root)
+        found = True
+    if not found and depth == 0:
+        for name in items:
+            if isinstance(name, str) and len(_weights(items[name])) > 1 and not _is_optimizer(name, items[name]):
+                yield name, _tensors(items[name])
+
+
+def _under(items: dict[Any, Any], name: str, path: str, depth: int) -> Iterator[tuple[str, Tensors]]:
+    value = items[name]
+    inside = f"{path}.{name}" if path else name
+    listed = (_mapping(value) or {}).get(SHADOW) if not isinstance(value, list) else value
+    if isinstance(listed, list) and listed and all(isinstance(item, Stored | Odd) for item in listed):
+        yield inside, _shadow(listed, items, inside)
+    elif not isinstance(value, Inert) or value.items:
+        yield from _candidates(value, inside, depth + 1)
+
+
+def _shadow(listed: list[Entry], items: dict[Any, Any], key: str) -> Tensors:
+    """Averages without names, in the order of the model's parameters, by the names of the state dict beside them."""
+    beside = next((t for name in PLAIN if name in items for _, t in _candidates({name: items[name]})), {})
+    model = {name: t for name, t in beside.items() if isinstance(t, Stored) and not name.endswith(BUFFERS)}
+    shapes = [t.shape if isinstance(t, Stored) else () for t in listed]
+    first = _in_order(list(model), [t.shape for t in model.values()], shapes)
+    # From the end the same: what is left out is left out for certain.
+    last = _in_order(list(model)[::-1], [t.shape for t in model.values()][::-1], shapes[::-1])
+    if not model:
+        raise Refused(
+            f"it has averaged weights under {key!r} as a list without names, and no state dict beside it to name them"
+        )
+    if first is None or last is None or first != last[::-1]:
+        raise Refused(
+            f"it has averaged weights under {key!r} as a list without names, which the state dict beside it does not "
+            "tell for certain; load them into your model and save its state dict"
+        )
+    return {**beside, **dict(zip(first, listed, strict=True))}
+
+
+def _in_order(names: list[str], shapes: list[tuple[int, ...]], wanted: list[tuple[int, ...]]) -> list[str] | None:
+    """The first names, in order, with the wanted shapes."""
+    chosen: list[str] = []
+    for name, shape in zip(names, shapes, strict=True):
+        if len(chosen) < len(wanted) and shape == wanted[len(chosen)]:
+            chosen.append(name)
+    return chosen if len(chosen) == len(wanted) else None
+
+
+def _at(root: Any, key: str, found: list[tuple[str, Tensors]]) -> Tensors | None:
+    """The state dict under a dotted key, whose names may have dots themselves."""
+    for path, tensors in found:
+        if path == key:
+            return tensors
+    value, rest = root, key
+    while rest:
+        items = _mapping(value) or {}
+        names = [name for name in items if isinstance(name, str) and (rest == name or rest.startswith(f"{name}."))]
+        if not names:
+            break
+        name = max(names, key=len)
+        value, rest = items[name], rest[len(name) + 1 :]
+    if not rest:
+        _require_data(value, key, [path for path, _ in found])
+        if _weights(value):
+            return _tensors(value)
+        return next((tensors for _, tensors in _candidates(value)), None)
+    states = [_tensors(value)] if value is not root or _weights(root) else []
+    for tensors in (*states, *(tensors for _, tensors in found)):
+        part = _part(tensors, rest)
+        if part:
+            return part
+    return None
+
+
+def _parts(path: str, tensors: Iterable[str]) -> list[str]:
+    """Keys of the parts of a state dict that names tell apart."""
+    heads = {name.partition(".")[0] for name in tensors if "." in name}
+    kept = [head for head in EMA_PARTS + MODEL_PARTS if head in heads]
+    return [f"{path}.{head}" if path else head for head in kept] if len(heads) > 1 else []
+
+
+def _part(tensors: Tensors, head: str) -> Tensors:
+    """The tensors whose names begin with `head` and a dot, without it; those of an EMA by the names of the model."""
+    begin = f"{head}."
+    part = {name[len(begin) :]: t for name, t in tensors.items() if name.startswith(begin)}
+    weights = {name: t for name, t in part.items() if name not in EXTRAS}
+    if not weights or any("." in name for name in weights):
+        return weights
+    # Lightning's LitEma keeps its averages by the names of the model's parameters without their dots.
+    for other in dict.fromkeys(name.partition(".")[0] for name in tensors):
+        beside = {name[len(other) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{other}.")}
+        flat: dict[str, list[str]] = {}
+        for name in beside:
+            flat.setdefault(name.replace(".", ""), []).append(name)
+        if other != head and all(len(flat.get(name, ())) == 1 for name in weights):
+            return beside | {flat[name][0]: t for name, t in weights.items()}
+    return weights
+
+
+def _named(path: str, tensors: Tensors, taken: tuple[str, ...], keys: list[str]) -> Part:
+    """`tensors` by canonical name, and where they are."""
+    for _ in range(3 * MAX_DEPTH):
+        tensors = {name: t for name, t in tensors.items() if name not in EXTRAS}
+        clean = {INFIX.sub("", name): t for name, t in tensors.items()}
+        if len(clean) == len(tensors):
+            tensors = clean
+        heads = {name.partition(".")[0] for name in tensors if "." in name}
+        heads |= {"" for name in tensors if "." not in name}
+        if len(heads) == 1 and heads <= WRAPPERS and "unet.emb_fourier.freqs" not in tensors:
+            tensors = _part(tensors, next(iter(heads)))
+            continue
+        part = next((head for head in EMA_PARTS + MODEL_PARTS if head in heads and len(heads) > 1), None)
+        if part is None:
+            break
+        tensors, taken = _part(tensors, part), (*taken, part)
+    key = ".".join([*([path] if path else []), *taken])
+    return Part(key, tensors, tuple(k for k in keys if k not in (key, path)))
+
+
+def _refuse(content: Any) -> None:
+    """Say what the file holds in place of weights."""
+    items = _mapping(content)
+    for key, value in (("", content), *((items or {}).items())):
+        _require_data(value, key, [])
+    if isinstance(content, Foreign):
+        raise Refused(f"it holds an object of {_class(content)}, whose code is not run; {SAVE}")
+    if items is not None and (
+        "param_groups" in items or any(_is_optimizer(key, value) for key, value in items.items())
+    ):
+        raise Refused("it holds the state of an optimizer and no weights; name the file with the model's state dict")
+    kind = {list: "a list", tuple: "a tuple", Stored: "one tensor without a name", Odd: "one tensor without a name"}
+    name = "an empty dictionary" if items == {} else kind.get(type(content), "a dictionary without tensors by name")
+    if items is None and type(content) not in kind:
+        name = "a class or a function" if isinstance(content, Name) else "something else"
+    raise Refused(
+        f"it holds {name}; it must hold a state dict, that is tensors by name, alone or under one of "
+        f"{', '.join(repr(key) for key in EMA[:2] + PLAIN[:3])}; {SAVE}"
+    )
+
+
+def _require_data(value: Any, key: Any, others: list[str]) -> None:
+    """Refuse a module that was pickled whole."""
+    if isinstance(value, Foreign) and isinstance(value.state, dict) and "_modules" in value.state:
+        where = f" under {ascii(key)[:80]}" if key else ""
+        instead = f"; or take other weights with --weights_key {others[0]}" if others else ""
+        raise Refused(f"it holds a pickled module ({_class(value)}){where}, whose code is not run; {SAVE}{instead}")
+
+
+def _class(value: Foreign) -> str:
+    return ascii(value.name)[1:-1][:100]
+
+
+def _is_optimizer(key: Any, value: Any) -> bool:
+    return (isinstance(key, str) and "optim" in key) or "param_groups" in (_mapping(value) or ())
