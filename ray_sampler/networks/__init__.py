@@ -1,0 +1,1 @@
+"""Networks: their files, their options and their modules. Knows no Ray."""
