@@ -1,8 +1,8 @@
 """Network snapshots of NVlabs/edm and NVlabs/edm2, read without running anything in them.
 
-Such a file is a pickle of {"ema": network, "loss_fn": ..., ...}. Each object in it is stored with the source text of its
-class, which their own reader executes. Here the state of the objects is read as plain data; the source text is never
-looked at.
+Such a file is a pickle of {"ema": network, "loss_fn": ..., ...}. Each object in it is stored with the source text of
+its class, which their own reader executes. Here the state of the objects is read as plain data, and the source text is
+never looked at.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class SavedNetwork:
     class_name: str
     """Of the object itself, as in the file: "EDMPrecond", "Precond", "StabilityVAEEncoder"."""
     arguments: dict[str, Any]
-    """Numbers, texts and lists of them, by name: what the object and the network in it (`model`, `unet`) were made with,
-    and their attributes. "model_type" is the class name of the network in it."""
+    """Numbers, texts and lists of them, by name: what the object and the network in it (`model`, `unet`) were made
+    with, and their attributes. "model_type" is the class name of the network in it."""
     tensors: dict[str, Tensor] = field(repr=False)
     """Parameters and persistent buffers by dotted name, on the CPU, in the dtype in which they are stored, contiguous,
     each in memory of its own."""
