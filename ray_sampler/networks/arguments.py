@@ -44,6 +44,13 @@ class Arguments:
             raise self.refused(name, value, "a list of positive numbers")
         return tuple(map(float, value))
 
+    def taps(self, name: str) -> tuple[float, ...]:
+        """A resampling filter. With an odd number of taps nothing could be doubled."""
+        taps = self.numbers(name, (1.0, 1.0))
+        if len(taps) % 2:
+            raise self.refused(name, list(taps), "a filter with an even number of taps")
+        return taps
+
     def resolutions(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
         """Pixels a side, any number of them."""
         value = self._value(name, default)

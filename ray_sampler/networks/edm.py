@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ray_sampler.networks.arguments import Arguments
+from ray_sampler.networks.attention import attend
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
 from ray_sampler.networks.resampling import BOX, double, halve, padding_of
 
@@ -109,7 +110,7 @@ def options_from(saved: SavedNetwork) -> SongUNetOptions:
         embedding_type=arguments.choice("embedding_type", EMBEDDINGS),
         channel_mult_noise=arguments.factor("channel_mult_noise", 1),
         encoder_type=arguments.choice("encoder_type", ENCODERS),
-        resample_filter=arguments.numbers("resample_filter", BOX),
+        resample_filter=arguments.taps("resample_filter"),
     )
     levels = len(options.channels)
     if options.img_resolution % 2 ** (levels - 1):
@@ -211,8 +212,8 @@ class Block(nn.Module):
 def attended(qkv: Tensor) -> Tensor:
     """Attention in one head. The channels of qkv are ordered (channels, 3)."""
     b, channels, h, w = qkv.shape
-    q, k, v = qkv.reshape(b, 1, channels // 3, 3, h * w).permute(3, 0, 1, 4, 2)
-    return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, channels // 3, h, w)
+    q, k, v = qkv.reshape(b, 1, channels // 3, 3, h * w).unbind(3)
+    return attend(q, k, v).reshape(b, channels // 3, h, w)
 
 
 class FourierNoise(nn.Module):
@@ -238,7 +239,7 @@ def positional(x: Tensor, channels: int) -> Tensor:
 
 
 class SongUNet(nn.Module):
-    """F(x, c_noise, y): (B, in_channels, H, W) float32, (B,) float32, (B,) int64 or None
+    """F(x, c_noise, y): (B, in_channels, H, W) float32, (B,) or (1,) float32, (B,) int64 or None
     -> (B, out_channels, H, W) float32.
 
     Label `label_dim`, and None, is the null label. The state dict has the names of the published files without `model.`
@@ -260,13 +261,13 @@ class SongUNet(nn.Module):
         self.dec = nn.ModuleDict(dict(_decoder(options)))
 
     def embedding(self, c_noise: Tensor, y: Tensor | None) -> Tensor:
-        """(B, emb_channels), float32."""
+        """(B, emb_channels) float32; (1, emb_channels) where neither argument has more rows."""
         fourier = self.options.embedding_type == "fourier"
         emb = self.map_noise(c_noise) if fourier else positional(c_noise, self.options.noise_channels)
         if self.map_label is not None:
             classes = torch.arange(self.options.label_dim, device=emb.device)
-            label = torch.zeros_like(emb[:, :1]) if y is None else (y[:, None] == classes).to(emb.dtype)
-            emb = emb + self.map_label(label.expand(-1, len(classes)) * math.sqrt(self.options.label_dim))
+            label = torch.zeros_like(classes[None]) if y is None else y[:, None] == classes
+            emb = emb + self.map_label(label.to(emb.dtype) * math.sqrt(self.options.label_dim))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ray_sampler.networks.arguments import Arguments
+from ray_sampler.networks.attention import attend
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
 from ray_sampler.networks.resampling import BOX, double, halve
 
@@ -70,7 +71,7 @@ def options_from(saved: SavedNetwork) -> Edm2Options:
         num_blocks=arguments.number("num_blocks", 3),
         attn_resolutions=arguments.resolutions("attn_resolutions", (16, 8)),
         channels_per_head=arguments.number("channels_per_head", CHANNELS_PER_HEAD),
-        resample_filter=arguments.numbers("resample_filter", BOX),
+        resample_filter=arguments.taps("resample_filter"),
         **{name: arguments.fraction(name, getattr(Edm2Options, name)) for name in _BALANCES},
         clip_act=arguments.clip("clip_act", 256.0),
     )
@@ -195,8 +196,10 @@ class Layer(nn.Module):
         return normalize(self.weight.float(), tuple(range(1, self.weight.dim()))) * scale
 
     def fold(self, dtype: torch.dtype, gain: Tensor | float = 1.0) -> None:
-        layout = torch.channels_last if self.weight.dim() == 4 else torch.contiguous_format
-        self.weight = nn.Parameter(self.effective(gain).to(dtype, memory_format=layout), requires_grad=False)
+        weight = self.effective(gain).to(dtype)
+        if weight.is_cuda and weight.dim() == 4:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.folded = True
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -249,9 +252,8 @@ class Block(nn.Module):
     def attended(self, qkv: Tensor) -> Tensor:
         """Cosine attention. The channels of qkv are ordered (heads, channels of a head, 3)."""
         b, channels, h, w = qkv.shape
-        parts = normalize(qkv.reshape(b, self.heads, -1, 3, h * w), (2,)).permute(3, 0, 1, 4, 2)
-        a = F.scaled_dot_product_attention(parts[0], parts[1], parts[2])
-        return a.transpose(2, 3).reshape(b, channels // 3, h, w)
+        q, k, v = normalize(qkv.reshape(b, self.heads, -1, 3, h * w), (2,)).unbind(3)
+        return attend(q, k, v).reshape(b, channels // 3, h, w)
 
     def fold(self, dtype: torch.dtype) -> None:
         self.emb_linear.fold(torch.float32, self.emb_gain)
@@ -261,7 +263,7 @@ class Block(nn.Module):
 
 
 class Edm2UNet(nn.Module):
-    """F(x, c_noise, y): (B, C, H, W) float32, (B,) float32, (B,) int64 or None -> (B, C, H, W) float32.
+    """F(x, c_noise, y): (B, C, H, W) float32, (B,) or (1,) float32, (B,) int64 or None -> (B, C, H, W) float32.
 
     Label `label_dim`, and None, is the null label. The state dict has the names of the published files without `unet.`
     (see `network_tensors`); its tensors may be kept as they are stored, float16 or float32, until `fold`.
@@ -280,12 +282,12 @@ class Edm2UNet(nn.Module):
         self.out_conv = Layer(options.channels[0], options.img_channels, 3, 3)
 
     def embedding(self, c_noise: Tensor, y: Tensor | None) -> Tensor:
-        """(B, emb_channels), float32."""
+        """(B, emb_channels) float32; (1, emb_channels) where neither argument has more rows."""
         emb = self.emb_noise(self.emb_fourier(c_noise))
         if self.emb_label is not None:
             classes = torch.arange(self.options.label_dim, device=emb.device)
-            label = torch.zeros_like(emb[:, :1]) if y is None else (y[:, None] == classes).to(emb.dtype)
-            scaled = label.expand(-1, len(classes)) * math.sqrt(self.options.label_dim)
+            label = torch.zeros_like(classes[None]) if y is None else y[:, None] == classes
+            scaled = label.to(emb.dtype) * math.sqrt(self.options.label_dim)
             emb = mp_sum(emb, self.emb_label(scaled), self.options.label_balance)
         return mp_silu(emb)
 

@@ -8,7 +8,8 @@ instructions that data needs, counts them, and allocates no more than the file h
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 MAX_OPCODES = 1_000_000
@@ -78,14 +79,19 @@ def read(file: BinaryIO, size: int, lookup: Lookup, persistent: Callable[[Any], 
     Raises:
         Refused: a global without a stand-in, or bytes that make no pickle of plain data.
     """
-    machine = _Machine(file, size, lookup, persistent)
+    with damage_refused():
+        return _Machine(file, size, lookup, persistent).run()
+
+
+@contextmanager
+def damage_refused() -> Iterator[None]:
+    """Turns what damaged bytes lead to, such as an empty stack or text that is no UTF-8, into Refused."""
     try:
-        return machine.run()
+        yield
     except Refused:
         raise
-    # What damaged bytes lead to: an empty stack, a key that cannot be one, text that is no UTF-8, wrong arguments.
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, struct.error) as error:
-        raise Refused("it is truncated or damaged: its pickle cannot be read") from error
+        raise Refused("it is truncated or damaged, or no snapshot of a network") from error
 
 
 class _Machine:
@@ -166,7 +172,7 @@ class _Machine:
     def pop(self) -> Any:
         value = self.stack.pop()
         if value is _MARK:
-            raise Refused("it is truncated or damaged: its pickle cannot be read")
+            raise Refused("it is truncated or damaged, or no snapshot of a network")
         return value
 
     def drop(self) -> None:
@@ -179,7 +185,7 @@ class _Machine:
                 items = self.stack[start + 1 :]
                 del self.stack[start:]
                 return items
-        raise Refused("it is truncated or damaged: its pickle cannot be read")
+        raise Refused("it is truncated or damaged, or no snapshot of a network")
 
     def put(self, index: int) -> None:
         value = self.pop()
@@ -211,7 +217,7 @@ class _Machine:
             raise TypeError("a global is named by two texts")
         make = self.lookup(module, name)
         if make is None:
-            shown = ascii(f"{module}.{name}"[:100])[1:-1]
+            shown = ascii(f"{module}.{name}")[1:-1][:100]
             raise Refused(
                 f"it asks for {shown}, which no known network needs; loading it would run code, so it is refused"
             )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_sampler.networks.inert_pickle import Blob, Inert, Name, Refused, read
+from ray_sampler.networks.inert_pickle import Blob, Inert, Name, Refused, damage_refused, read
 
 __all__ = ["Refused", "SavedNetwork", "looks_like_nvidia", "read_pickle"]
 
@@ -81,10 +81,8 @@ def read_pickle(file: BinaryIO) -> dict[str, SavedNetwork]:
     )
     if not objects or not all(isinstance(key, str) for key in objects):
         raise Refused("it is a pickle without a network; a snapshot of NVlabs/edm or NVlabs/edm2 holds one under 'ema'")
-    try:
+    with damage_refused():
         return {key: _network(saved) for key, saved in objects.items()}
-    except (TypeError, AttributeError, LookupError) as error:
-        raise Refused("it is damaged: its network is not described as in a snapshot") from error
 
 
 class _Saved:
@@ -125,6 +123,7 @@ class _Stands:
         return {
             ("torch_utils.persistence", "_reconstruct_persistent_obj"): _saved,
             ("collections", "OrderedDict"): _dictionary,
+            ("builtins", "set"): _set,
             ("dnnlib.util", "EasyDict"): _dictionary,
             ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: _of(Tensor, data),
             ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
@@ -175,6 +174,10 @@ def _dictionary(*args: Any) -> dict[Any, Any]:
     if args:
         raise TypeError("a dictionary that is not empty at first")
     return {}
+
+
+def _set(items: list[Any]) -> set[str]:
+    return {_of(str, item) for item in _of(list, items)}
 
 
 def _storage(blob: Blob) -> _Storage:
