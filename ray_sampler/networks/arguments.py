@@ -14,6 +14,7 @@ MOST = 2**20
 """No width, size or number of classes of a network comes near."""
 LEAST = 2**-10
 MOST_VALUES = 16
+MOST_BLOCKS = 64
 
 
 class Arguments:
@@ -28,11 +29,11 @@ class Arguments:
             raise Refused(f"its network does not say what its {name} is")
         return default if value is None else value
 
-    def number(self, name: str, default: int | None = None, least: int = 1) -> int:
+    def number(self, name: str, default: int | None = None, least: int = 1, most: int = MOST) -> int:
         """A whole number."""
         value = self._value(name, default)
-        if type(value) is not int or not least <= value <= MOST:
-            raise self.refused(name, value, f"a whole number from {least}")
+        if type(value) is not int or not least <= value <= most:
+            raise self.refused(name, value, f"a whole number from {least} to {most}")
         return value
 
     def numbers(self, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
@@ -90,7 +91,20 @@ class Arguments:
             raise self.refused(name, value, " or ".join(choices))
         return choices[choices.index(value)]
 
+    def blocks(self, default: int) -> int:
+        """Residual blocks of a level."""
+        return self.number("num_blocks", default, most=MOST_BLOCKS)
+
     @staticmethod
     def refused(name: str, value: Any, right: str) -> Refused:
         shown = ascii(value)
         return Refused(f"its network has {name} {shown[:60]}; only {right} can be sampled")
+
+
+def check_sizes(resolution: int, channels: tuple[int, ...], *embedded: int) -> None:
+    """Refuses levels that do not halve the resolution, and widths that no network has."""
+    if resolution % 2 ** (len(channels) - 1):
+        raise Refused(f"its network has {len(channels)} levels, but {resolution} pixels a side")
+    for width in (*channels, *embedded):
+        if not 1 <= width <= MOST:
+            raise Refused(f"its network has a layer of {width} channels")

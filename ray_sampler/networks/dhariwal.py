@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_sampler.models.unet import GroupNorm, UNet
-from ray_sampler.networks.arguments import Arguments
+from ray_sampler.networks.arguments import Arguments, check_sizes
 from ray_sampler.networks.edm import PREFIX, groups_of
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
 
@@ -46,7 +46,7 @@ def dhariwal_to_adm(saved: SavedNetwork) -> tuple[dict[str, Any], dict[str, Tens
     inputs, outputs = arguments.number("in_channels", channels), arguments.number("out_channels", channels)
     if outputs not in (inputs, 2 * inputs):
         raise Arguments.refused("out_channels", outputs, f"{inputs} or {2 * inputs}")
-    size, blocks = arguments.number("img_resolution"), arguments.number("num_blocks", 3)
+    size, blocks = arguments.number("img_resolution"), arguments.blocks(3)
     multipliers = arguments.numbers("channel_mult", (1, 2, 3, 4))
     attention = arguments.resolutions("attn_resolutions", (32, 16, 8))
     classes = arguments.number("label_dim", 0, least=0)
@@ -64,6 +64,7 @@ def dhariwal_to_adm(saved: SavedNetwork) -> tuple[dict[str, Any], dict[str, Tens
     }
     flags |= {"num_classes": classes} if classes else {}
     flags |= {"in_channels": inputs} if inputs != 3 else {}
+    check_sizes(size, tuple(round(flags["num_channels"] * multiplier) for multiplier in multipliers))
     names = {
         f"{PREFIX}{theirs}": ours for theirs, ours in _names(size, len(multipliers), blocks, attention, classes > 0)
     }
@@ -87,7 +88,8 @@ def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[st
     renamed = {}
     for theirs, tensor in tensors.items():
         module, _, parameter = theirs.rpartition(".")
-        if parameter == "resample_filter" or module == f"{PREFIX}map_augment":
+        unused = parameter == "resample_filter" or module == f"{PREFIX}map_augment"
+        if unused or not theirs.startswith(PREFIX):
             continue
         if module not in names:
             raise Refused(f"its DhariwalUNet has a tensor {theirs[:100]}, which its arguments do not ask for")

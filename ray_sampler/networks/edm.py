@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_sampler.networks.arguments import Arguments
+from ray_sampler.networks.arguments import Arguments, check_sizes
 from ray_sampler.networks.attention import attend
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
 from ray_sampler.networks.resampling import BOX, double, halve, padding_of
@@ -105,26 +105,26 @@ def options_from(saved: SavedNetwork) -> SongUNetOptions:
         model_channels=arguments.number("model_channels", 128),
         channel_mult=arguments.numbers("channel_mult", (1, 2, 2, 2)),
         channel_mult_emb=arguments.factor("channel_mult_emb", 4),
-        num_blocks=arguments.number("num_blocks", 4),
+        num_blocks=arguments.blocks(4),
         attn_resolutions=arguments.resolutions("attn_resolutions", (16,)),
         embedding_type=arguments.choice("embedding_type", EMBEDDINGS),
         channel_mult_noise=arguments.factor("channel_mult_noise", 1),
         encoder_type=arguments.choice("encoder_type", ENCODERS),
         resample_filter=arguments.taps("resample_filter"),
     )
-    levels = len(options.channels)
-    if options.img_resolution % 2 ** (levels - 1):
-        raise Refused(f"its network has {levels} levels, but {options.img_resolution} pixels a side")
-    for channels in options.channels:
+    check_sizes(options.img_resolution, options.channels, options.noise_channels // 2, options.emb_channels)
+    for channels in (options.model_channels, *options.channels):
         if channels % groups_of(channels):
             raise Refused(f"its network has {channels} channels, which cannot be normalised in groups")
     return options
 
 
 def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A snapshot's tensors under this network's names: without `model.`, and without the filters, which follow from the
-    options."""
-    return {name.removeprefix(PREFIX): t for name, t in tensors.items() if not name.endswith("resample_filter")}
+    """A snapshot's tensors under this network's names: without `model.`, without those of its preconditioning, and
+    without the filters, which follow from the options."""
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
+    kept = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {name: tensor for name, tensor in kept.items() if not name.endswith("resample_filter")}
 
 
 def groups_of(channels: int) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_sampler.networks.arguments import Arguments
+from ray_sampler.networks.arguments import MOST_BLOCKS, Arguments, check_sizes
 from ray_sampler.networks.attention import attend
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
 from ray_sampler.networks.resampling import BOX, double, halve
@@ -68,7 +68,7 @@ def options_from(saved: SavedNetwork) -> Edm2Options:
         channels=channels,
         noise_channels=channels[0] if noise is None else round(width * noise),
         emb_channels=max(channels) if emb is None else round(width * emb),
-        num_blocks=arguments.number("num_blocks", 3),
+        num_blocks=arguments.blocks(3),
         attn_resolutions=arguments.resolutions("attn_resolutions", (16, 8)),
         channels_per_head=arguments.number("channels_per_head", CHANNELS_PER_HEAD),
         resample_filter=arguments.taps("resample_filter"),
@@ -107,6 +107,8 @@ def options_from_shapes(tensors: Mapping[str, Tensor], channels_per_head: int = 
             attn_resolutions=tuple(s for s in levels if f"enc.{s}x{s}_block0.attn_qkv.weight" in shapes),
             channels_per_head=channels_per_head,
         )
+        if options.num_blocks > min(len(blocks), MOST_BLOCKS):
+            raise LookupError("a block without those before it")
     except (LookupError, ValueError) as error:
         raise Refused("its tensors are not those of an EDM2 network") from error
     _check(options)
@@ -114,10 +116,8 @@ def options_from_shapes(tensors: Mapping[str, Tensor], channels_per_head: int = 
 
 
 def _check(options: Edm2Options) -> None:
-    factor = 2 ** (len(options.channels) - 1)
-    if options.img_resolution % factor:
-        raise Refused(f"its network has {len(options.channels)} levels, but {options.img_resolution} pixels a side")
-    bottom = options.img_resolution // factor
+    check_sizes(options.img_resolution, options.channels, options.noise_channels, options.emb_channels)
+    bottom = options.img_resolution >> len(options.channels) - 1
     for level, channels in enumerate(options.channels):
         attends = options.img_resolution >> level in (*options.attn_resolutions, bottom)
         if attends and channels % options.channels_per_head:
@@ -140,7 +140,9 @@ def latents(encoder: SavedNetwork | None) -> bool:
 def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A snapshot's tensors under this network's names: without `unet.`, and without `logvar`, which weighs the loss in
     training."""
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if not name.startswith("logvar_")}
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
+    kept = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {name: tensor for name, tensor in kept.items() if not name.startswith("logvar_")}
 
 
 def normalize(x: Tensor, dims: tuple[int, ...]) -> Tensor:

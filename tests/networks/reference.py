@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def network(name: str, file: str = "net", fold: bool = True) -> Network:
 
 
 @torch.no_grad()
-def denoised(made: Network, x: Tensor, sigma: Tensor, y: Tensor | None) -> Tensor:
+def denoised(made: Callable[..., Tensor], x: Tensor, sigma: Tensor, y: Tensor | None) -> Tensor:
     """D(x, sigma, y) with EDM's preconditioning, in float32: x (B, C, H, W), sigma (B,) or (1,)."""
     s = sigma.float().reshape(-1, 1, 1, 1)
     total = s**2 + SIGMA_DATA**2

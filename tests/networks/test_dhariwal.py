@@ -151,8 +151,8 @@ def test_the_published_network_has_the_parameters_and_flags_of_adm():
 
 def test_names_that_the_arguments_do_not_ask_for_are_refused():
     arguments = {"img_resolution": 16, "model_type": "DhariwalUNet", "channel_mult": [1, 2], "num_blocks": 1}
-    for name in ("model.enc.16x16_block7.conv0.weight", "other"):
-        with pytest.raises(Refused, match=name[:5]):
+    for name in ("model.enc.16x16_block7.conv0.weight", "model.other"):
+        with pytest.raises(Refused, match=name):
             dhariwal_to_adm(SavedNetwork("EDMPrecond", arguments, {name: torch.ones(2)}))
     with pytest.raises(Refused, match="model_type 'SongUNet'"):
         dhariwal_to_adm(SavedNetwork("EDMPrecond", arguments | {"model_type": "SongUNet"}, {}))

@@ -97,3 +97,12 @@ def test_pictures_and_labels_are_those_of_the_published_sampler(name, case):
     levels = (pixels.int() - expected[f"uint8/{case}"].int()).abs()
     assert levels.max() <= 1
     assert (levels == 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("name", ["edm2_16", "edm2_half16", "edm_ddpmpp16", "edm_ncsnpp8"])
+def test_a_network_is_one_graph_for_the_compiler(name):
+    made = network(name)
+    expected = numbers(name, "forward")
+    compiled = torch.compile(made, backend="eager", fullgraph=True, dynamic=False)
+    x, y = expected["x"], expected.get("labels")
+    assert torch.equal(denoised(made, x, expected["sigma"], y), denoised(compiled, x, expected["sigma"], y))
