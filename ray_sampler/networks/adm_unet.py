@@ -43,7 +43,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def __init__(self, channels: int) -> None:
-        super().__init__(GROUPS, channels)
+        super().__init__(math.gcd(GROUPS, channels), channels)
 
     def forward(self, input: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> norm(input), times 1 + scale and plus shift if those are given, (B, C) each."""

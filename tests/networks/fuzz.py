@@ -1,0 +1,82 @@
+"""Spoil the bytes of snapshots, thousands of times; to be run in a process of its own, which a reader may crash.
+
+python -m tests.networks.fuzz 0 1000
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import resource
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ray_sampler.networks.nvidia import Refused, read_pickle
+from tests.faults.fuzz import spoiled
+from tests.networks.nvidia_files import random_tensors, snapshot
+
+ROOM_BYTES = 256 * 2**20
+"""Memory that the reading of a snapshot of a few kilobytes may take."""
+
+LONGEST_S = 2.0
+
+RUNS_CODE = ("compile", "exec", "import", "os.", "pickle.find_class", "subprocess.", "socket.", "open", "ctypes.")
+"""Events of Python's audit that no reading may cause."""
+
+watching = False
+
+
+def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if watching and event.startswith(RUNS_CODE):
+        raise AssertionError(f"a snapshot led to {event} {arguments!r}")
+
+
+def small(seed: int) -> bytes:
+    """A snapshot of about 4 kB."""
+    shapes = {"unet.out_gain": (), "unet.enc.8x8_conv.weight": (2, 3), "unet.emb_fourier.freqs": (2,)}
+    arguments = {"img_resolution": 8, "channel_mult": [1, 2], "scale": np.float64(seed), "mean": np.ones(2)}
+    return snapshot("Precond", random_tensors(shapes, seed, torch.float16), arguments, "StandardRGBEncoder")
+
+
+def attack(seed: int, count: int) -> Counter[str]:
+    """How many spoiled snapshots were refused, and how many read.
+
+    Raises:
+        AssertionError: one ran code, took long, or gave what is not data.
+        Exception: one made the reader fail otherwise than by Refused.
+    """
+    global watching
+    chance = random.Random(seed)
+    outcomes: Counter[str] = Counter()
+    for kind, spoilt in spoiled(small(seed), small(seed + 1), chance, count):
+        began = time.monotonic()
+        watching = True
+        try:
+            found = read_pickle(io.BytesIO(spoilt))
+        except Refused as refusal:
+            outcomes["refused" if str(refusal).isprintable() else "unprintable"] += 1
+        except BaseException:
+            print(f"{kind} of seed {seed}: {spoilt!r}", file=sys.stderr)
+            raise
+        else:
+            size = sum(t.untyped_storage().nbytes() for network in found.values() for t in network.tensors.values())
+            assert size <= len(spoilt), f"{kind} of seed {seed}: {spoilt!r}"
+            outcomes["read"] += 1
+        finally:
+            watching = False
+        assert time.monotonic() - began < LONGEST_S, f"{kind} of seed {seed} takes long: {spoilt!r}"
+    return outcomes
+
+
+if __name__ == "__main__":
+    read_pickle(io.BytesIO(small(0)))  # imports what it needs
+    sys.addaudithook(watch)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM_BYTES,) * 2)
+    print(dict(attack(int(sys.argv[1]), int(sys.argv[2]))))
