@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ray_sampler.config import RequestError, RunConfig, RunError
+from ray_sampler.config import RunConfig
+from ray_sampler.errors import RequestError, RunError
+from ray_sampler.networks.custom import Model
 from ray_sampler.storage.fragment import Fragment, read_fragment
 
 if TYPE_CHECKING:
     from ray_sampler.cluster.driver import RunResult
 
-__all__ = ["Fragment", "RequestError", "RunConfig", "RunError", "read_fragment", "run"]
+__all__ = ["Fragment", "Model", "RequestError", "RunConfig", "RunError", "read_fragment", "run"]
 __version__ = "0.1.0"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ray_sampler.errors import RequestError, redact, require
@@ -198,14 +198,13 @@ def settings_for(options: ModelOptions) -> tuple[str, dict[str, Any]]:
         )
     weights = weights or DEFAULT_MODEL
     bundled = BUNDLED.get(weights)
-    if bundled is None and PurePosixPath(weights).name == weights and not PurePosixPath(weights).suffix:
+    bare = PurePosixPath(weights).name == weights and not PurePosixPath(weights).suffix and ":" not in weights
+    if bundled is None and bare and not Path(weights).exists():
         require(
             weights not in PRESETS,
             f"--model is {weights!r}, a preset; give --preset {weights} --model_path FILE",
         )
-        raise RequestError(
-            f"--model is {weights!r}; {_known(weights, BUNDLED)} (a file's name ends in .pt, .pth or .safetensors)"
-        )
+        raise RequestError(f"--model is {weights!r}; there is no such file, and of the bundled models {_known(weights, BUNDLED)}")
     return weights, {**(bundled.settings if bundled else {}), **(preset.settings if preset else {})}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 from ray_sampler.cluster.session import gpus_per_actor, in_submitted_job, joins_cluster
 from ray_sampler.cluster.worker import Product
 from ray_sampler.config import FleetOptions, PrecisionOptions, Run, RunConfig, resolve
-from ray_sampler.errors import RequestError, RunError, printable, require
+from ray_sampler.errors import RequestError, RunError, printable, redact, require
 from ray_sampler.networks.family import Network, NetworkSpec, Precision
 from ray_sampler.networks.opening import open_network
+from ray_sampler.options import pick
 from ray_sampler.presets import ModelOptions, settings_for
 from ray_sampler.sampling.conditions import LabelRule, listed_labels
-from ray_sampler.sampling.plan import MAIN
+from ray_sampler.sampling.guidance import Guidance
+from ray_sampler.sampling.plan import GUIDE, MAIN
 from ray_sampler.storage.label_file import read_labels
 from ray_sampler.storage.record import fingerprint
 from ray_sampler.storage.run_dir import RunDir
@@ -101,7 +104,9 @@ def prepare(config: RunConfig, products: dict[str, Product] | None = None) -> Jo
     check_submitted(config.output)
     model, brought = settings_for(config.of(ModelOptions))
     given = config.given()
-    network = open_network(model, brought | given, frozenset(given))
+    settings = brought | given
+    network = open_network(model, settings, frozenset(settings))
+    guide = open_guide(network, settings)
     labels = label_rule(config.labels, network.spec)
     gpus = gpus_per_actor(config.of(FleetOptions))
     run_dir = RunDir(config.output) if config.output else None
@@ -112,15 +117,17 @@ def prepare(config: RunConfig, products: dict[str, Product] | None = None) -> Jo
         model,
         brought,
         network.spec,
+        guide=guide.spec if guide else None,
         labels=labels,
         precision=settled_precision(config, gpus, earlier),
         seed=settled_seed(config, earlier),
     )
-    identity = run.identity(network.weights)
+    identity = run.identity(network.weights, fingerprint(guide.spec.identity(guide.weights)) if guide else "null")
     output = config.output or default_output(model, fingerprint(identity))
     run_dir = run_dir or RunDir(output)
     output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
-    job = Job(run, output, run_dir, {MAIN: network}, gpus, not joins_cluster(config.address), identity, products or {})
+    networks = {MAIN: network} | ({GUIDE: guide} if guide else {})
+    job = Job(run, output, run_dir, networks, gpus, not joins_cluster(config.address), identity, products or {})
     if not config.overwrite:
         refuse_another(job, there if config.output else run_dir.read_run())
     return job
@@ -139,6 +146,39 @@ def check_submitted(output: str | None) -> None:
         f"--output is {output!r}, relative to a submitted job's working directory, which is temporary; "
         "give an absolute path that every node shares, or a bucket",
     )
+
+
+def open_guide(network: Network, settings: Mapping[str, Any]) -> Network | None:
+    """The second network by which the first is guided; None where none is asked for, or its own null label guides.
+
+    Raises:
+        RequestError: it cannot be a guide, or nothing says what guides.
+    """
+    guidance, name = pick(Guidance, settings), settings.get("guide")
+    if not guidance.active:
+        return None
+    spec = network.spec
+    if name in (None, "null"):
+        require(
+            spec.null_label is not None,
+            f"--guidance is {guidance.guidance:g}, but the network has no null label, so nothing can guide it; give --guide "
+            "MODEL, a second network",
+        )
+        return None
+    _, brought = settings_for(ModelOptions(model=name))
+    guide = open_network(str(name), (brought or settings) | {"weights": None, "weights_key": None}, flag="--guide")
+    theirs = guide.spec
+    require(
+        theirs.shape == spec.shape and theirs.num_classes in (0, spec.num_classes),
+        f"--guide is {redact(name)!r}, of {described(theirs)}; it must have the same shape as --model, which is of "
+        f"{described(spec)}, and as many classes or none",
+    )
+    return guide
+
+
+def described(spec: NetworkSpec) -> str:
+    """A network's shape and classes, as a message shows them."""
+    return f"shape {'x'.join(map(str, spec.shape))} and {spec.num_classes or 'no'} classes"
 
 
 def label_rule(labels: str | None, spec: NetworkSpec) -> LabelRule | None:

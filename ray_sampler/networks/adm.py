@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ray_sampler.errors import require
 from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.networks.adm_shapes import adm_flags, explain_misfit
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.family import DTYPES, Family, NetworkSpec, Opened, Precision, check_fit, without_memory
 from ray_sampler.networks.weights import Checkpoint
@@ -24,17 +26,40 @@ def recognises(checkpoint: Checkpoint) -> bool:
 
 
 def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozenset[str]) -> Opened:
-    """The network that the flags describe, with the tensors of the checkpoint.
+    """The network that the flags and the checkpoint's own tensors describe.
+
+    What the tensors tell is used where no given flag contradicts it.
 
     Raises:
-        RequestError: names or shapes are not those of the flags' network.
+        RequestError: flags contradict the tensors, or the tensors are those of no ADM network.
+    """
+    told = adm_flags(checkpoint.tensors)
+    if told is None:
+        options = pick(AdmOptions, settings)
+    else:
+        contradiction = explain_misfit(checkpoint.tensors, {name: settings[name] for name in given if name in settings})
+        require(not contradiction, f"--model is {checkpoint.shown}; {contradiction}")
+        options = described(told, settings, given)
+    options.validate()
+    advice = (told and explain_misfit(checkpoint.tensors, asdict(options))) or "it is damaged, or of another network"
+    check_fit(without_memory(lambda: UNet(options)), checkpoint.tensors, advice)
+    parameters = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    return Opened(spec_of(options, settings), dict(checkpoint.tensors), parameters)
+
+
+def described(told: Mapping[str, Any], settings: Mapping[str, Any], given: frozenset[str]) -> AdmOptions:
+    """The options that the tensors tell; of the flags, those that the user gave and those that leave no trace in them.
+
+    A given flag is kept as it is written, as 1.0,2 for the multipliers 1,2.
     """
     options = pick(AdmOptions, settings)
-    options.validate()
-    hints = told_otherwise(checkpoint.tensors, options)
-    advice = f"the checkpoint asks for {' '.join(hints)}" if hints else "check the architecture flags, or give --preset"
-    check_fit(without_memory(lambda: UNet(options)), checkpoint.tensors, advice)
-    return Opened(spec_of(options, settings), dict(checkpoint.tensors))
+    names = {f.name for f in fields(AdmOptions)}
+    merged = asdict(options) | {name: value for name, value in told.items() if name in names and name not in given}
+    size = options.image_size
+    if "attention_resolutions" not in given:
+        factors = told["attention_factors"]
+        merged["attention_resolutions"] = ",".join(str(size // factor) for factor in factors if size >= factor)
+    return AdmOptions(**merged)
 
 
 def spec_of(options: AdmOptions, settings: Mapping[str, Any]) -> NetworkSpec:
@@ -52,33 +77,18 @@ def spec_of(options: AdmOptions, settings: Mapping[str, Any]) -> NetworkSpec:
     )
 
 
-def told_otherwise(state: Mapping[str, Tensor], options: AdmOptions) -> list[str]:
-    """Flags, with values, that the checkpoint's own tensors show and `options` has otherwise."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    shown: dict[str, Any] = {}
-    if "input_blocks.0.0.weight" not in shapes or len(shapes.get("time_embed.0.weight", ())) != 2:
-        return []  # of another family
-    shown["num_channels"] = shapes["time_embed.0.weight"][1]
-    classes = shapes.get("label_emb.weight")
-    shown["class_cond"] = classes is not None
-    if classes is not None:
-        shown["num_classes"] = classes[0]
-    embedding, convolution = (shapes.get(f"input_blocks.1.0.{name}.weight") for name in ("emb_layers.1", "in_layers.2"))
-    if embedding and convolution:
-        shown["use_scale_shift_norm"] = embedding[0] == 2 * convolution[0]
-    if any(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name) for name in shapes):
-        shown["resblock_updown"] = False
-    return [f"--{name} {value}" for name, value in shown.items() if value != getattr(options, name)]
-
-
 def build(spec: NetworkSpec, precision: Precision) -> nn.Module:
     """Torso convolutions in `precision`, all else float32; convolutions channels last."""
-    module = UNet(spec.options).convert_torso(DTYPES[precision])
+    return laid_out(UNet(spec.options).convert_torso(DTYPES[precision]))
+
+
+def laid_out(module: UNet) -> UNet:
+    """The network with its convolutions' weights channels last."""
     for name, parameter in module.named_parameters():
         if parameter.dim() == 4:
             owner, _, leaf = name.rpartition(".")
-            laid_out = parameter.contiguous(memory_format=torch.channels_last)
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(laid_out, requires_grad=False))
+            channels_last = parameter.contiguous(memory_format=torch.channels_last)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(channels_last, requires_grad=False))
     return module
 
 

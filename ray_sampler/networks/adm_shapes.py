@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ray_sampler.settings import CHANNEL_MULTIPLIERS
+from ray_sampler.networks.adm_options import CHANNEL_MULTIPLIERS
 
 HEAD_CHANNELS = 64
 """Of a head in the published networks."""
@@ -102,7 +102,7 @@ def explain_misfit(tensors: Mapping[str, Tensor], flags: Mapping[str, Any]) -> s
 
     Args:
         tensors: a state dict.
-        flags: values by flag name, as of an `Architecture`; a flag that is not in it contradicts nothing.
+        flags: values by flag name, as of an `AdmOptions`; a flag that is not in it contradicts nothing.
     """
     told = adm_flags(tensors)
     if told is None:

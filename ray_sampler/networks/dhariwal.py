@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ray_sampler.models.unet import GroupNorm, UNet
+from ray_sampler.networks.adm_unet import GroupNorm, UNet
 from ray_sampler.networks.arguments import Arguments, check_sizes
 from ray_sampler.networks.edm import PREFIX, groups_of
 from ray_sampler.networks.nvidia import Refused, SavedNetwork

@@ -51,6 +51,23 @@ class NetworkSpec:
         family = {} if self.family == "adm" else {"family": self.family}
         return family | {"weights": weights} | dict(self.options.identity())
 
+    def check_given(self, given: Mapping[str, Any]) -> None:
+        """Check settings that the user gave against what the file tells; to repeat it is no mistake.
+
+        Raises:
+            RequestError: one contradicts it; names both values.
+        """
+        told = {
+            "image_size": self.shape[1],
+            "class_cond": self.num_classes > 0,
+            "num_classes": self.num_classes or None,
+        }
+        for name, value in told.items():
+            require(
+                given.get(name) in (None, value) or value is None,
+                f"--{name} is {given.get(name)}, but the file says {value}; leave it out or give another --model",
+            )
+
 
 class Opened(NamedTuple):
     """What a family makes of a checkpoint."""
@@ -58,6 +75,8 @@ class Opened(NamedTuple):
     spec: NetworkSpec
     tensors: dict[str, Tensor]
     """By the module's names, as stored, all of them fitting."""
+    parameters: int
+    """Of the file's network, used in sampling or not."""
 
 
 def as_it_is(module: nn.Module, precision: Precision) -> nn.Module:

@@ -9,10 +9,12 @@ from typing import Any
 
 from ray_sampler.errors import RequestError
 from ray_sampler.networks.adm import ADM
+from ray_sampler.networks.custom import PREFIX, open_custom
+from ray_sampler.networks.edm_family import EDM, EDM2
 from ray_sampler.networks.family import Family, Network, without_memory
 from ray_sampler.networks.weights import Checkpoint, read_checkpoint, weights_hash
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (ADM,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (ADM, EDM, EDM2)}
 """By name, in the order in which they are asked; another family is one name more here."""
 
 BUNDLED = {"digits": "digits.safetensors", "digits-cd": "digits-cd.safetensors"}
@@ -23,7 +25,7 @@ NAMED = 3
 
 
 def open_network(
-    model: str, settings: Mapping[str, Any], given: frozenset[str] = frozenset(), key: str | None = None
+    model: str, settings: Mapping[str, Any], given: frozenset[str] = frozenset(), flag: str = "--model"
 ) -> Network:
     """Read a model's weights, once, and find out what they are.
 
@@ -31,12 +33,14 @@ def open_network(
         model: a bundled model's name, or a path or URL.
         settings: by flag name, of the user, a preset and a bundled model.
         given: names of the settings that the user gave.
-        key: where in the file the weights are; chosen by itself unless given.
+        flag: that named the model, for messages.
 
     Raises:
         RequestError: there is no such file, it is no checkpoint of a known family, or the settings contradict it.
     """
-    checkpoint = read(model, key)
+    if model.startswith(PREFIX):
+        return open_custom(model, settings.get("weights"), settings.get("tag"))
+    checkpoint = read(model, settings.get("weights_key"), flag)
     family = family_of(checkpoint)
     opened = family.open(checkpoint, settings, given)
     return Network(
@@ -44,8 +48,8 @@ def open_network(
         build=partial(built, family, opened.spec),
         prepare=family.prepare,
         tensors=opened.tensors,
-        weights=weights_hash(checkpoint.tensors),
-        parameters=sum(tensor.numel() for tensor in checkpoint.tensors.values()),
+        weights=weights_hash(opened.tensors),
+        parameters=opened.parameters,
         key=checkpoint.key,
         note=checkpoint.note,
         sha256=checkpoint.sha256,
@@ -56,12 +60,12 @@ def built(family: Family, spec: Any, precision: Any) -> Any:
     return without_memory(lambda: family.build(spec, precision))
 
 
-def read(model: str, key: str | None) -> Checkpoint:
+def read(model: str, key: str | None, flag: str) -> Checkpoint:
     """The checkpoint of a bundled model's name, or of a path or URL."""
     if model not in BUNDLED:
-        return read_checkpoint(model, key)
+        return read_checkpoint(model, key, flag)
     with as_file(files("ray_sampler.networks") / "digits" / BUNDLED[model]) as path:
-        return read_checkpoint(str(path), key)
+        return read_checkpoint(str(path), None, flag)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

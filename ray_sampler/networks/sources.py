@@ -20,7 +20,7 @@ import fsspec
 from fsspec.core import OpenFile, OpenFiles
 from fsspec.implementations.local import LocalFileSystem
 
-from ray_sampler.config import RequestError, redact, require
+from ray_sampler.errors import RequestError, redact, require
 
 ATTEMPTS = 3
 CHUNK = 2**20

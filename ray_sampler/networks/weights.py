@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_sampler.config import RequestError, redact
+from ray_sampler.errors import RequestError, redact
 from ray_sampler.networks.choose import Part, WrongKey, choose
 from ray_sampler.networks.kinds import foreign_kind
 from ray_sampler.networks.pickles import Refused

@@ -12,34 +12,35 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ray_sampler.models.presets import BUNDLED, PRESETS
-from ray_sampler.models.unet import UNet
+from ray_sampler.presets import BUNDLED, PRESETS
+from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.adm_shapes import adm_flags, explain_misfit
-from ray_sampler.settings import Architecture, RequestError
+from ray_sampler.errors import RequestError
+from ray_sampler.networks.adm_options import AdmOptions
 
 TOLD = ("num_channels", "num_res_blocks", "use_scale_shift_norm", "class_cond", "num_classes", "learn_sigma")
 
 
-def state_dict(arch: Architecture) -> dict[str, Tensor]:
+def state_dict(arch: AdmOptions) -> dict[str, Tensor]:
     """The names and shapes of a network, without its values."""
     with torch.device("meta"):
         return UNet(arch).state_dict()
 
 
-def published(settings: dict[str, Any]) -> Architecture:
-    names = {field.name for field in fields(Architecture)}
-    return Architecture(**{name: value for name, value in settings.items() if name in names})
+def published(settings: dict[str, Any]) -> AdmOptions:
+    names = {field.name for field in fields(AdmOptions)}
+    return AdmOptions(**{name: value for name, value in settings.items() if name in names})
 
 
 @st.composite
-def architectures(draw: st.DrawFn) -> Architecture:
+def architectures(draw: st.DrawFn) -> AdmOptions:
     levels = draw(st.integers(1, 3))
     width = draw(st.sampled_from([32, 48, 64, 96]))
     multipliers = draw(
         st.lists(st.sampled_from(["0.5", "1", "2", "3", "4", "1.5", "0.666667"]), min_size=levels, max_size=levels)
     )
     size = 2 ** (levels - 1) * draw(st.integers(1, 3))
-    arch = Architecture(
+    arch = AdmOptions(
         image_size=size,
         num_channels=width,
         num_res_blocks=draw(st.integers(1, 2)),
@@ -60,10 +61,10 @@ def architectures(draw: st.DrawFn) -> Architecture:
     return arch
 
 
-def check_told(arch: Architecture) -> None:
+def check_told(arch: AdmOptions) -> None:
     told = adm_flags(state_dict(arch))
     assert told is not None
-    effective = arch.effective()
+    effective = arch.identity()
     for name in TOLD:
         assert told.get(name) == effective.get(name), name
     assert told.get("resblock_updown", arch.resblock_updown) == arch.resblock_updown
@@ -77,7 +78,7 @@ def check_told(arch: Architecture) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(arch=architectures())
-def test_shapes_tell_the_architecture(arch: Architecture) -> None:
+def test_shapes_tell_the_architecture(arch: AdmOptions) -> None:
     check_told(arch)
 
 
@@ -86,17 +87,17 @@ ARCHITECTURES = sorted({published(dict(settings)) for settings in PUBLISHED}, ke
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: f"{arch.image_size}-{arch.num_channels}")
-def test_shapes_tell_the_published_architectures(arch: Architecture) -> None:
+def test_shapes_tell_the_published_architectures(arch: AdmOptions) -> None:
     check_told(arch)
     told = adm_flags(state_dict(arch))
     assert told is not None
-    assert told["channel_mult"] == arch.effective()["channel_mult"]
+    assert told["channel_mult"] == arch.identity()["channel_mult"]
 
 
 DIGITS = state_dict(published(dict(BUNDLED["digits"].settings)))
 
 
-def follow(sentence: str, arch: Architecture) -> Architecture:
+def follow(sentence: str, arch: AdmOptions) -> AdmOptions:
     """`arch` with the flags that the advice gives a value for."""
     changed: dict[str, Any] = {}
     for name, text in re.findall(r"--(\w+) (\S+) \(not ", sentence):
@@ -109,7 +110,7 @@ def follow(sentence: str, arch: Architecture) -> Architecture:
 
 @settings(max_examples=30, deadline=None)
 @given(arch=architectures(), other=architectures())
-def test_advice_leads_to_a_network_that_fits_in_one_step(arch: Architecture, other: Architecture) -> None:
+def test_advice_leads_to_a_network_that_fits_in_one_step(arch: AdmOptions, other: AdmOptions) -> None:
     asked = replace(other, image_size=arch.image_size, num_heads=1)
     weights = state_dict(arch)
     followed = follow(explain_misfit(weights, asdict(asked)), asked)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ray_sampler.config import Architecture
-from ray_sampler.models.unet import UNet
+from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.dhariwal import as_dhariwal, dhariwal_to_adm
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
 
@@ -118,8 +118,8 @@ class Dhariwal:
         return SavedNetwork("EDMPrecond", arguments, tensors)
 
 
-def architecture(flags: dict[str, Any]) -> Architecture:
-    return Architecture(**{f.name: flags[f.name] for f in fields(Architecture) if f.name in flags})
+def architecture(flags: dict[str, Any]) -> AdmOptions:
+    return AdmOptions(**{f.name: flags[f.name] for f in fields(AdmOptions) if f.name in flags})
 
 
 @pytest.mark.parametrize(("width", "multipliers", "blocks"), [(64, [1, 2, 3], 1), (64, [1, 3], 2), (128, [1, 2], 1)])

@@ -18,7 +18,7 @@ import fsspec
 import pytest
 import torch
 
-from ray_sampler.config import RequestError
+from ray_sampler.errors import RequestError
 from ray_sampler.networks.weights import read_checkpoint, weights_hash
 
 

@@ -27,7 +27,7 @@ from isal import isal_zlib
 from safetensors.torch import save
 from torch import Tensor
 
-from ray_sampler.config import RequestError
+from ray_sampler.errors import RequestError
 from ray_sampler.networks import stored
 from ray_sampler.networks.weights import read_checkpoint, weights_hash
 
