@@ -13,7 +13,8 @@ def loaded(network: Network, precision: Precision = "fp32", device: str = "cpu")
     module = network.build(precision)
     placed = {}
     for name, wanted in module.state_dict().items():
-        data = torch.empty_strided(wanted.shape, wanted.stride(), dtype=wanted.dtype)
+        dtype = network.tensors[name].dtype if network.as_stored else wanted.dtype
+        data = torch.empty_strided(wanted.shape, wanted.stride(), dtype=dtype)
         placed[name] = data.copy_(network.tensors[name])
     module.load_state_dict(placed, assign=True)
     return network.prepare(module.to(device).requires_grad_(False).eval(), precision)

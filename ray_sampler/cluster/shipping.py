@@ -58,7 +58,7 @@ def ship(network: Network, precision: Precision) -> Shipped:
         cloudpickle.register_pickle_by_value(sys.modules[name])
     module = network.build(precision)
     names = {id(tensor): name for name, tensor in module.state_dict(keep_vars=True).items()}
-    loader = _Loader(network.tensors, names)
+    loader = _Loader(network.tensors, names, network.as_stored)
     pickled = io.BytesIO()
     _TensorPickler(pickled, loader.take).dump(module)
     loader.flush()
@@ -68,9 +68,10 @@ def ship(network: Network, precision: Precision) -> Shipped:
 class _Loader:
     """Puts tensors into the object store, in the order in which they are met."""
 
-    def __init__(self, tensors: dict[str, Tensor], names: Mapping[int, str]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], names: Mapping[int, str], as_stored: bool) -> None:
         self.tensors = tensors
         self.names = names
+        self.as_stored = as_stored
         self.stored: list[Stored] = []
         self.chunks: list[ray.ObjectRef[list[np.ndarray]]] = []
         self.known: dict[int, int] = {}
@@ -86,9 +87,9 @@ class _Loader:
     def _store(self, wanted: Tensor) -> None:
         source = self.tensors.pop(self.names[id(wanted)]) if wanted.is_meta else wanted.detach()
         layout = wanted if is_dense(wanted) else wanted.contiguous()
-        data = source.detach()
-        if (source.dtype, source.stride()) != (wanted.dtype, layout.stride()):
-            data = torch.empty_strided(layout.shape, layout.stride(), dtype=wanted.dtype, device="cpu").copy_(data)
+        data, dtype = source.detach(), source.dtype if self.as_stored else wanted.dtype
+        if (source.dtype, source.stride()) != (dtype, layout.stride()):
+            data = torch.empty_strided(layout.shape, layout.stride(), dtype=dtype, device="cpu").copy_(data)
         flat = data.as_strided((data.numel(),), (1,)).view(torch.uint8).numpy()
         self.stored.append(
             Stored(

@@ -192,4 +192,4 @@ def fold(module: nn.Module, precision: Precision) -> nn.Module:
 
 
 EDM = Family("edm", is_edm, open_edm, build_edm)
-EDM2 = Family("edm2", is_edm2, open_edm2, build_edm2, fold)
+EDM2 = Family("edm2", is_edm2, open_edm2, build_edm2, fold, as_stored=True)

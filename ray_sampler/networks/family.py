@@ -98,6 +98,8 @@ class Family:
     """The module under torch.device("meta"); dtypes and layout of its tensors say how they are shipped."""
     prepare: Callable[[nn.Module, Precision], nn.Module] = as_it_is
     """What a worker does once, after the tensors are on its device."""
+    as_stored: bool = False
+    """Whether tensors are shipped in the dtypes of the file, and not in those of the built module."""
 
 
 @dataclass
@@ -120,6 +122,8 @@ class Network:
     """What the user should know of how the file was read."""
     sha256: str | None = None
     """Of a file that was fetched."""
+    as_stored: bool = False
+    """Whether the tensors keep their dtypes on the way, and `prepare` casts them."""
     by_value: tuple[str, ...] = ()
     """Names of modules that travel with the network, as other nodes lack their files."""
 

@@ -47,6 +47,7 @@ def open_network(
         spec=opened.spec,
         build=partial(built, family, opened.spec),
         prepare=family.prepare,
+        as_stored=family.as_stored,
         tensors=opened.tensors,
         weights=weights_hash(opened.tensors),
         parameters=opened.parameters,
