@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ray_sampler.models import unet as adm
 from ray_sampler.networks.arguments import Arguments, check_sizes
 from ray_sampler.networks.attention import attend
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
@@ -142,7 +143,7 @@ class Norm(nn.GroupNorm):
         return super().forward(input.float()).to(input.dtype)
 
 
-class Convolution(nn.Conv2d):
+class Convolution(adm.Convolution):
     """A convolution of constant size that resamples its input first."""
 
     def __init__(
@@ -152,10 +153,10 @@ class Convolution(nn.Conv2d):
         self.resample = resample
         self.taps = taps
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, doubled: bool = False) -> Tensor:
         if self.resample != "keep":
             input = (double if self.resample == "up" else halve)(input, self.taps)
-        return super().forward(input)
+        return super().forward(input, doubled)
 
 
 class AuxiliaryConvolution(Convolution):
@@ -167,7 +168,7 @@ class AuxiliaryConvolution(Convolution):
     def __init__(self, inputs: int, outputs: int, taps: tuple[float, ...]) -> None:
         super().__init__(inputs, outputs, 3, "down", taps)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, doubled: bool = False) -> Tensor:
         assert self.bias is not None
         h = F.conv2d(input, self.weight, padding=1 + padding_of(self.taps))
         return halve(h, self.taps, padding=0) + self.bias[:, None, None]

@@ -58,6 +58,8 @@ class SavedNetwork:
     tensors: dict[str, Tensor] = field(repr=False)
     """Parameters and persistent buffers by dotted name, on the CPU, in the dtype in which they are stored, contiguous,
     each in memory of its own."""
+    parameters: int = 0
+    """Numbers in all parameters; buffers do not count."""
 
 
 def looks_like_nvidia(head: bytes) -> bool:
@@ -258,7 +260,11 @@ def _network(saved: _Saved) -> SavedNetwork:
             attributes = {k: v for k, v in part.state.items() if not k.startswith("_") and k != "training"}
             for source in (attributes, part.state.get("_init_kwargs") or {}):
                 arguments |= _plain_items(source, left)
-    return SavedNetwork(saved.class_name, arguments, dict(_tensors(saved)))
+    tensors, parameters = {}, 0
+    for kind, name, tensor in _tensors(saved):
+        tensors[name] = tensor
+        parameters += tensor.numel() * (kind == "_parameters")
+    return SavedNetwork(saved.class_name, arguments, tensors, parameters)
 
 
 def _plain_items(source: dict[Any, Any], left: list[int], depth: int = 0) -> dict[str, Any]:
@@ -286,8 +292,8 @@ def _plain(value: Any, left: list[int], depth: int) -> Any:
     return _NOT_PLAIN
 
 
-def _tensors(saved: _Saved) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers of a module and of all in it, by dotted name, in the order of a state dict."""
+def _tensors(saved: _Saved) -> Iterator[tuple[str, str, Tensor]]:
+    """(kind, dotted name, tensor) of all parameters and persistent buffers in a module, in a state dict's order."""
     visited = found = 0
     waiting: list[tuple[str, int, Any]] = [("", 0, saved)]
     while waiting:
@@ -303,7 +309,7 @@ def _tensors(saved: _Saved) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in (state.get(kind) or {}).items():
                 if tensor is not None and not (kind == "_buffers" and name in hidden):
                     found += 1
-                    yield prefix + _part(name), _of(Tensor, tensor)
+                    yield kind, prefix + _part(name), _of(Tensor, tensor)
         inner = [(f"{prefix}{_part(name)}.", depth + 1, part) for name, part in (state.get("_modules") or {}).items()]
         waiting += reversed(inner)
 

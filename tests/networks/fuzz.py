@@ -11,13 +11,18 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ray_sampler.networks.nvidia import Refused, read_pickle
+from ray_sampler.networks import edm, edm2
+from ray_sampler.networks.dhariwal import dhariwal_to_adm
+from ray_sampler.networks.nvidia import Refused, SavedNetwork, read_pickle
 from tests.faults.fuzz import spoiled
 from tests.networks.nvidia_files import random_tensors, snapshot
 
@@ -44,6 +49,53 @@ def small(seed: int) -> bytes:
     return snapshot("Precond", random_tensors(shapes, seed, torch.float16), arguments, "StandardRGBEncoder")
 
 
+NAMES = (
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch.storage", "_load_from_bytes"),
+    ("torch.nn.modules.container", "ModuleDict"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+)
+WORDS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "state", "class_name", "unet", "f4", "<")
+PLAIN = (b")", b"}", b"]", b"\x8f", b"N", b"\x88", b"(", b"\x94", b"0", b"K\x00", b"K\x02", b"K\xff", b"C\x04abcd")
+BUILDING = (b"R", b"\x81", b"b", b"s", b"u", b"a", b"e", b"t", b"\x85", b"\x86", b"\x87", b"\x90", b"\x91")
+
+
+def text(value: str) -> bytes:
+    return b"\x8c" + bytes([len(value)]) + value.encode()
+
+
+def name(module: str, attribute: str) -> bytes:
+    return text(module) + text(attribute) + b"\x93"
+
+
+def programs(chance: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
+    """Pickles of instructions by chance, within what looks like a network's state."""
+    before = b"\x80\x04}" + text("ema") + name(*NAMES[0]) + b"}(" + text("class_name") + text("Precond") + text("state")
+    for _ in range(count):
+        tokens = [text(chance.choice(WORDS))]
+        for _ in range(chance.randrange(1, 15)):
+            get = b"h" + bytes([chance.randrange(8)])
+            pools = (PLAIN, BUILDING, BUILDING, (get, text(chance.choice(WORDS)), name(*chance.choice(NAMES))))
+            tokens.append(chance.choice(chance.choice(pools)))
+        yield "program", before + b"}(" + b"".join(tokens) + b"uu\x85Rs."
+
+
+def interpret(network: SavedNetwork) -> None:
+    """What is done with a snapshot next, which may refuse it as well."""
+    for reading in (edm.options_from, edm2.options_from, dhariwal_to_adm):
+        with suppress(Refused):
+            reading(network)
+    with suppress(Refused):
+        edm2.options_from_shapes(network.tensors)
+
+
 def attack(seed: int, count: int) -> Counter[str]:
     """How many spoiled snapshots were refused, and how many read.
 
@@ -54,7 +106,7 @@ def attack(seed: int, count: int) -> Counter[str]:
     global watching
     chance = random.Random(seed)
     outcomes: Counter[str] = Counter()
-    for kind, spoilt in spoiled(small(seed), small(seed + 1), chance, count):
+    for kind, spoilt in chain(spoiled(small(seed), small(seed + 1), chance, count), programs(chance, 20 * count)):
         began = time.monotonic()
         watching = True
         try:
@@ -67,6 +119,8 @@ def attack(seed: int, count: int) -> Counter[str]:
         else:
             size = sum(t.untyped_storage().nbytes() for network in found.values() for t in network.tensors.values())
             assert size <= len(spoilt), f"{kind} of seed {seed}: {spoilt!r}"
+            for network in found.values():
+                interpret(network)
             outcomes["read"] += 1
         finally:
             watching = False

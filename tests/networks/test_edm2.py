@@ -116,6 +116,17 @@ def test_folds_to_a_dtype_and_keeps_the_embedding_in_float32():
         edm2.fold(folded, torch.float32)
 
 
+def test_the_layout_of_what_comes_in_makes_no_difference():
+    plain, turned = randomised(SMALL, torch.float16), randomised(SMALL, torch.float16)
+    for parameter in turned.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    x, sigma, y = torch.randn(4, 3, 16, 16), torch.tensor([0.002, 0.5, 3.0, 80.0]), torch.tensor([0, 3, 6, 7])
+    expected = denoised(edm2.fold(plain, torch.float32), x, sigma, y)
+    found = denoised(edm2.fold(turned, torch.float32), x.contiguous(memory_format=torch.channels_last), sigma, y)
+    assert torch.equal(found, expected)
+
+
 def test_the_gain_is_divided_in_the_dtype_in_which_it_is_stored():
     gain = torch.tensor(0.7311, dtype=torch.float16)
     layer = edm2.Layer(12, 5)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ray_sampler.networks.nvidia import Refused, looks_like_nvidia, read_pickle
 from tests.networks.nvidia_files import EasyDict, Persistent, dumped, module, random_tensors, snapshot
@@ -64,6 +67,19 @@ def test_tensors_of_every_dtype_come_back_bit_by_bit_in_their_own_memory(dtype):
     assert len({t.untyped_storage().data_ptr() for t in found.values() if t.numel()}) == len(found) - 1
 
 
+def test_each_tensor_is_freed_when_it_is_dropped():
+    gc.disable()
+    try:
+        tensors = read(snapshot("Precond", random_tensors(SHAPES)))["ema"].tensors
+        memory = {name: StorageWeakRef(tensor.untyped_storage()) for name, tensor in tensors.items()}
+        for name in list(tensors):
+            assert not memory[name].expired()
+            del tensors[name]
+            assert memory[name].expired()
+    finally:
+        gc.enable()
+
+
 def test_values_that_are_not_numbers_are_kept_bit_by_bit():
     bits = torch.tensor([0x7FC00001, -1, 0, -(2**31), 0x7F800000], dtype=torch.int32)
     tensors = {"unet.weight": bits.view(torch.float32)}
@@ -74,6 +90,11 @@ def test_a_reference_file_has_the_names_and_shapes_written_down_beside_it():
     for name in ("edm2_16", "edm2_half16"):
         shapes = {key: list(tensor.shape) for key, tensor in saved(name).tensors.items()}
         assert shapes == json.loads((FOLDER / name / "state.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["edm2_16", "edm2_half16", "edm_ddpmpp16", "edm_ncsnpp8"])
+def test_a_reference_file_has_the_parameters_counted_beside_it(name):
+    assert saved(name).parameters == json.loads((FOLDER / name / "about.json").read_text())["parameters"]
 
 
 def test_buffers_that_are_not_persistent_and_empty_places_are_left_out():
@@ -98,10 +119,12 @@ def test_arguments_are_plain_data():
     assert all(type(found.arguments[name]) is float for name in ("dropout", "scale"))
 
 
-def test_numpy_is_known_under_its_old_name_as_well():
+@pytest.mark.parametrize("name", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_numpy_is_known_under_its_old_name_as_well(name):
     data = snapshot("Precond", random_tensors(SHAPES), {"scale": np.float64(0.25)}, protocol=3)
-    assert data.count(b"numpy._core.multiarray") == 1
-    assert read(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))["ema"].arguments["scale"] == 0.25
+    renamed, count = re.subn(rb"numpy\._?core\.multiarray", name, data)
+    assert count == 1
+    assert read(renamed)["ema"].arguments["scale"] == 0.25
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
@@ -319,13 +342,12 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
 def test_reading_takes_little_more_memory_than_the_file_has_bytes(tmp_path):
-    shapes = {f"unet.enc.8x8_block{i}.weight": (256, 256, 3, 3) for i in range(54)}
+    shapes = {f"unet.enc.8x8_block{i}.weight": (256, 256, 3, 3) for i in range(27)}
     data = snapshot("Precond", random_tensors(shapes, dtype=torch.float16))
     (tmp_path / "net.pkl").write_bytes(data)
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "net.pkl")]
     peak = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-    print(peak / len(data))
-    assert peak < 1.15 * len(data)
+    assert peak < 1.25 * len(data)
 
 
 @pytest.mark.slow

@@ -91,7 +91,6 @@ def test_pictures_and_labels_are_those_of_the_published_sampler(name, case):
     if y is not None:
         assert torch.equal(y, expected["labels"])
     difference = (x - expected[f"x0/{case}"]).abs().max().item()
-    print(name, case, difference)
     assert difference < 1e-4
     pixels = (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     levels = (pixels.int() - expected[f"uint8/{case}"].int()).abs()
@@ -105,4 +104,5 @@ def test_a_network_is_one_graph_for_the_compiler(name):
     expected = numbers(name, "forward")
     compiled = torch.compile(made, backend="eager", fullgraph=True, dynamic=False)
     x, y = expected["x"], expected.get("labels")
-    assert torch.equal(denoised(made, x, expected["sigma"], y), denoised(compiled, x, expected["sigma"], y))
+    difference = denoised(made, x, expected["sigma"], y) - denoised(compiled, x, expected["sigma"], y)
+    assert difference.abs().max() < 1e-5
