@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_sampler.models import unet as adm
+from ray_sampler.networks import adm_unet as adm
 from ray_sampler.networks.arguments import Arguments, check_sizes
 from ray_sampler.networks.attention import attend
 from ray_sampler.networks.nvidia import Refused, SavedNetwork

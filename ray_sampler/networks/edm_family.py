@@ -21,8 +21,6 @@ from ray_sampler.networks.weights import Checkpoint
 
 SIGMA_RANGE = (0.002, 80.0)
 """What the publications sample, within what a network records."""
-BUFFERS = ("freqs", "phases", "resample_filter")
-"""Last parts of the names of tensors that are no parameters."""
 DAMAGED = "the file is not what its recorded arguments say"
 
 
@@ -104,6 +102,7 @@ def open_edm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
         options=options,
         shape=shape,
         kind=kind,
+        kind_options={"shared_time": True} if kind == "edm" and not isinstance(options, Dhariwal) else {},
         num_classes=classes,
         null_label=classes or None,
         sigma_min=max(SIGMA_RANGE[0], low),
@@ -111,7 +110,7 @@ def open_edm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
         defaults={"clip_denoised": False, "rounding": "nearest", "state": "fp64", "steps": 18},
         draws_every_step=True,
     )
-    return checked(EDM, spec, tensors, saved.tensors, settings, given)
+    return checked(EDM, spec, tensors, saved.parameters, settings, given)
 
 
 def open_edm2(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozenset[str]) -> Opened:
@@ -134,6 +133,7 @@ def open_edm2(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozen
         options=Recorded(options),
         shape=(options.img_channels, options.img_resolution, options.img_resolution),
         kind="edm",
+        kind_options={"shared_time": True},
         num_classes=options.label_dim,
         null_label=options.label_dim or None,
         sigma_min=SIGMA_RANGE[0],
@@ -141,21 +141,22 @@ def open_edm2(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozen
         defaults={"clip_denoised": False, "rounding": "nearest", "state": "fp32", "steps": 32},
         latent="edm2" if latent else None,
     )
-    return checked(EDM2, spec, edm2.network_tensors(source), source, settings, given)
+    tensors = edm2.network_tensors(source)
+    parameters = saved.parameters if saved else sum(t.numel() for t in tensors.values() if t.dim() != 1)
+    return checked(EDM2, spec, tensors, parameters, settings, given)
 
 
 def checked(
     family: Family,
     spec: NetworkSpec,
     tensors: dict[str, Tensor],
-    source: Mapping[str, Tensor],
+    parameters: int,
     settings: Mapping[str, Any],
     given: frozenset[str],
 ) -> Opened:
     """What was opened, after a check against its own tensors and against what the user gave."""
     spec.check_given({name: settings[name] for name in given})
     check_fit(without_memory(lambda: family.build(spec, "fp32")), tensors, DAMAGED)
-    parameters = sum(t.numel() for name, t in source.items() if name.rpartition(".")[2] not in BUFFERS)
     return Opened(spec, tensors, parameters)
 
 

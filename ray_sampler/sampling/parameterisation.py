@@ -105,14 +105,24 @@ def _of_batch(value: Tensor, x: Tensor) -> Tensor:
     return value if value.ndim else x.new_full((len(x),), value.item())
 
 
-def preconditioned(network: Network, labels: Tensor | None, scalings: Callable[[Tensor], Scalings], c_noise: Time) -> Denoiser:
-    """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise(sigma), y), in float32 (Karras et al. 2022, eq. 7)."""
+def preconditioned(
+    network: Network,
+    labels: Tensor | None,
+    scalings: Callable[[Tensor], Scalings],
+    c_noise: Time,
+    shared_time: bool = False,
+) -> Denoiser:
+    """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise(sigma), y), in float32 (Karras et al. 2022, eq. 7).
+
+    Args:
+        shared_time: one time for the batch is given as (1,) and not as (B,).
+    """
 
     def denoise(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
         inputs, level = x.float(), sigma.float()
         c_skip, c_out, c_in = scalings(level) if sigma.ndim == 0 else (s[:, None, None, None] for s in scalings(level))
-        output = network(c_in * inputs, _of_batch(_time(c_noise, level), inputs), labels)
-        return (c_skip * inputs + c_out * output).to(x.dtype)
+        times = _of_batch(_time(c_noise, level), inputs[:1] if shared_time else inputs)
+        return (c_skip * inputs + c_out * network(c_in * inputs, times, labels)).to(x.dtype)
 
     return denoise
 
@@ -122,12 +132,14 @@ class Edm:
     """EDM's preconditioning (Karras et al. 2022, table 1)."""
 
     c_noise: Time = "log/4"
+    shared_time: bool = False
+    """Whether the network takes one time for all, (1,), as in EDM's own scripts: it embeds it once."""
 
     def __post_init__(self) -> None:
         _check_time(self.c_noise)
 
     def denoiser(self, network: Network, labels: Tensor | None) -> Denoiser:
-        return preconditioned(network, labels, edm_scalings, self.c_noise)
+        return preconditioned(network, labels, edm_scalings, self.c_noise, self.shared_time)
 
     def identity(self) -> dict[str, Any]:
         return {"preconditioning": "edm"} | _time_identity(self.c_noise)
