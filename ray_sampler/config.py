@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from ray_sampler.errors import RequestError, RunError, redact, require
 from ray_sampler.networks import adm
 from ray_sampler.networks.adm_options import AdmOptions, TrainingOptions
-from ray_sampler.networks.family import NetworkSpec, Precision
+from ray_sampler.networks.family import NetworkSpec, Precision, Script
 from ray_sampler.options import Flag, check_choices, flags_of, option, pick
 from ray_sampler.presets import BUNDLED, ModelOptions, settings_for
 from ray_sampler.reporting.progress import ReportingOptions
@@ -27,7 +27,7 @@ from ray_sampler.sampling.noise import NoiseOptions
 from ray_sampler.sampling.parameterisation import Parameterisation, at_sigma_min, parameterise
 from ray_sampler.sampling.plan import PlanOptions, SamplePlan
 from ray_sampler.sampling.schedules import Schedule
-from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices, SolverChoice
+from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices, Plain, SolverChoice
 from ray_sampler.storage.record import fingerprint
 from ray_sampler.storage.run_dir import OutputOptions
 
@@ -314,7 +314,7 @@ def plan_of(
         parameterisation=parameterisation(spec),
         sampler=choice.sampler,
         solver=solver,
-        solver_options=pick(solver.options, settings),
+        solver_options=as_script(pick(solver.options, settings), spec.script),
         schedule=schedule,
         decoder=decoder_of(settings, spec),
         noise=pick(NoiseOptions, settings),
@@ -326,8 +326,13 @@ def plan_of(
         guide=parameterisation(guide) if guide else None,
         guide_labelled=bool(guide and guide.num_classes),
         null_label=spec.null_label,
-        draws_every_step=spec.draws_every_step,
+        script=spec.script,
     )
+
+
+def as_script(options: Plain, script: Script) -> Plain:
+    """A solver's options, to be rounded as the script of the network's publication does."""
+    return replace(options, adds=True) if isinstance(options, Churn) and script != "consistency-models" else options
 
 
 def decoder_of(settings: Mapping[str, Any], spec: NetworkSpec) -> Decoder:

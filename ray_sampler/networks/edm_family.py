@@ -108,7 +108,7 @@ def open_edm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
         sigma_min=max(SIGMA_RANGE[0], low),
         sigma_max=min(SIGMA_RANGE[1], high),
         defaults={"clip_denoised": False, "rounding": "nearest", "state": "fp64", "steps": 18},
-        draws_every_step=True,
+        script="edm",
     )
     return checked(EDM, spec, tensors, saved.parameters, settings, given)
 
@@ -140,6 +140,7 @@ def open_edm2(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozen
         sigma_max=SIGMA_RANGE[1],
         defaults={"clip_denoised": False, "rounding": "nearest", "state": "fp32", "steps": 32},
         latent="edm2" if latent else None,
+        script="edm2",
     )
     tensors = edm2.network_tensors(source)
     parameters = saved.parameters if saved else sum(t.numel() for t in tensors.values() if t.dim() != 1)

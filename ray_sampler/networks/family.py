@@ -14,6 +14,7 @@ from ray_sampler.errors import require
 from ray_sampler.networks.weights import Checkpoint
 
 Precision = Literal["fp32", "fp16", "bf16"]
+Script = Literal["consistency-models", "edm", "edm2"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 NAMED = 3
@@ -43,8 +44,8 @@ class NetworkSpec:
     """Settings that the family or the file brings, by flag name."""
     latent: str | None = None
     """The rule by which x becomes a picture (sd, edm2); None where x is a picture."""
-    draws_every_step: bool = False
-    """Whether its publication's sampler draws churn noise at every step, used or not."""
+    script: Script = "consistency-models"
+    """Whose script's arithmetic is followed to the last bit, so that published pictures come out again."""
 
     def identity(self, weights: str) -> dict[str, Any]:
         """What decides the network's function, flat; `weights` is its hash."""

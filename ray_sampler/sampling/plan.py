@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ray_sampler.errors import require
+from ray_sampler.networks.family import Script
 from ray_sampler.options import option
 from ray_sampler.sampling.conditions import LabelRule
 from ray_sampler.sampling.decoding import Decoder
@@ -68,8 +69,8 @@ class SamplePlan:
     """Whether the guide network takes the labels."""
     null_label: int | None = None
     """The label that stands for none."""
-    draws_every_step: bool = False
-    """Whether the generator edm draws churn noise at every step, used or not."""
+    script: Script = "consistency-models"
+    """Whose script's arithmetic is followed to the last bit."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -109,12 +110,12 @@ def sample_block(networks: Mapping[str, Network], plan: SamplePlan, indices: Ten
         plan.shape,
         dtype=dtype,
         num_classes=classes,
-        every_step=plan.draws_every_step,
+        every_step=plan.script == "edm",
     )
     labels = plan.labels.labels(draws, indices) if plan.labels else None
     denoise = make_denoiser(networks, plan, labels)
     sigmas = plan.solver.levels(plan.schedule, plan.solver_options, dtype)
-    x = draws.noise(0).to(dtype) * plan.schedule.sigma_max
+    x = draws.noise(0).to(dtype) * (plan.schedule.sigma_max if plan.script == "consistency-models" else sigmas[0])
     return plan.solver.run(denoise, x, sigmas, draws.noise, plan.solver_options), labels
 
 

@@ -45,6 +45,9 @@ class Churn(Plain):
     s_tmax: float = option(inf, "Largest noise level with churn.")
     s_noise: float = option(1.0, "Deviation of the churn noise.")
 
+    adds: bool = False
+    """Whether the raised level is sigma + gamma sigma, as EDM's scripts round it, and not sigma (gamma + 1)."""
+
     def validate(self, schedule: Schedule) -> None:
         for name in ("s_churn", "s_tmin", "s_noise"):
             value = getattr(self, name)
@@ -94,19 +97,19 @@ class Indices(Plain):
         return {"ts": ",".join(map(str, self.indices))}
 
 
-def add_churn(x: Tensor, sigma: Tensor, gamma: float, eps: Noise, draw: int, s_noise: float) -> tuple[Tensor, Tensor]:
-    """x and its level, raised from sigma to sigma (1 + gamma) (Karras et al. 2022, algorithm 2, lines 5 and 6)."""
-    sigma_hat = sigma * (gamma + 1)
+def add_churn(x: Tensor, sigmas: Tensor, i: int, noise: Noise, churn: Churn) -> tuple[Tensor, Tensor]:
+    """x and its level, raised from sigma_i to sigma_i (1 + gamma) (Karras et al. 2022, algorithm 2, lines 5 and 6)."""
+    sigma, gamma = sigmas[i], churn.gamma(sigmas[i], len(sigmas) - 1)
+    sigma_hat = sigma + gamma * sigma if churn.adds else sigma * (gamma + 1)
     if gamma > 0:
-        x = x + eps(draw) * s_noise * (sigma_hat**2 - sigma**2) ** 0.5
+        x = x + noise(1 + i) * churn.s_noise * (sigma_hat**2 - sigma**2) ** 0.5
     return x, sigma_hat
 
 
 def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn: Churn) -> Tensor:
     """Heun's second order method with churn (Karras et al. 2022, algorithm 2); Euler's in the step to 0."""
-    steps = len(sigmas) - 1
-    for i in range(steps):
-        x, sigma = add_churn(x, sigmas[i], churn.gamma(sigmas[i], steps), noise, 1 + i, churn.s_noise)
+    for i in range(len(sigmas) - 1):
+        x, sigma = add_churn(x, sigmas, i, noise, churn)
         d = (x - denoise(x, sigma, sigmas[i])) / sigma
         x_next = x + d * (sigmas[i + 1] - sigma)
         if sigmas[i + 1] > 0:
@@ -126,9 +129,8 @@ def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: P
 
 def dpm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn: Churn) -> Tensor:
     """The midpoint method, after DPM-Solver-2 (Lu et al. 2022), with churn; midpoints lie on a rho = 3 schedule."""
-    steps = len(sigmas) - 1
-    for i in range(steps):
-        x, sigma = add_churn(x, sigmas[i], churn.gamma(sigmas[i], steps), noise, 1 + i, churn.s_noise)
+    for i in range(len(sigmas) - 1):
+        x, sigma = add_churn(x, sigmas, i, noise, churn)
         d = (x - denoise(x, sigma, sigmas[i])) / sigma
         sigma_mid = ((sigma ** (1 / 3) + sigmas[i + 1] ** (1 / 3)) / 2) ** 3
         x_mid = x + d * (sigma_mid - sigma)
