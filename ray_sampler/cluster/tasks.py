@@ -118,7 +118,8 @@ def merge_fragments(
     tiles: dict[int, Tile] = {}
 
     def look(samples: Samples) -> None:
-        pixels.add(samples.images[-samples.start % every :: every])
+        if samples.images.dtype == np.uint8:  # of latents there is nothing to say
+            pixels.add(samples.images[-samples.start % every :: every])
         tiles.update(tiles_of(samples, wanted))
         if samples.labels is not None:
             values, counts = np.unique(samples.labels, return_counts=True)

@@ -35,15 +35,18 @@ class PixelStatistics:
         self.constant = 0
         self.saturated = 0
         self.duplicates_nearby = 0
-        self.counts = np.zeros((3, 256), np.int64)
+        self.counts = np.zeros((0, 256), np.int64)
+        """By channel; of no channel until images were added."""
         self._copies: dict[int, int] = {}
         self._hash_bits = 64
 
     def add(self, images: np.ndarray) -> None:
-        """Count `images`, uint8 (n, H, W, 3)."""
-        n = len(images)
+        """Count `images`, uint8 (n, H, W, C) of 1 or 3 channels."""
+        n, channels = len(images), images.shape[-1]
         if n == 0:
             return
+        self._widen(channels)
+        mode = "RGB" if channels == 3 else "L"
         values = np.ascontiguousarray(images).reshape(n, -1)
         block = max(_BLOCK_VALUES // values.shape[1], 1)
         # Few images have equal corners, so few are looked at in whole.
@@ -51,8 +54,8 @@ class PixelStatistics:
         self.constant += int((alike == alike[:, :1, :1]).all((1, 2, 3)).sum())
         for start in range(0, n, block):
             part = values[start : start + block]
-            picture = Image.frombuffer("RGB", (part.size // 3, 1), part, "raw", "RGB", 0, 1)
-            self.counts += np.array(picture.histogram()).reshape(3, 256)
+            picture = Image.frombuffer(mode, (part.size // channels, 1), part, "raw", mode, 0, 1)
+            self.counts += np.array(picture.histogram()).reshape(channels, 256)
             self.saturated += int(saturated(part).sum())
         hashes = [isal_zlib.crc32(image) << 32 | isal_zlib.adler32(image) for image in values]
         self.images += n
@@ -66,7 +69,9 @@ class PixelStatistics:
         self.constant += other.constant
         self.saturated += other.saturated
         self.duplicates_nearby += other.duplicates_nearby
-        self.counts += other.counts
+        if other.images:
+            self._widen(len(other.counts))
+            self.counts += other.counts
         self._shrink(other._hash_bits)
         for value, copies in other._copies.items():
             self._remember(value, copies)
@@ -97,13 +102,17 @@ class PixelStatistics:
             "images": self.images,
             "mean": [round(float(m), 4) for m in mean],
             "std": [round(float(s), 4) for s in np.sqrt(variance)],
-            "histogram": self.counts.reshape(3, HISTOGRAM_BINS, -1).sum(2).tolist(),
+            "histogram": self.counts.reshape(len(self.counts), HISTOGRAM_BINS, -1).sum(2).tolist(),
             "constant_fraction": self.constant / self.images,
             "saturated_fraction": self.saturated / self.images,
             "duplicate_fraction": self.duplicate_fraction,
             "duplicates_exact": self.duplicates_exact,
         }
         return result | {"warnings": warnings(result)}
+
+    def _widen(self, channels: int) -> None:
+        if not len(self.counts):
+            self.counts = np.zeros((channels, 256), np.int64)
 
     def _remember(self, value: int, copies: int) -> None:
         if value >> self._hash_bits:

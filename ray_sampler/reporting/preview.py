@@ -65,12 +65,13 @@ def contact_sheet(
     """Images side by side under a title, as a PNG file.
 
     Args:
-        images: uint8 (n, H, W, 3), in the order of their sample indices. n may be 0.
+        images: (n, H, W, C) as the run has them, in the order of their sample indices. n may be 0.
         labels: integers (n,), written under the images; None for none.
         title: the first line.
         caption: the second line, wrapped to the width of the sheet.
         columns: images in a row; as many as make the sheet about square, unless given.
     """
+    images = as_pictures(images)
     n, height, width = images.shape[:3]
     columns = columns or max(math.ceil(math.sqrt(n)), 1)
     tile = _tile_size(width, height)
@@ -92,14 +93,14 @@ def class_strips(images: np.ndarray, labels: np.ndarray, count: int = 10) -> dic
     """The first images of each class side by side, as PNG files with nothing between the images.
 
     Args:
-        images: uint8 (n, H, W, 3), in the order of their sample indices.
+        images: (n, H, W, C) as the run has them, in the order of their sample indices.
         labels: integers (n,).
         count: images of a class, at most.
 
     Returns:
         A picture for each label that occurs, in ascending order, all of one width, so that a page scales them alike.
     """
-    strips = {}
+    strips, images = {}, as_pictures(images)
     most = min(count, max(np.unique(labels, return_counts=True)[1], default=0))
     for label in np.unique(labels):
         chosen = images[labels == label][:count]
@@ -108,6 +109,19 @@ def class_strips(images: np.ndarray, labels: np.ndarray, count: int = 10) -> dic
         _paste(strip, chosen, None, len(chosen), tile, (0, 0))
         strips[int(label)] = _png(strip)
     return strips
+
+
+def as_pictures(images: np.ndarray) -> np.ndarray:
+    """What can be looked at of a run's results: (n, H, W, C) uint8 or float32 -> (n, H, W, 3) uint8.
+
+    Grey pictures are repeated. Of latents the first three channels are shown, or the first alone, each stretched over
+    all images so that its middle 98% fill the range from black to white.
+    """
+    channels = images[..., : 3 if images.shape[-1] >= 3 else 1]
+    if channels.dtype != np.uint8:
+        low, high = np.percentile(channels, (1, 99), axis=(0, 1, 2))
+        channels = ((channels - low) / np.maximum(high - low, 1e-12) * 255).clip(0, 255).astype(np.uint8)
+    return np.broadcast_to(channels, (*channels.shape[:3], 3))
 
 
 def _grid_size(n: int, columns: int, tile: tuple[int, int], labelled: bool) -> tuple[int, int]:
@@ -133,7 +147,7 @@ def _paste(
     for i, image in enumerate(images):
         x = corner[0] + i % columns * (tile[0] + GAP)
         y = corner[1] + i // columns * row_height
-        sheet.paste(Image.fromarray(image).resize(tile, filter_), (x, y))
+        sheet.paste(Image.fromarray(np.ascontiguousarray(image)).resize(tile, filter_), (x, y))
         if labels is not None:
             draw.text((x + tile[0] / 2, y + tile[1] + 3), str(int(labels[i])), FAINT, font, anchor="mt")
 

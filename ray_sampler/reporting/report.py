@@ -16,6 +16,9 @@ CLASSES_AS_ROWS = 24
 RANGES_SHOWN = 6
 """Ranges of one numerics key, and fragments set aside, that are listed."""
 
+CHANNELS = {1: ("grey",), 3: ("red", "green", "blue")}
+"""Names of the channels of pictures."""
+
 
 def render_report(
     summary: Mapping[str, Any], contact_sheet_png: bytes, per_class: Mapping[int, bytes] | None = None
@@ -130,5 +133,5 @@ def _channel_charts(pixels: Mapping[str, Any] | None) -> list[tuple[str, charts.
         return []
     return [
         (name, charts.histogram(counts, f"{name} values", ["0", "128", "255"], shares=True))
-        for name, counts in zip(("red", "green", "blue"), pixels["histogram"], strict=True)
+        for name, counts in zip(CHANNELS[len(pixels["histogram"])], pixels["histogram"], strict=True)
     ]

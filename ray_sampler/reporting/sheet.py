@@ -32,7 +32,7 @@ class Tile:
     """One sample on the sheet."""
 
     image: np.ndarray
-    """(H, W, 3) uint8."""
+    """(H, W, C), as the run has it."""
     label: int | None
 
 
