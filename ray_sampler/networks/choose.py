@@ -33,6 +33,7 @@ EXTRAS = ("num_updates", "decay", "n_averaged", "initted", "step", "optimization
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 SHADOW = "shadow_params"
+PERSISTENT = "persistence._reconstruct_persistent_obj"
 SAVE = "save its state dict alone, with torch.save(model.state_dict(), ...)"
 MAX_DEPTH = 4
 LISTED = 8
@@ -74,8 +75,7 @@ def choose(content: Any, key: str | None) -> Part:
     if key is not None:
         chosen = _at(content, key, found)
         if chosen is None:
-            listed = ", ".join(repr(k) for k in keys[:LISTED]) or "no key"
-            raise WrongKey(f"the file has weights under {listed}")
+            raise WrongKey(f"the file has weights under {', '.join(map(listed, keys[:LISTED])) or 'no key'}")
         return _named(key, chosen, (), keys)
     if not found:
         _refuse(content)
@@ -86,9 +86,14 @@ def choose(content: Any, key: str | None) -> Part:
         _require_data((_mapping(content) or {}).get(name), name, keys)
     obvious = path == "" or path.partition(".")[0] in EMA + PLAIN
     if not obvious and len(found) > 1:
-        raise Refused(f"it has weights under {', '.join(repr(k) for k in keys[:LISTED])}; --weights_key chooses")
+        raise Refused(f"it has weights under {', '.join(map(listed, keys[:LISTED]))}; --weights_key chooses")
     part = _named(path, tensors, (), keys)
     return Part(part.key, part.tensors, part.others, obvious)
+
+
+def listed(key: str) -> str:
+    """A key of the file as a message shows it."""
+    return f"{ascii(key)[:80]}" if key else "the top level"
 
 
 def _mapping(value: Any) -> dict[Any, Any] | None:
@@ -116,15 +121,19 @@ def _weights(value: Any) -> Tensors:
     return tensors if any(name not in EXTRAS for name in tensors) else {}
 
 
-def _candidates(root: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensors]]:
+def _candidates(
+    root: Any, path: str = "", depth: int = 0, seen: set[int] | None = None
+) -> Iterator[tuple[str, Tensors]]:
     """Keys and state dicts, in the order in which they are preferred."""
     items = _mapping(root)
-    if items is None or depth >= MAX_DEPTH or "param_groups" in items:
+    seen = set() if seen is None else seen  # of dictionaries, which may hold themselves
+    if items is None or depth >= MAX_DEPTH or "param_groups" in items or id(items) in seen:
         return
+    seen.add(id(items))
     found = False
     for name in (*EMA, *PLAIN):
         if name in items:
-            for candidate in _under(items, name, path, depth):
+            for candidate in _under(items, name, path, depth, seen):
                 found = True
                 yield candidate
     if _weights(root) and (not found or len(_weights(root)) > 1):
@@ -136,21 +145,21 @@ def _candidates(root: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str
                 yield name, _tensors(items[name])
 
 
-def _under(items: dict[Any, Any], name: str, path: str, depth: int) -> Iterator[tuple[str, Tensors]]:
+def _under(items: dict[Any, Any], name: str, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensors]]:
     value = items[name]
     inside = f"{path}.{name}" if path else name
-    listed = (_mapping(value) or {}).get(SHADOW) if not isinstance(value, list) else value
-    if isinstance(listed, list) and listed and all(isinstance(item, Stored | Odd) for item in listed):
-        yield inside, _shadow(listed, items, inside)
+    shadow = (_mapping(value) or {}).get(SHADOW) if not isinstance(value, list) else value
+    if isinstance(shadow, list) and shadow and all(isinstance(item, Stored | Odd) for item in shadow):
+        yield inside, _shadow(shadow, items, inside)
     elif not isinstance(value, Inert) or value.items:
-        yield from _candidates(value, inside, depth + 1)
+        yield from _candidates(value, inside, depth + 1, seen)
 
 
-def _shadow(listed: list[Entry], items: dict[Any, Any], key: str) -> Tensors:
+def _shadow(averages: list[Entry], items: dict[Any, Any], key: str) -> Tensors:
     """Averages without names, in the order of the model's parameters, by the names of the state dict beside them."""
     beside = next((t for name in PLAIN if name in items for _, t in _candidates({name: items[name]})), {})
     model = {name: t for name, t in beside.items() if isinstance(t, Stored) and not name.endswith(BUFFERS)}
-    shapes = [t.shape if isinstance(t, Stored) else () for t in listed]
+    shapes = [t.shape if isinstance(t, Stored) else () for t in averages]
     first = _in_order(list(model), [t.shape for t in model.values()], shapes)
     # From the end the same: what is left out is left out for certain.
     last = _in_order(list(model)[::-1], [t.shape for t in model.values()][::-1], shapes[::-1])
@@ -163,7 +172,7 @@ def _shadow(listed: list[Entry], items: dict[Any, Any], key: str) -> Tensors:
             f"it has averaged weights under {key!r} as a list without names, which the state dict beside it does not "
             "tell for certain; load them into your model and save its state dict"
         )
-    return {**beside, **dict(zip(first, listed, strict=True))}
+    return {**beside, **dict(zip(first, averages, strict=True))}
 
 
 def _in_order(names: list[str], shapes: list[tuple[int, ...]], wanted: list[tuple[int, ...]]) -> list[str] | None:
@@ -269,6 +278,10 @@ def _refuse(content: Any) -> None:
 
 def _require_data(value: Any, key: Any, others: list[str]) -> None:
     """Refuse a module that was pickled whole."""
+    if isinstance(value, Foreign) and value.name.endswith(PERSISTENT):
+        raise Refused(
+            "it holds a network with its source code, as NVlabs/edm saves its training; name a network-snapshot-*.pkl"
+        )
     if isinstance(value, Foreign) and isinstance(value.state, dict) and "_modules" in value.state:
         where = f" under {ascii(key)[:80]}" if key else ""
         instead = f"; or take other weights with --weights_key {others[0]}" if others else ""

@@ -291,13 +291,12 @@ def _blob(blob: Any) -> View:
     if not isinstance(blob, Blob):
         raise TypeError("bytes are expected")
     if blob.data is not None:
-        data, file = blob.data, io.BytesIO(blob.data)
-        stands = _Stands(len(data))
-        if read(file, len(data), stands.lookup) != MAGIC:
+        size, held = len(blob.data), [blob.data]
+        file, stands = io.BytesIO(blob.data), _Stands(size)
+        if read(file, size, stands.lookup) != MAGIC:
             raise Refused(f"{DAMAGED}: a tensor in it is stored in an unknown way")
-        blob.made = _legacy(
-            file, len(data), stands, lambda position, count: read_bytes(io.BytesIO(data), position, count)
-        )
+        # A storage is loaded once, and its bytes are freed then.
+        blob.made = _legacy(file, size, stands, lambda at, count: read_bytes(io.BytesIO(held.pop()), at, count))
         blob.data = None
     if not isinstance(blob.made, View):
         raise Refused(f"{DAMAGED}: a tensor in it is stored in an unknown way")

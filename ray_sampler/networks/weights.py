@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ray_sampler.config import RequestError, redact
-from ray_sampler.networks.choose import Part, WrongKey, choose
+from ray_sampler.networks.choose import Part, WrongKey, choose, listed
 from ray_sampler.networks.kinds import foreign_kind
 from ray_sampler.networks.pickles import Refused
 from ray_sampler.networks.safe_files import is_safetensors, read_safetensors
@@ -32,7 +32,7 @@ NAMED = 3
 """How many offending tensors an error names."""
 MAX_INDEX = 2**25
 MAX_PARTS = 500
-PART = re.compile(r"(\d{3,5})-of-(\d{3,5})\.\w+$")
+PART = re.compile(r"(\d{5})-of-(\d{5})\.\w+$")
 INDEX = ".index.json"
 NVIDIA = "ray_sampler.networks.nvidia"
 
@@ -109,7 +109,11 @@ def _file(source: Source, head: bytes, key: str | None, shown: str) -> Checkpoin
             saved = nvidia.read_pickle(source.file)
         except ValueError as error:
             raise Refused(str(error)) from error
-        return Checkpoint({}, "ema" if "ema" in saved else next(iter(saved), ""), source.note, shown, digest, saved)
+        taken = key if key is not None else "ema" if "ema" in saved else next(iter(saved))
+        if taken not in saved:
+            raise WrongKey(f"the file has networks under {', '.join(map(repr, saved))}")
+        _require_finite({name: t for name, t in saved[taken].tensors.items() if t.is_floating_point()})
+        return Checkpoint({}, taken, source.note, shown, digest, saved)
     chosen = choose(_content(source, head), key)
     notes = [note for note in (_note(chosen) if key is None else None, source.note) if note]
     return Checkpoint(_loaded(chosen.tensors), chosen.key, "; ".join(notes) or None, shown, digest)
@@ -137,9 +141,9 @@ def _content(source: Source, head: bytes) -> Any:
 
 def _note(chosen: Part) -> str | None:
     if chosen.others:
-        others = ", ".join(repr(other) if other else "the top level" for other in chosen.others)
-        return f"took the weights under {chosen.key!r}; the file also has {others}; --weights_key chooses"
-    return None if chosen.obvious else f"took the weights under {chosen.key!r}"
+        others = ", ".join(listed(other) for other in chosen.others)
+        return f"took the weights under {listed(chosen.key)}; the file also has {others}; --weights_key chooses"
+    return None if chosen.obvious else f"took the weights under {listed(chosen.key)}"
 
 
 def _loaded(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
