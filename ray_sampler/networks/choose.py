@@ -74,6 +74,8 @@ def choose(content: Any, key: str | None) -> Part:
     keys = list(dict.fromkeys(candidate for path, tensors in found for candidate in (path, *_parts(path, tensors))))
     if key is not None:
         chosen = _at(content, key, found)
+        if chosen is None and not found:
+            _refuse(content)
         if chosen is None:
             raise WrongKey(f"the file has weights under {', '.join(map(listed, keys[:LISTED])) or 'no key'}")
         return _named(key, chosen, (), keys)

@@ -185,7 +185,8 @@ def read_zip(file: BinaryIO, size: int) -> Any:
             raise Refused(f"{DAMAGED}: its record {ascii(name)[:80]} is missing")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise Refused("its records are compressed, as torch.save never has them; unpack it and zip it uncompressed")
-        file.seek(info.header_offset)
+        inside = 0 <= info.header_offset <= size
+        file.seek(info.header_offset if inside else size)
         header = file.read(30)
         if len(header) != 30 or header[:4] != b"PK\x03\x04":
             raise Refused(f"{DAMAGED}: its zip records are not where it says")
@@ -273,7 +274,7 @@ def _legacy(file: BinaryIO, size: int, stands: _Stands, load: Callable[[int, int
     if type(keys) is not list or len(keys) != len(storages):
         raise Refused(f"{DAMAGED}: its list of storages is another than its tensors need")
     for key in keys:
-        storage, dtype = storages.pop(_text(key), (None, torch.uint8))
+        storage, dtype = storages.pop(key, (None, torch.uint8)) if is_key(key) else (None, torch.uint8)
         file.seek(position)
         head = file.read(8)
         if storage is None or len(head) != 8 or position + 8 + storage.size > size:

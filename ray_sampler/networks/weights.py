@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from ray_sampler.networks.kinds import foreign_kind
 from ray_sampler.networks.pickles import Refused
 from ray_sampler.networks.safe_files import is_safetensors, read_safetensors
 from ray_sampler.networks.sources import Folder, Source, opened
-from ray_sampler.networks.stored import Entry, Odd, Stored, load
+from ray_sampler.networks.stored import DAMAGED, Entry, Odd, Stored, load
 from ray_sampler.networks.torch_files import read_pickle, read_zip
 
 HEAD = 2**16
@@ -84,6 +85,8 @@ def read_checkpoint(url: str, key: str | None = None, flag: str = "--model") -> 
             if isinstance(found, Source):
                 found.discard()
             raise RequestError(f"{flag} is {shown}; {error}") from error
+        except OSError as error:
+            raise RequestError(f"{flag} is {shown}; it cannot be read ({error.strerror})") from error
         except WrongKey as error:
             raise RequestError(f"--weights_key is {key!r}; {error}; the file is {shown}") from None
 
@@ -130,13 +133,21 @@ def _nvidia() -> Any:
 
 
 def _content(source: Source, head: bytes) -> Any:
-    if head[:4] == b"PK\x03\x04":
-        return read_zip(source.file, source.size)
-    if is_safetensors(head):
-        return read_safetensors(source.file, source.size)
-    if head[:1] == b"\x80":
-        return read_pickle(source.file, source.size)
-    raise Refused(foreign_kind(head))
+    kinds = (
+        (head[:4] == b"PK\x03\x04", read_zip),
+        (is_safetensors(head), read_safetensors),
+        (head[:1] == b"\x80", read_pickle),
+    )
+    reader = next((reader for found, reader in kinds if found), None)
+    if reader is None:
+        raise Refused(foreign_kind(head))
+    try:
+        return reader(source.file, source.size)
+    except Refused:
+        raise
+    # What damaged bytes lead to that no check foresees.
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, struct.error) as error:
+        raise Refused(f"{DAMAGED}: it cannot be read to its end") from error
 
 
 def _note(chosen: Part) -> str | None:
