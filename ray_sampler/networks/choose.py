@@ -141,10 +141,15 @@ def _candidates(
     if _weights(root) and (not found or len(_weights(root)) > 1):
         yield path, _tensors(root)
         found = True
-    if not found and depth == 0:
-        for name in items:
-            if isinstance(name, str) and len(_weights(items[name])) > 1 and not _is_optimizer(name, items[name]):
-                yield name, _tensors(items[name])
+    if not found:
+        others = [name for name in items if isinstance(name, str) and _is_network(name, items[name])]
+        for name in others if depth == 0 or len(others) == 1 else ():
+            yield f"{path}.{name}" if path else name, _tensors(items[name])
+
+
+def _is_network(key: str, value: Any) -> bool:
+    """Whether something under a name that is not looked for can be weights."""
+    return not isinstance(value, Stored | Odd) and not _is_optimizer(key, value) and len(_weights(value)) > 1
 
 
 def _under(items: dict[Any, Any], name: str, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensors]]:
@@ -227,13 +232,21 @@ def _part(tensors: Tensors, head: str) -> Tensors:
     if not weights or any("." in name for name in weights):
         return weights
     # Lightning's LitEma keeps its averages by the names of the model's parameters without their dots.
-    for other in dict.fromkeys(name.partition(".")[0] for name in tensors):
-        beside = {name[len(other) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{other}.")}
+    groups: dict[str, Tensors] = {}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        groups.setdefault(group, {})[rest] = tensor
+    for group, beside in groups.items():
         flat: dict[str, list[str]] = {}
         for name in beside:
             flat.setdefault(name.replace(".", ""), []).append(name)
-        if other != head and all(len(flat.get(name, ())) == 1 for name in weights):
-            return beside | {flat[name][0]: t for name, t in weights.items()}
+        if group != head and all(name in flat for name in weights):
+            if any(len(flat[name]) > 1 for name in weights):
+                raise Refused(
+                    f"it has averages under {listed(head)} by names without dots, of which some can be two tensors; "
+                    f"take other weights with --weights_key {group}"
+                )
+            return beside | {flat[name][0]: tensor for name, tensor in weights.items()}
     return weights
 
 

@@ -12,9 +12,9 @@ import importlib
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -133,13 +133,13 @@ def _nvidia() -> Any:
 
 
 def _content(source: Source, head: bytes) -> Any:
-    kinds = (
-        (head[:4] == b"PK\x03\x04", read_zip),
-        (is_safetensors(head), read_safetensors),
-        (head[:1] == b"\x80", read_pickle),
-    )
-    reader = next((reader for found, reader in kinds if found), None)
-    if reader is None:
+    if head[:4] == b"PK\x03\x04":
+        reader: Callable[[BinaryIO, int], Any] = read_zip
+    elif is_safetensors(head):
+        reader = read_safetensors
+    elif head[:1] == b"\x80":
+        reader = read_pickle
+    else:
         raise Refused(foreign_kind(head))
     try:
         return reader(source.file, source.size)

@@ -105,6 +105,7 @@ LAYOUTS: dict[str, tuple[Any, str]] = {
         {"state_dict": {**prefixed(STATE | {n: OTHER[n] for n in PARAMETERS}, "model."), **lightning_ema(STATE)}},
         "state_dict.model_ema",
     ),
+    "averages by rate": ({"model": OTHER, "ema": {"0.9999": STATE}}, "ema.0.9999"),
     "another single name": ({"generator": STATE, **EXTRAS}, "generator"),
     "a class derived from dict": (Attributes(model=Attributes(STATE)), "model"),
     "a defaultdict": ({"model": defaultdict(list, STATE)}, "model"),

@@ -126,6 +126,13 @@ def test_a_pickled_average_beside_plain_weights_names_the_key_of_those(tmp_path:
     assert weights_hash(read_checkpoint(str(tmp_path / "w.pt"), "model").tensors) == weights_hash(FLOATS)
 
 
+def test_averages_whose_names_can_be_two_tensors_are_refused(tmp_path: Path) -> None:
+    flat = {"model.a.11": torch.ones(1), "model.a.1.1": torch.ones(1), "model_ema.a11": torch.zeros(1)}
+    torch.save({"state_dict": flat}, tmp_path / "w.pt")
+    assert refusal(tmp_path / "w.pt").endswith("can be two tensors; take other weights with --weights_key model")
+    assert read_checkpoint(str(tmp_path / "w.pt"), "model").tensors.keys() == {"a.11", "a.1.1"}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript_is_named(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "w.pt")
