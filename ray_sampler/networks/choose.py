@@ -27,6 +27,9 @@ WRAPPERS = frozenset(
 )
 """Beginnings of names that say nothing where all names have them."""
 
+FIRST = ("input_blocks.0.0.weight", "x_embedder.proj.weight")
+"""A name in every ADM network, and one in every DiT."""
+
 INFIX = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 EXTRAS = ("num_updates", "decay", "n_averaged", "initted", "step", "optimization_step", "global_step")
 """What stands among the weights of an average."""
@@ -220,7 +223,8 @@ def _at(root: Any, key: str, found: list[tuple[str, Tensors]]) -> Tensors | None
 def _parts(path: str, tensors: Iterable[str]) -> list[str]:
     """Keys of the parts of a state dict that names tell apart."""
     heads = {name.partition(".")[0] for name in tensors if "." in name}
-    kept = [head for head in EMA_PARTS + MODEL_PARTS if head in heads]
+    network = _network_part(tensors)
+    kept = [head for head in (*EMA_PARTS, *MODEL_PARTS, network) if head in heads]
     return [f"{path}.{head}" if path else head for head in kept] if len(heads) > 1 else []
 
 
@@ -262,12 +266,21 @@ def _named(path: str, tensors: Tensors, taken: tuple[str, ...], keys: list[str])
         if len(heads) == 1 and heads <= WRAPPERS and "unet.emb_fourier.freqs" not in tensors:
             tensors = _part(tensors, next(iter(heads)))
             continue
-        part = next((head for head in EMA_PARTS + MODEL_PARTS if head in heads and len(heads) > 1), None)
+        part = next(
+            (head for head in EMA_PARTS + MODEL_PARTS if head in heads and len(heads) > 1), _network_part(tensors)
+        )
         if part is None:
             break
         tensors, taken = _part(tensors, part), (*taken, part)
     key = ".".join([*([path] if path else []), *taken])
     return Part(key, tensors, tuple(k for k in keys if k not in (key, path)))
+
+
+def _network_part(tensors: Iterable[str]) -> str | None:
+    """The beginning of names, before a dot, under which a known network is: an attribute of somebody's own class."""
+    heads = [name.removesuffix(f".{first}") for name in tensors for first in FIRST if name.endswith(f".{first}")]
+    heads = [head for head in heads if "." not in head]
+    return next((head for head in heads if "ema" in head), heads[0] if heads else None)
 
 
 def _refuse(content: Any) -> None:

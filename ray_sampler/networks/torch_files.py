@@ -183,17 +183,7 @@ def read_zip(file: BinaryIO, size: int) -> Any:
         info = records.get(f"{folder}/{name}")
         if info is None:
             raise Refused(f"{DAMAGED}: its record {ascii(name)[:80]} is missing")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise Refused("its records are compressed, as torch.save never has them; unpack it and zip it uncompressed")
-        inside = 0 <= info.header_offset <= size
-        file.seek(info.header_offset if inside else size)
-        header = file.read(30)
-        if len(header) != 30 or header[:4] != b"PK\x03\x04":
-            raise Refused(f"{DAMAGED}: its zip records are not where it says")
-        position = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-        if position + info.file_size > size:
-            raise Refused(f"{DAMAGED}: it ends before its tensors do")
-        return position, info
+        return _position(file, size, info), info
 
     swapped = f"{folder}/byteorder" in records and _bytes(file, *record("byteorder")) == b"big"
     views: dict[str, Storage] = {}
@@ -223,6 +213,21 @@ def read_zip(file: BinaryIO, size: int) -> Any:
     file.seek(position)
     pickled = io.BytesIO(file.read(info.file_size))  # `record` moves the position of the file
     return read(pickled, info.file_size, _Stands(size).lookup, persistent)
+
+
+def _position(file: BinaryIO, size: int, info: zipfile.ZipInfo) -> int:
+    """Where the bytes of a record of a zip archive begin."""
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise Refused("its records are compressed, as torch.save never has them; unpack it and zip it uncompressed")
+    inside = 0 <= info.header_offset <= size
+    file.seek(info.header_offset if inside else size)
+    header = file.read(30)
+    if len(header) != 30 or header[:4] != b"PK\x03\x04":
+        raise Refused(f"{DAMAGED}: its zip records are not where it says")
+    position = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+    if position + info.file_size > size:
+        raise Refused(f"{DAMAGED}: it ends before its tensors do")
+    return position
 
 
 def _bytes(file: BinaryIO, position: int, info: zipfile.ZipInfo) -> bytes:

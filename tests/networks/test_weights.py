@@ -76,6 +76,19 @@ def test_names_of_modules_inside_are_kept(tmp_path: Path) -> None:
     assert read_checkpoint(str(tmp_path / "w.pt")).tensors.keys() == state.keys()
 
 
+@pytest.mark.parametrize("first", ["input_blocks.0.0.weight", "x_embedder.proj.weight"])
+def test_a_known_network_is_found_under_the_name_of_any_attribute(first: str, tmp_path: Path) -> None:
+    state = {first: torch.ones(1), "out.weight": torch.ones(2)}
+    for name in ("unet.", "denoise_fn.", "model.backbone."):
+        torch.save({"state_dict": prefixed(state, name) | prefixed(OTHER, "loss.")}, tmp_path / "w.ckpt")
+        read = read_checkpoint(str(tmp_path / "w.ckpt"))
+        assert weights_hash(read.tensors) == weights_hash(state)
+        assert read.key == f"state_dict.{name[:-1]}"
+    torch.save(prefixed(OTHER | {first: torch.zeros(1)}, "net.") | prefixed(state, "net_ema."), tmp_path / "w.ckpt")
+    assert read_checkpoint(str(tmp_path / "w.ckpt")).key == "net_ema"
+    assert read_checkpoint(str(tmp_path / "w.ckpt"), "net").tensors[first] == 0
+
+
 def test_the_hash_is_that_of_version_1(tmp_path: Path) -> None:
     torch.save(FLOATS, tmp_path / "w.pt")
     read = read_checkpoint(str(tmp_path / "w.pt")).tensors
