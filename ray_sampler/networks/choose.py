@@ -27,12 +27,16 @@ WRAPPERS = frozenset(
 )
 """Beginnings of names that say nothing where all names have them."""
 
+FIRST = ("input_blocks.0.0.weight", "x_embedder.proj.weight")
+"""A name in every ADM network, and one in every DiT."""
+
 INFIX = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 EXTRAS = ("num_updates", "decay", "n_averaged", "initted", "step", "optimization_step", "global_step")
 """What stands among the weights of an average."""
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 SHADOW = "shadow_params"
+PERSISTENT = "persistence._reconstruct_persistent_obj"
 SAVE = "save its state dict alone, with torch.save(model.state_dict(), ...)"
 MAX_DEPTH = 4
 LISTED = 8
@@ -73,9 +77,10 @@ def choose(content: Any, key: str | None) -> Part:
     keys = list(dict.fromkeys(candidate for path, tensors in found for candidate in (path, *_parts(path, tensors))))
     if key is not None:
         chosen = _at(content, key, found)
+        if chosen is None and not found:
+            _refuse(content)
         if chosen is None:
-            listed = ", ".join(repr(k) for k in keys[:LISTED]) or "no key"
-            raise WrongKey(f"the file has weights under {listed}")
+            raise WrongKey(f"the file has weights under {', '.join(map(listed, keys[:LISTED])) or 'no key'}")
         return _named(key, chosen, (), keys)
     if not found:
         _refuse(content)
@@ -86,9 +91,14 @@ def choose(content: Any, key: str | None) -> Part:
         _require_data((_mapping(content) or {}).get(name), name, keys)
     obvious = path == "" or path.partition(".")[0] in EMA + PLAIN
     if not obvious and len(found) > 1:
-        raise Refused(f"it has weights under {', '.join(repr(k) for k in keys[:LISTED])}; --weights_key chooses")
+        raise Refused(f"it has weights under {', '.join(map(listed, keys[:LISTED]))}; --weights_key chooses")
     part = _named(path, tensors, (), keys)
     return Part(part.key, part.tensors, part.others, obvious)
+
+
+def listed(key: str) -> str:
+    """A key of the file as a message shows it."""
+    return f"{ascii(key)[:80]}" if key else "the top level"
 
 
 def _mapping(value: Any) -> dict[Any, Any] | None:
@@ -116,41 +126,50 @@ def _weights(value: Any) -> Tensors:
     return tensors if any(name not in EXTRAS for name in tensors) else {}
 
 
-def _candidates(root: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensors]]:
+def _candidates(
+    root: Any, path: str = "", depth: int = 0, seen: set[int] | None = None
+) -> Iterator[tuple[str, Tensors]]:
     """Keys and state dicts, in the order in which they are preferred."""
     items = _mapping(root)
-    if items is None or depth >= MAX_DEPTH or "param_groups" in items:
+    seen = set() if seen is None else seen  # of dictionaries, which may hold themselves
+    if items is None or depth >= MAX_DEPTH or "param_groups" in items or id(items) in seen:
         return
+    seen.add(id(items))
     found = False
     for name in (*EMA, *PLAIN):
         if name in items:
-            for candidate in _under(items, name, path, depth):
+            for candidate in _under(items, name, path, depth, seen):
                 found = True
                 yield candidate
     if _weights(root) and (not found or len(_weights(root)) > 1):
         yield path, _tensors(root)
         found = True
-    if not found and depth == 0:
-        for name in items:
-            if isinstance(name, str) and len(_weights(items[name])) > 1 and not _is_optimizer(name, items[name]):
-                yield name, _tensors(items[name])
+    if not found:
+        others = [name for name in items if isinstance(name, str) and _is_network(name, items[name])]
+        for name in others if depth == 0 or len(others) == 1 else ():
+            yield f"{path}.{name}" if path else name, _tensors(items[name])
 
 
-def _under(items: dict[Any, Any], name: str, path: str, depth: int) -> Iterator[tuple[str, Tensors]]:
+def _is_network(key: str, value: Any) -> bool:
+    """Whether something under a name that is not looked for can be weights."""
+    return not isinstance(value, Stored | Odd) and not _is_optimizer(key, value) and len(_weights(value)) > 1
+
+
+def _under(items: dict[Any, Any], name: str, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensors]]:
     value = items[name]
     inside = f"{path}.{name}" if path else name
-    listed = (_mapping(value) or {}).get(SHADOW) if not isinstance(value, list) else value
-    if isinstance(listed, list) and listed and all(isinstance(item, Stored | Odd) for item in listed):
-        yield inside, _shadow(listed, items, inside)
+    shadow = (_mapping(value) or {}).get(SHADOW) if not isinstance(value, list) else value
+    if isinstance(shadow, list) and shadow and all(isinstance(item, Stored | Odd) for item in shadow):
+        yield inside, _shadow(shadow, items, inside)
     elif not isinstance(value, Inert) or value.items:
-        yield from _candidates(value, inside, depth + 1)
+        yield from _candidates(value, inside, depth + 1, seen)
 
 
-def _shadow(listed: list[Entry], items: dict[Any, Any], key: str) -> Tensors:
+def _shadow(averages: list[Entry], items: dict[Any, Any], key: str) -> Tensors:
     """Averages without names, in the order of the model's parameters, by the names of the state dict beside them."""
     beside = next((t for name in PLAIN if name in items for _, t in _candidates({name: items[name]})), {})
     model = {name: t for name, t in beside.items() if isinstance(t, Stored) and not name.endswith(BUFFERS)}
-    shapes = [t.shape if isinstance(t, Stored) else () for t in listed]
+    shapes = [t.shape if isinstance(t, Stored) else () for t in averages]
     first = _in_order(list(model), [t.shape for t in model.values()], shapes)
     # From the end the same: what is left out is left out for certain.
     last = _in_order(list(model)[::-1], [t.shape for t in model.values()][::-1], shapes[::-1])
@@ -163,7 +182,7 @@ def _shadow(listed: list[Entry], items: dict[Any, Any], key: str) -> Tensors:
             f"it has averaged weights under {key!r} as a list without names, which the state dict beside it does not "
             "tell for certain; load them into your model and save its state dict"
         )
-    return {**beside, **dict(zip(first, listed, strict=True))}
+    return {**beside, **dict(zip(first, averages, strict=True))}
 
 
 def _in_order(names: list[str], shapes: list[tuple[int, ...]], wanted: list[tuple[int, ...]]) -> list[str] | None:
@@ -204,7 +223,8 @@ def _at(root: Any, key: str, found: list[tuple[str, Tensors]]) -> Tensors | None
 def _parts(path: str, tensors: Iterable[str]) -> list[str]:
     """Keys of the parts of a state dict that names tell apart."""
     heads = {name.partition(".")[0] for name in tensors if "." in name}
-    kept = [head for head in EMA_PARTS + MODEL_PARTS if head in heads]
+    network = _network_part(tensors)
+    kept = [head for head in (*EMA_PARTS, *MODEL_PARTS, network) if head in heads]
     return [f"{path}.{head}" if path else head for head in kept] if len(heads) > 1 else []
 
 
@@ -216,13 +236,21 @@ def _part(tensors: Tensors, head: str) -> Tensors:
     if not weights or any("." in name for name in weights):
         return weights
     # Lightning's LitEma keeps its averages by the names of the model's parameters without their dots.
-    for other in dict.fromkeys(name.partition(".")[0] for name in tensors):
-        beside = {name[len(other) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{other}.")}
+    groups: dict[str, Tensors] = {}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        groups.setdefault(group, {})[rest] = tensor
+    for group, beside in groups.items():
         flat: dict[str, list[str]] = {}
         for name in beside:
             flat.setdefault(name.replace(".", ""), []).append(name)
-        if other != head and all(len(flat.get(name, ())) == 1 for name in weights):
-            return beside | {flat[name][0]: t for name, t in weights.items()}
+        if group != head and all(name in flat for name in weights):
+            if any(len(flat[name]) > 1 for name in weights):
+                raise Refused(
+                    f"it has averages under {listed(head)} by names without dots, of which some can be two tensors; "
+                    f"take other weights with --weights_key {group}"
+                )
+            return beside | {flat[name][0]: tensor for name, tensor in weights.items()}
     return weights
 
 
@@ -238,12 +266,21 @@ def _named(path: str, tensors: Tensors, taken: tuple[str, ...], keys: list[str])
         if len(heads) == 1 and heads <= WRAPPERS and "unet.emb_fourier.freqs" not in tensors:
             tensors = _part(tensors, next(iter(heads)))
             continue
-        part = next((head for head in EMA_PARTS + MODEL_PARTS if head in heads and len(heads) > 1), None)
+        part = next(
+            (head for head in EMA_PARTS + MODEL_PARTS if head in heads and len(heads) > 1), _network_part(tensors)
+        )
         if part is None:
             break
         tensors, taken = _part(tensors, part), (*taken, part)
     key = ".".join([*([path] if path else []), *taken])
     return Part(key, tensors, tuple(k for k in keys if k not in (key, path)))
+
+
+def _network_part(tensors: Iterable[str]) -> str | None:
+    """The beginning of names, before a dot, under which a known network is: an attribute of somebody's own class."""
+    heads = [name.removesuffix(f".{first}") for name in tensors for first in FIRST if name.endswith(f".{first}")]
+    heads = [head for head in heads if "." not in head]
+    return next((head for head in heads if "ema" in head), heads[0] if heads else None)
 
 
 def _refuse(content: Any) -> None:
@@ -269,6 +306,10 @@ def _refuse(content: Any) -> None:
 
 def _require_data(value: Any, key: Any, others: list[str]) -> None:
     """Refuse a module that was pickled whole."""
+    if isinstance(value, Foreign) and value.name.endswith(PERSISTENT):
+        raise Refused(
+            "it holds a network with its source code, as NVlabs/edm saves its training; name a network-snapshot-*.pkl"
+        )
     if isinstance(value, Foreign) and isinstance(value.state, dict) and "_modules" in value.state:
         where = f" under {ascii(key)[:80]}" if key else ""
         instead = f"; or take other weights with --weights_key {others[0]}" if others else ""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_sampler.networks.inert_pickle import Blob, Inert, Name, Refused, damage_refused, read
+from ray_sampler.networks.pickles import Blob, Inert, Name, Refused, damage_refused, read
 
 __all__ = ["Refused", "SavedNetwork", "looks_like_nvidia", "read_pickle"]
 

@@ -9,7 +9,8 @@ given, and never allocates more than the file has bytes for.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 MAX_OPCODES = 10_000_000
@@ -97,12 +98,17 @@ def read(file: BinaryIO, size: int, lookup: Lookup, persistent: Callable[[Any], 
     Raises:
         Refused: a global without a stand-in, or bytes that make no pickle.
     """
-    machine = _Machine(file, size, lookup, persistent)
+    with damage_refused():
+        return _Machine(file, size, lookup, persistent).run()
+
+
+@contextmanager
+def damage_refused() -> Iterator[None]:
+    """Turns what damaged bytes lead to, such as an empty stack, text that is no UTF-8 or wrong arguments, into Refused."""
     try:
-        return machine.run()
+        yield
     except Refused:
         raise
-    # What damaged bytes lead to: an empty stack, text that is no UTF-8, wrong arguments.
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, struct.error) as error:
         raise Refused(_DAMAGED) from error
 
@@ -163,7 +169,9 @@ class _Machine:
         for _ in range(MAX_OPCODES):
             opcode = self.take(1)
             if opcode == b".":
-                return self.pop()
+                result = self.pop()
+                self.memo.clear()  # what it held goes with its last user, and not with the next collection of cycles
+                return result
             self.step(opcode)
         raise Refused(
             f"its pickle has more than {MAX_OPCODES:,} instructions, which no weights need; save the state dict alone"

@@ -183,16 +183,7 @@ def read_zip(file: BinaryIO, size: int) -> Any:
         info = records.get(f"{folder}/{name}")
         if info is None:
             raise Refused(f"{DAMAGED}: its record {ascii(name)[:80]} is missing")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise Refused("its records are compressed, as torch.save never has them; unpack it and zip it uncompressed")
-        file.seek(info.header_offset)
-        header = file.read(30)
-        if len(header) != 30 or header[:4] != b"PK\x03\x04":
-            raise Refused(f"{DAMAGED}: its zip records are not where it says")
-        position = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-        if position + info.file_size > size:
-            raise Refused(f"{DAMAGED}: it ends before its tensors do")
-        return position, info
+        return _position(file, size, info), info
 
     swapped = f"{folder}/byteorder" in records and _bytes(file, *record("byteorder")) == b"big"
     views: dict[str, Storage] = {}
@@ -222,6 +213,21 @@ def read_zip(file: BinaryIO, size: int) -> Any:
     file.seek(position)
     pickled = io.BytesIO(file.read(info.file_size))  # `record` moves the position of the file
     return read(pickled, info.file_size, _Stands(size).lookup, persistent)
+
+
+def _position(file: BinaryIO, size: int, info: zipfile.ZipInfo) -> int:
+    """Where the bytes of a record of a zip archive begin."""
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise Refused("its records are compressed, as torch.save never has them; unpack it and zip it uncompressed")
+    inside = 0 <= info.header_offset <= size
+    file.seek(info.header_offset if inside else size)
+    header = file.read(30)
+    if len(header) != 30 or header[:4] != b"PK\x03\x04":
+        raise Refused(f"{DAMAGED}: its zip records are not where it says")
+    position = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+    if position + info.file_size > size:
+        raise Refused(f"{DAMAGED}: it ends before its tensors do")
+    return position
 
 
 def _bytes(file: BinaryIO, position: int, info: zipfile.ZipInfo) -> bytes:
@@ -273,7 +279,7 @@ def _legacy(file: BinaryIO, size: int, stands: _Stands, load: Callable[[int, int
     if type(keys) is not list or len(keys) != len(storages):
         raise Refused(f"{DAMAGED}: its list of storages is another than its tensors need")
     for key in keys:
-        storage, dtype = storages.pop(_text(key), (None, torch.uint8))
+        storage, dtype = storages.pop(key, (None, torch.uint8)) if is_key(key) else (None, torch.uint8)
         file.seek(position)
         head = file.read(8)
         if storage is None or len(head) != 8 or position + 8 + storage.size > size:
@@ -291,13 +297,12 @@ def _blob(blob: Any) -> View:
     if not isinstance(blob, Blob):
         raise TypeError("bytes are expected")
     if blob.data is not None:
-        data, file = blob.data, io.BytesIO(blob.data)
-        stands = _Stands(len(data))
-        if read(file, len(data), stands.lookup) != MAGIC:
+        size, held = len(blob.data), [blob.data]
+        file, stands = io.BytesIO(blob.data), _Stands(size)
+        if read(file, size, stands.lookup) != MAGIC:
             raise Refused(f"{DAMAGED}: a tensor in it is stored in an unknown way")
-        blob.made = _legacy(
-            file, len(data), stands, lambda position, count: read_bytes(io.BytesIO(data), position, count)
-        )
+        # A storage is loaded once, and its bytes are freed then.
+        blob.made = _legacy(file, size, stands, lambda at, count: read_bytes(io.BytesIO(held.pop()), at, count))
         blob.data = None
     if not isinstance(blob.made, View):
         raise Refused(f"{DAMAGED}: a tensor in it is stored in an unknown way")

@@ -11,20 +11,21 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from ray_sampler.errors import RequestError, redact
-from ray_sampler.networks.choose import Part, WrongKey, choose
+from ray_sampler.networks.choose import Part, WrongKey, choose, listed
 from ray_sampler.networks.kinds import foreign_kind
 from ray_sampler.networks.pickles import Refused
 from ray_sampler.networks.safe_files import is_safetensors, read_safetensors
 from ray_sampler.networks.sources import Folder, Source, opened
-from ray_sampler.networks.stored import Entry, Odd, Stored, load
+from ray_sampler.networks.stored import DAMAGED, Entry, Odd, Stored, load
 from ray_sampler.networks.torch_files import read_pickle, read_zip
 
 HEAD = 2**16
@@ -32,7 +33,7 @@ NAMED = 3
 """How many offending tensors an error names."""
 MAX_INDEX = 2**25
 MAX_PARTS = 500
-PART = re.compile(r"(\d{3,5})-of-(\d{3,5})\.\w+$")
+PART = re.compile(r"(\d{5})-of-(\d{5})\.\w+$")
 INDEX = ".index.json"
 NVIDIA = "ray_sampler.networks.nvidia"
 
@@ -84,6 +85,8 @@ def read_checkpoint(url: str, key: str | None = None, flag: str = "--model") -> 
             if isinstance(found, Source):
                 found.discard()
             raise RequestError(f"{flag} is {shown}; {error}") from error
+        except OSError as error:
+            raise RequestError(f"{flag} is {shown}; it cannot be read ({error.strerror})") from error
         except WrongKey as error:
             raise RequestError(f"--weights_key is {key!r}; {error}; the file is {shown}") from None
 
@@ -109,7 +112,11 @@ def _file(source: Source, head: bytes, key: str | None, shown: str) -> Checkpoin
             saved = nvidia.read_pickle(source.file)
         except ValueError as error:
             raise Refused(str(error)) from error
-        return Checkpoint({}, "ema" if "ema" in saved else next(iter(saved), ""), source.note, shown, digest, saved)
+        taken = key if key is not None else "ema" if "ema" in saved else next(iter(saved))
+        if taken not in saved:
+            raise WrongKey(f"the file has networks under {', '.join(map(repr, saved))}")
+        _require_finite({name: t for name, t in saved[taken].tensors.items() if t.is_floating_point()})
+        return Checkpoint({}, taken, source.note, shown, digest, saved)
     chosen = choose(_content(source, head), key)
     notes = [note for note in (_note(chosen) if key is None else None, source.note) if note]
     return Checkpoint(_loaded(chosen.tensors), chosen.key, "; ".join(notes) or None, shown, digest)
@@ -127,19 +134,27 @@ def _nvidia() -> Any:
 
 def _content(source: Source, head: bytes) -> Any:
     if head[:4] == b"PK\x03\x04":
-        return read_zip(source.file, source.size)
-    if is_safetensors(head):
-        return read_safetensors(source.file, source.size)
-    if head[:1] == b"\x80":
-        return read_pickle(source.file, source.size)
-    raise Refused(foreign_kind(head))
+        reader: Callable[[BinaryIO, int], Any] = read_zip
+    elif is_safetensors(head):
+        reader = read_safetensors
+    elif head[:1] == b"\x80":
+        reader = read_pickle
+    else:
+        raise Refused(foreign_kind(head))
+    try:
+        return reader(source.file, source.size)
+    except Refused:
+        raise
+    # What damaged bytes lead to that no check foresees.
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, struct.error) as error:
+        raise Refused(f"{DAMAGED}: it cannot be read to its end") from error
 
 
 def _note(chosen: Part) -> str | None:
     if chosen.others:
-        others = ", ".join(repr(other) if other else "the top level" for other in chosen.others)
-        return f"took the weights under {chosen.key!r}; the file also has {others}; --weights_key chooses"
-    return None if chosen.obvious else f"took the weights under {chosen.key!r}"
+        others = ", ".join(listed(other) for other in chosen.others)
+        return f"took the weights under {listed(chosen.key)}; the file also has {others}; --weights_key chooses"
+    return None if chosen.obvious else f"took the weights under {listed(chosen.key)}"
 
 
 def _loaded(entries: Mapping[str, Entry]) -> dict[str, Tensor]:

@@ -1,0 +1,135 @@
+"""Checkpoints in the layouts that people save."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ray_sampler.errors import RequestError
+from ray_sampler.networks.weights import read_checkpoint
+
+State = dict[str, Tensor]
+
+
+class Net(nn.Module):
+    """Parameters, a buffer, and counters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.randn(1, 3))
+        self.blocks = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3, bias=False))
+
+
+torch.manual_seed(0)
+STATE: State = {name: tensor.clone() for name, tensor in Net().state_dict().items()}
+FLOATS: State = {name: tensor for name, tensor in STATE.items() if tensor.is_floating_point()}
+OTHER: State = {name: tensor + 1 for name, tensor in STATE.items()}
+PARAMETERS = [name for name, _ in Net().named_parameters()]
+
+
+def prefixed(state: State, *prefixes: str) -> State:
+    return {"".join(prefixes) + name: tensor for name, tensor in state.items()}
+
+
+def lightning_ema(state: State) -> State:
+    """As the LitEma of latent diffusion names its averages."""
+    named = {f"model_ema.{name.replace('.', '')}": state[name] for name in PARAMETERS}
+    return named | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+
+
+class Settings(argparse.Namespace):
+    """Of a class of the user's own."""
+
+
+class Attributes(dict[str, Any]):
+    """A dictionary of a class of its own, as EasyDict."""
+
+
+EXTRAS = {
+    "opt": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+    "args": argparse.Namespace(lr=np.float64(0.1), when=np.arange(3)),
+    "cfg": Settings(a={(1, 2): {3}}),
+    "epoch": 3,
+    "step": torch.tensor(3),
+}
+
+LAYOUTS: dict[str, tuple[Any, str]] = {
+    "alone": (STATE, ""),
+    "ordered": (OrderedDict(STATE), ""),
+    "of a module": (Net().state_dict() | STATE, ""),
+    "parameters": (STATE | {name: nn.Parameter(tensor) for name, tensor in FLOATS.items()}, ""),
+    "beside objects": ({**STATE, "args": Settings(lr=1)}, ""),
+    "module.": (prefixed(STATE, "module."), ""),
+    "_orig_mod.": (prefixed(STATE, "_orig_mod."), ""),
+    "both": (prefixed(STATE, "module.", "_orig_mod."), ""),
+    "both, the other way": (prefixed(STATE, "_orig_mod.", "module.", "module."), ""),
+    "model.": (prefixed(STATE, "model."), ""),
+    "a compiled part": ({name.replace("blocks.", "blocks._orig_mod."): t for name, t in STATE.items()}, ""),
+    "state_dict": ({"state_dict": STATE, **EXTRAS}, "state_dict"),
+    "model": ({"model": STATE, **EXTRAS}, "model"),
+    "module": ({"module": prefixed(STATE, "module."), **EXTRAS}, "module"),
+    "model_state_dict": ({"model_state_dict": STATE, "optimizer_state_dict": EXTRAS["opt"]}, "model_state_dict"),
+    "ema": ({"model": OTHER, "ema": STATE, **EXTRAS}, "ema"),
+    "model_ema": ({"model": OTHER, "model_ema": STATE, **EXTRAS}, "model_ema"),
+    "ema_state_dict": ({"model_state_dict": OTHER, "ema_state_dict": STATE, **EXTRAS}, "ema_state_dict"),
+    "ema, nested": ({"model": OTHER, "ema": {"state_dict": STATE, "decay": 0.9}}, "ema.state_dict"),
+    "ema with counters": ({"model": OTHER, "ema": {**STATE, "num_updates": torch.tensor(3), "decay": 0.9}}, "ema"),
+    "shadow_params": (
+        {"ema": {"decay": 0.9, "num_updates": 3, "shadow_params": [STATE[n] for n in PARAMETERS]}, "model": STATE},
+        "ema",
+    ),
+    "an averaged model": ({**prefixed(STATE, "module."), "n_averaged": torch.tensor(4)}, ""),
+    "ema. beside model.": ({**prefixed(OTHER, "model."), **prefixed(STATE, "ema.")}, "ema"),
+    "online_model and ema_model": (
+        {
+            "step": 3,
+            "ema": {**prefixed(OTHER, "online_model."), **prefixed(STATE, "ema_model."), "initted": torch.tensor(True)},
+        },
+        "ema.ema_model",
+    ),
+    "Lightning": ({"state_dict": prefixed(STATE, "model."), "pytorch-lightning_version": "2.0"}, "state_dict"),
+    "Lightning with other modules": (
+        {"state_dict": {**prefixed(STATE, "model."), **prefixed(OTHER, "loss.vgg.")}},
+        "state_dict.model",
+    ),
+    "Lightning's average": (
+        {"state_dict": {**prefixed(STATE | {n: OTHER[n] for n in PARAMETERS}, "model."), **lightning_ema(STATE)}},
+        "state_dict.model_ema",
+    ),
+    "averages by rate": ({"model": OTHER, "ema": {"0.9999": STATE}}, "ema.0.9999"),
+    "another single name": ({"generator": STATE, **EXTRAS}, "generator"),
+    "a class derived from dict": (Attributes(model=Attributes(STATE)), "model"),
+    "a defaultdict": ({"model": defaultdict(list, STATE)}, "model"),
+    "DeepSpeed": ({"module": STATE, "ds_config": {}, "optimizer": None}, "module"),
+}
+
+
+def save_old(content: Any, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def save_plain(content: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content, 4))
+
+
+Writer = Callable[[Any, Path], None]
+WRITERS: list[Writer] = [torch.save, save_old, save_plain]
+
+
+def refusal(url: str | Path, key: str | None = None) -> str:
+    """The one sentence with which a checkpoint is refused."""
+    with pytest.raises(RequestError) as refused:
+        read_checkpoint(str(url), key)
+    message = str(refused.value)
+    assert message.isprintable()
+    assert message.startswith("--weights_key is " if key is not None else "--model is ")
+    return message
