@@ -307,10 +307,9 @@ class _Machine:
             raise TypeError("a global is named by two texts")
         make = self.lookup(module, name)
         if make is None:
-            shown = f"{module}.{name}"[:100].encode("ascii", "backslashreplace").decode()
+            shown = ascii(f"{module}.{name}")[1:-1][:100]
             raise Refused(
-                f"it asks for {shown if shown.isprintable() else ascii(shown)}, which no known network needs; "
-                "loading it would run code, so it is refused"
+                f"it asks for {shown}, which no known network needs; loading it would run code, so it is refused"
             )
         return Name(f"{module}.{name}", make)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
