@@ -32,7 +32,7 @@ from ray_sampler.sampling.solvers import (
     progdist,
     solve,
 )
-from tests.models.golden import golden_state
+from tests.networks.golden import golden_state
 
 # The original's results.
 
