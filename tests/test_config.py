@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ray_sampler.config import RequestError, RunConfig
+from ray_sampler.config import FLAGS, RequestError, RunConfig
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.sampling.conditions import LabelRule
 from tests.resolving import NO_HEADS, SMALL, resolve, resolved
@@ -251,14 +251,20 @@ def test_a_conditional_model_has_random_labels_unless_told() -> None:
 def test_every_setting_is_shown_as_json_under_its_flag() -> None:
     shown = resolve(use_fp16=True, model_path="digits", dry_run=True).as_json()
     unsaid = {"model_path", "use_fp16", "dry_run"}
-    assert set(shown) == {field.name for field in fields(RunConfig)} - unsaid
+    new = {name for name, composed in FLAGS.items() if not composed.flag.recorded}
+    assert set(shown) == {field.name for field in fields(RunConfig)} - unsaid - new
     assert json.loads(json.dumps(shown, allow_nan=False)) == shown
     assert (shown["model"], shown["precision"], shown["steps"], shown["num_channels"]) == ("digits", "fp16", 40, 32)
 
 
+def test_settings_that_the_first_version_did_not_have_are_shown_where_they_are_given() -> None:
+    shown = resolve(guidance=1.5, guide="s3://key:hidden@bucket/guide.pt", rho=5.0).as_json()
+    assert (shown["guidance"], shown["guide"], shown["rho"]) == (1.5, "s3://bucket/guide.pt", 5.0)
+
+
 def test_no_credential_is_shown() -> None:
     config = RunConfig(
-        output="s3://key:hidden@bucket/run?token=hidden",
+        output="s3://key:hidden@bucket/run",
         labels="https://host/labels.npy?sig=hidden",
         address="ray://user:hidden@head:10001",
         class_cond=True,

@@ -66,6 +66,9 @@ def told_otherwise(state: Mapping[str, Tensor], options: AdmOptions) -> list[str
     embedding, convolution = (shapes.get(f"input_blocks.1.0.{name}.weight") for name in ("emb_layers.1", "in_layers.2"))
     if embedding and convolution:
         shown["use_scale_shift_norm"] = embedding[0] == 2 * convolution[0]
+    taken, given = shapes["input_blocks.0.0.weight"], shapes.get("out.2.weight")
+    if given and len(taken) == 4:
+        shown["learn_sigma"] = given[0] == 2 * taken[1]
     if any(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name) for name in shapes):
         shown["resblock_updown"] = False
     return [f"--{name} {value}" for name, value in shown.items() if value != getattr(options, name)]
