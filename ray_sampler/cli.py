@@ -6,6 +6,7 @@ import argparse
 import difflib
 import errno
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -37,6 +38,8 @@ class Command(NamedTuple):
     """Adds its arguments."""
     execute: Callable[[argparse.Namespace], int]
     """Returns the exit code."""
+    usage: str = ""
+    """Its arguments, in short."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,9 +80,15 @@ def interrupted(argv: Sequence[str]) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser that says in one sentence what is wrong."""
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **settings)
-        self.flags: list[str] = []
+    def __init__(self, name: str, command: Command) -> None:
+        super().__init__(
+            prog=f"ray-sampler {name}",
+            usage=f"ray-sampler {name} {command.usage}".rstrip(),
+            description=command.help,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
+            allow_abbrev=False,
+            exit_on_error=False,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(message)
@@ -102,23 +111,43 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
             raise RequestError(f"{name} is no flag of ray-sampler; `ray-sampler --help` lists the commands")
         raise RequestError(f"{name!r} is no command; it must be one of {', '.join(COMMANDS)}")
     command = COMMANDS[name]
-    parser = Parser(prog=f"ray-sampler {name}", description=command.help)
+    parser = Parser(name, command)
     command.declare(parser)
-    arguments, unknown = parser.parse_known_args(spelled(rest))
+    try:
+        arguments, unknown = parser.parse_known_args(spelled(rest, parser))
+    except argparse.ArgumentError as error:
+        raise RequestError(without_value(error, parser)) from None
     if unknown:
         raise RequestError(unknown_argument(name, parser, unknown[0]))
     return command, arguments
 
 
-def spelled(arguments: Sequence[str]) -> list[str]:
-    """The arguments with underscores in the names of flags, which may be written with hyphens too."""
-    result = []
+def spelled(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The arguments as argparse reads them.
+
+    Flags get underscores in their names, where they may have hyphens, and values that begin with a minus, as lists of
+    numbers may, are joined to their flags.
+    """
+    valued = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
+    result: list[str] = []
     for argument in arguments:
         if argument.startswith("--"):
             name, separator, value = argument[2:].partition("=")
             argument = f"--{name.replace('-', '_')}{separator}{value}"
+        elif result and result[-1] in valued and re.match(r"-(\d|\.|inf)", argument):
+            argument = f"{result.pop()}={argument}"
         result.append(argument)
     return result
+
+
+def without_value(error: argparse.ArgumentError, parser: argparse.ArgumentParser) -> str:
+    """What is wrong with a flag that has no value and needs one, or has one and takes none."""
+    action = next((a for a in parser._actions if error.argument_name in a.option_strings), None)
+    if action is None:
+        return str(error)
+    if action.nargs == 0:
+        return f"{error.argument_name} takes no value; give it alone or leave it out"
+    return f"{error.argument_name} needs a value of the form {action.metavar}"
 
 
 def overview() -> str:
@@ -192,9 +221,17 @@ def value_of(name: str, text: Any) -> Any:
         ) from None
 
 
+def request_of(arguments: argparse.Namespace) -> RunConfig:
+    """The request of `sample`'s arguments.
+
+    Raises:
+        RequestError: a value is none of its flag's kind.
+    """
+    return RunConfig(**{name: value_of(name, text) for name, text in vars(arguments).items() if text is not None})
+
+
 def execute_sample(arguments: argparse.Namespace) -> int:
-    given = {name: value_of(name, text) for name, text in vars(arguments).items() if text is not None}
-    config = RunConfig(**given)
+    config = request_of(arguments)
     if config.dry_run:
         print(json.dumps(dry_run(config), indent=2))
         return DONE
@@ -205,7 +242,7 @@ def execute_sample(arguments: argparse.Namespace) -> int:
 
 
 def declare_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url", nargs="?", help="the run directory: a local path or any fsspec URL")
+    parser.add_argument("url", nargs="?", metavar="URL", help="the run directory: a local path or any fsspec URL")
 
 
 def declare_status(parser: argparse.ArgumentParser) -> None:
@@ -226,27 +263,34 @@ def folder_of(command: str, arguments: argparse.Namespace) -> str:
 
 COMMANDS: dict[str, Command] = {
     "sample": Command(
-        "Fill an archive with samples of a model; run again after any stop, it goes on.", declare_sample, execute_sample
+        "Fill an archive with samples of a model; run again after any stop, it goes on.",
+        declare_sample,
+        execute_sample,
+        "[--FLAG VALUE] ...",
     ),
     "status": Command(
         "How far a run is, from its directory alone: no Ray, no GPU, from any machine.",
         declare_status,
         lambda a: run_folder.print_status(folder_of("status", a), a.json, a.watch),
+        "[--json] [--watch] URL",
     ),
     "verify": Command(
         "Read and check every fragment; set aside what is damaged or foreign, so that the next run samples it again.",
         declare_folder,
         lambda a: run_folder.verify_run(folder_of("verify", a)),
+        "URL",
     ),
     "merge": Command(
         "Write the archive of a complete set of fragments, without Ray.",
         declare_folder,
         lambda a: run_folder.merge_run(folder_of("merge", a)),
+        "URL",
     ),
     "preview": Command(
         "Draw preview.png from the fragments that are there.",
         declare_folder,
         lambda a: run_folder.preview_run(folder_of("preview", a)),
+        "URL",
     ),
     "presets": Command(
         "List the models that are known by name, and what they need.", lambda parser: None, lambda a: print_presets()

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ray_sampler import config
 from ray_sampler.config import Run, RunConfig
+from ray_sampler.networks import adm
+from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.options import pick
+from ray_sampler.sampling.conditions import LabelRule
 
 SMALL: dict[str, Any] = {
     "image_size": 32,
@@ -19,4 +24,14 @@ NO_HEADS: dict[str, Any] = {"num_head_channels": -1}
 
 
 def resolve(brought: Mapping[str, Any] | None = None, **flags: Any) -> Run:
-    return RunConfig(**flags).resolve(SMALL if brought is None else brought, "digits")
+    """The run of an ADM network, described by flags as `open_adm` reads them."""
+    return resolved(RunConfig(**flags), "digits", SMALL if brought is None else brought)
+
+
+def resolved(
+    request: RunConfig, model: str, brought: Mapping[str, Any], labels: LabelRule | None = None
+) -> Run:
+    settings = dict(brought) | request.given()
+    options = pick(AdmOptions, settings)
+    options.validate()
+    return config.resolve(request, model, brought, adm.spec_of(options, settings), labels=labels)

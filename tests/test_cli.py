@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from ray_sampler.cli import main, parse
-from ray_sampler.config import RunConfig
+from ray_sampler.cli import main, parse, request_of
+from ray_sampler.config import FLAGS, RunConfig
 from ray_sampler.presets import BUNDLED, PRESETS
+from ray_sampler.sampling.solvers import SOLVERS
 from ray_sampler.storage.fragment import read_fragment
 from ray_sampler.storage.record import Samples
 from tests.cluster.runs import ARCHIVE, contents, flags_of, leave, random_weights, savez
@@ -42,6 +43,7 @@ def place(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     shutil.copy(checkpoint, "tiny.safetensors")
     torch.save(random_weights(), "tiny.pt")
+    torch.save(random_weights(class_cond=False), "plain.pt")
     for suffix in ("safetensors", "pt"):
         Path(f"cut.{suffix}").write_bytes(Path(f"tiny.{suffix}").read_bytes()[:5000])
         Path(f"empty.{suffix}").touch()
@@ -71,7 +73,9 @@ WRONG = [
     ("--nonsense 3", ["--nonsense"]),
     ("--num_sample 3", ["--num_sample", "--num_samples"]),
     ("stray", ["'stray'"]),
-    ("--steps", ["--steps", "INT"]),
+    ("--steps", ["--steps", "needs a value", "INT"]),
+    ("--generator", ["--generator", "needs a value", "philox"]),
+    ("--model --steps 3", ["--model", "needs a value"]),
     ("--steps many", ["--steps", "many", "INT"]),
     ("--num_samples 1.5", ["--num_samples", "1.5"]),
     ("--sigma_max high", ["--sigma_max", "high"]),
@@ -101,9 +105,9 @@ WRONG = [
     ("--labels -1", ["--labels", "-1"]),
     ("--labels words.txt", ["--labels", "words.txt"]),
     ("--labels nowhere.npy", ["--labels", "nowhere.npy"]),
-    ("--labels 3 --class_cond False", ["--labels", "unconditional"]),
+    ("--labels 3 --class_cond False --model plain.pt", ["--labels", "unconditional"]),
     ("--use_fp16 True --precision bf16", ["--use_fp16", "--precision"]),
-    ("--learn_sigma True", ["--learn_sigma"]),
+    ("--learn_sigma True", ["out.2.weight", "--learn_sigma False"]),
     ("--model nowhere.pt", ["--model", "nowhere.pt", "no such file"]),
     ("--model cut.safetensors", ["--model", "cut.safetensors"]),
     ("--model cut.pt", ["--model", "cut.pt"]),
@@ -157,6 +161,8 @@ def test_a_wrong_request_gets_one_sentence_and_touches_nothing(
         (["status"], ["status", "directory"]),
         (["status", "a", "b"], ["'b'", "ray-sampler status"]),
         (["status", "a", "--jsn"], ["--jsn", "--json"]),
+        (["status", "a", "--json=1"], ["--json", "takes no value"]),
+        (["status", "-x", "a"], ["-x", "ray-sampler status"]),
         (["merge", "a", "--num_samples", "3"], ["--num_samples", "merge"]),
         (["presets", "a"], ["'a'"]),
     ],
@@ -203,8 +209,7 @@ def test_an_address_where_no_cluster_answers_is_refused(place: Path, configure: 
 
 
 def parsed(*arguments: str) -> RunConfig:
-    config: RunConfig = parse(["sample", *arguments]).config()
-    return config
+    return request_of(parse(["sample", *arguments])[1])
 
 
 def test_hyphens_are_underscores():
@@ -234,7 +239,7 @@ def test_a_flag_that_is_not_given_is_left_to_the_model():
 
 
 def test_a_run_directory_and_labels_may_begin_with_a_digit_or_a_minus():
-    assert parsed("--labels", "-1,2").labels == "-1,2"
+    assert parsed("--labels", "-1,2", "--ts", "-1").labels == "-1,2"
     assert parsed("--output", "2024").output == "2024"
 
 
@@ -251,7 +256,8 @@ def test_a_dry_run_prints_the_resolved_run_and_touches_nothing(place: Path, conf
     assert contents(place) == before
     expected = {"model": "nowhere.pt", "output": "run", "sampler": "multistep", "ts": "0,2", "shard_size": 12}
     assert settings.items() >= (expected | {"sigma_max": 80.0, "rounding": "truncate", "labels": "random"}).items()
-    assert settings.keys() >= {f.name for f in fields(RunConfig)} - {"model_path", "use_fp16", "dry_run"}
+    recorded = {name for name, composed in FLAGS.items() if composed.flag.recorded}
+    assert settings.keys() == recorded - {"model_path", "use_fp16", "dry_run"}
 
 
 def test_a_dry_run_shows_what_a_bundled_model_and_a_preset_bring(place: Path, capsys):
@@ -287,6 +293,16 @@ def test_help_tells_every_flag(capsys):
     assert left.value.code == 0
     out = capsys.readouterr().out
     assert all(f"--{f.name}" in out for f in fields(RunConfig))
+    assert all(name in out for name in SOLVERS)
+    assert out.count("--") < 1.5 * len(fields(RunConfig)), "the usage does not list them again"
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "merge", "preview", "presets"])
+def test_each_command_has_help(command: str, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert f"usage: ray-sampler {command}" in capsys.readouterr().out
 
 
 def test_presets_lists_every_model_that_is_known_by_name(capsys):

@@ -27,7 +27,7 @@ from ray_sampler.config import RequestError
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.sampling.parameterisation import edm_scalings
 from ray_sampler.sampling.schedules import karras_sigmas
-from tests.models.golden import golden_flags, golden_folder, golden_state
+from tests.networks.golden import golden_flags, golden_folder, golden_state
 
 REQUIRED = inspect.Parameter.empty
 SAMPLE_ARGUMENTS = {

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from ray_sampler.config import Architecture, RequestError, RunConfig, Sampling
-from tests.resolving import NO_HEADS, SMALL, resolve
+from ray_sampler.config import FLAGS, RequestError, RunConfig
+from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.sampling.conditions import LabelRule
+from tests.resolving import NO_HEADS, SMALL, resolve, resolved
 
 # Wrong requests.
 
@@ -45,7 +47,6 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"attention_resolutions": "8.5"}, "--attention_resolutions", "8.5"),
     ({"dropout": 1.0}, "--dropout", "1.0"),
     ({"dropout": -0.1}, "--dropout", "-0.1"),
-    ({"learn_sigma": True}, "--learn_sigma", "True"),
     ({"steps": 0}, "--steps", "0"),
     ({"sigma_min": 0.0}, "--sigma_min", "0"),
     ({"sigma_min": -1.0}, "--sigma_min", "-1"),
@@ -119,8 +120,8 @@ def test_a_wrong_request_gets_one_sentence_with_the_flag_and_the_value(
 def test_a_wrong_value_is_refused_whoever_brought_it() -> None:
     with pytest.raises(RequestError, match=r"--steps is 0; it must be at least 1"):
         resolve(SMALL | {"steps": 0})
-    with pytest.raises(RequestError, match=r"--learn_sigma is True"):
-        resolve(SMALL | {"learn_sigma": True})
+    with pytest.raises(RequestError, match=r"--num_channels 48 with"):
+        resolve(SMALL | {"num_channels": 48})
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_a_wrong_value_is_refused_whoever_brought_it() -> None:
         {"gpus_per_actor": 2.0},
         {"attention_resolutions": ""},
         {"attention_resolutions": "64,16"},
-        {"learn_sigma": False},
+        {"learn_sigma": True},
         {"use_fp16": True, "precision": "fp16"},
         {"use_fp16": False, "precision": "bf16"},
         {"labels": "random", "class_cond": True},
@@ -153,14 +154,14 @@ def test_a_wrong_value_is_refused_whoever_brought_it() -> None:
     ],
 )
 def test_an_unusual_request_is_no_wrong_one(flags: dict[str, Any]) -> None:
-    resolve(**flags).identity("hash", None)
+    resolve(**flags).identity("hash")
 
 
 @pytest.mark.parametrize("size", [64, 128, 256, 512])
 def test_the_published_sizes_need_no_channel_mult(size: int) -> None:
     run = resolve({}, image_size=size)
     levels = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}[size]
-    assert run.architecture.channel_multipliers == levels
+    assert run.spec.options.channel_multipliers == levels
 
 
 # Right ones.
@@ -168,14 +169,11 @@ def test_the_published_sizes_need_no_channel_mult(size: int) -> None:
 
 def test_without_anything_said_the_originals_defaults_apply() -> None:
     run = resolve({})
-    assert run.architecture == Architecture()
-    assert run.sampling == Sampling()
-    assert (run.sampling.sampler, run.sampling.steps, run.sampling.sigma_min, run.sampling.sigma_max) == (
-        "heun",
-        40,
-        0.002,
-        80.0,
-    )
+    assert run.spec.options == AdmOptions()
+    expected = {"training_mode": "edm", "sampler": "heun", "steps": 40, "sigma_min": 0.002, "sigma_max": 80.0, "ts": ""}
+    expected |= {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0, "seed": 42}
+    expected |= {"clip_denoised": True, "rounding": "truncate", "generator": "philox"}
+    assert {name: run.settings[name] for name in expected} == expected
     assert run.precision == "auto"
     assert run.labels is None
 
@@ -200,16 +198,15 @@ def test_an_explicit_setting_wins_over_a_brought_one_even_where_it_is_the_defaul
 ) -> None:
     settings = SMALL | {"ts": "0,9"} | {name: brought}
     for run, expected in ((resolve(settings), brought), (resolve(settings, **{name: explicit}), explicit)):
-        part: Architecture | Sampling = run.architecture if hasattr(run.architecture, name) else run.sampling
-        assert getattr(part, name) == expected
+        assert run.settings[name] == expected
+        assert run.as_json()[name] == expected
 
 
-def test_ts_may_be_text_or_numbers_and_explicit_ones_win() -> None:
+def test_explicit_ts_win_and_reach_the_solver() -> None:
     preset = SMALL | {"sampler": "multistep", "ts": "0,22,39"}
-    assert resolve(preset).sampling.ts == (0, 22, 39)
-    assert resolve(SMALL | {"ts": (0, 9)}).sampling.ts == (0, 9)
-    assert resolve(preset, ts="0,17,39").sampling.ts == (0, 17, 39)
-    assert resolve(ts="").sampling.ts == ()
+    assert resolve(preset).plan.solver_options.identity() == {"ts": "0,22,39"}
+    assert resolve(preset, ts="0, 17,39").plan.solver_options.identity() == {"ts": "0,17,39"}
+    assert resolve(ts="").settings["ts"] == ""
 
 
 @pytest.mark.parametrize(
@@ -254,19 +251,26 @@ def test_a_conditional_model_has_random_labels_unless_told() -> None:
 def test_every_setting_is_shown_as_json_under_its_flag() -> None:
     shown = resolve(use_fp16=True, model_path="digits", dry_run=True).as_json()
     unsaid = {"model_path", "use_fp16", "dry_run"}
-    assert set(shown) == {field.name for field in fields(RunConfig)} - unsaid
+    new = {name for name, composed in FLAGS.items() if not composed.flag.recorded}
+    assert set(shown) == {field.name for field in fields(RunConfig)} - unsaid - new
     assert json.loads(json.dumps(shown, allow_nan=False)) == shown
     assert (shown["model"], shown["precision"], shown["steps"], shown["num_channels"]) == ("digits", "fp16", 40, 32)
 
 
+def test_settings_that_the_first_version_did_not_have_are_shown_where_they_are_given() -> None:
+    shown = resolve(guidance=1.5, guide="s3://key:hidden@bucket/guide.pt", rho=5.0).as_json()
+    assert (shown["guidance"], shown["guide"], shown["rho"]) == (1.5, "s3://bucket/guide.pt", 5.0)
+
+
 def test_no_credential_is_shown() -> None:
     config = RunConfig(
-        output="s3://key:hidden@bucket/run?token=hidden",
+        output="s3://key:hidden@bucket/run",
         labels="https://host/labels.npy?sig=hidden",
         address="ray://user:hidden@head:10001",
         class_cond=True,
     )
-    run = config.resolve(SMALL, "https://user:hidden@host/model.pt?sig=hidden")
+    rule = LabelRule("balanced", 1000)
+    run = resolved(config, "https://user:hidden@host/model.pt?sig=hidden", SMALL, rule)
     text = json.dumps(run.as_json())
     assert "hidden" not in text
     for kept in ("bucket/run", "host/labels.npy", "head:10001", "host/model.pt"):

@@ -7,14 +7,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ray_sampler.config import fingerprint
-from tests.resolving import NO_HEADS, SMALL, resolve
+from ray_sampler.config import RunConfig, fingerprint
+from ray_sampler.sampling.conditions import LabelRule, listed_labels
+from tests.resolving import NO_HEADS, SMALL, resolve, resolved
 
 
 def identity(brought: Mapping[str, Any] | None = None, **flags: Any) -> dict[str, Any]:
-    return resolve(brought, **flags).identity("hash", None)
+    return resolve(brought, **flags).identity("hash")
 
 
 HEUN_WITH_CHURN: dict[str, Any] = {"s_churn": 1.0}
@@ -126,9 +128,11 @@ def test_an_explicit_value_has_the_identity_of_the_brought_one() -> None:
 
 
 def test_weights_and_labels_are_in_the_identity() -> None:
-    run = resolve(class_cond=True)
-    labels = [None, {"rule": "random"}, {"rule": "balanced"}, {"rule": "listed", "count": 2, "sha256": "ab"}]
-    identities = [run.identity(weights, rule) for weights in ("one", "two") for rule in labels]
+    rules = [None, LabelRule("balanced", 10)]
+    rules += [listed_labels(np.array(values), 10, "a list") for values in ([1, 2], [2, 1], [1, 2, 1])]
+    request = RunConfig(class_cond=True, num_classes=10)
+    runs = [resolved(request, "digits", SMALL, rule) for rule in rules] + [resolve(class_cond=False)]
+    identities = [run.identity(weights) for weights in ("one", "two") for run in runs]
     assert len({fingerprint(each) for each in identities}) == len(identities)
 
 

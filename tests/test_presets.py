@@ -6,7 +6,6 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,31 @@ import torch
 from safetensors.torch import save_file
 
 from ray_sampler.cli import main
-from ray_sampler.config import Architecture, RequestError, Run, RunConfig
-from ray_sampler.models import checkpoint
-from ray_sampler.networks.weights import open_weights, weights_hash
-from ray_sampler.presets import BUNDLED, PRESETS, settings_for
+from ray_sampler.config import RequestError, Run, RunConfig
+from ray_sampler.networks import opening
+from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
+from ray_sampler.networks.opening import open_network
+from ray_sampler.networks.weights import weights_hash
+from ray_sampler.options import pick
+from ray_sampler.presets import BUNDLED, PRESETS, ModelOptions, settings_for
+from tests import resolving
 
 ROOT = Path(__file__).resolve().parents[1]
 
 PUBLISHED = {
-    "edm-imagenet64": ("edm_imagenet64_ema.pt", "edm", "heun", 40, ()),
-    "cd-imagenet64-l2": ("cd_imagenet64_l2.pt", "consistency_distillation", "multistep", 40, (0, 22, 39)),
-    "cd-imagenet64-lpips": ("cd_imagenet64_lpips.pt", "consistency_distillation", "multistep", 40, (0, 22, 39)),
-    "ct-imagenet64": ("ct_imagenet64.pt", "consistency_training", "multistep", 201, (0, 106, 200)),
-    "edm-bedroom256": ("edm_bedroom256_ema.pt", "edm", "heun", 40, ()),
-    "cd-bedroom256-l2": ("cd_bedroom256_l2.pt", "consistency_distillation", "multistep", 40, (0, 18, 39)),
-    "cd-bedroom256-lpips": ("cd_bedroom256_lpips.pt", "consistency_distillation", "multistep", 40, (0, 17, 39)),
-    "ct-bedroom256": ("ct_bedroom256.pt", "consistency_training", "multistep", 151, (0, 67, 150)),
-    "edm-cat256": ("edm_cat256_ema.pt", "edm", "heun", 40, ()),
-    "cd-cat256-l2": ("cd_cat256_l2.pt", "consistency_distillation", "onestep", 40, ()),
-    "cd-cat256-lpips": ("cd_cat256_lpips.pt", "consistency_distillation", "onestep", 40, ()),
-    "ct-cat256": ("ct_cat256.pt", "consistency_training", "multistep", 151, (0, 62, 150)),
+    "edm-imagenet64": ("edm_imagenet64_ema.pt", "edm", "heun", 40, ""),
+    "cd-imagenet64-l2": ("cd_imagenet64_l2.pt", "consistency_distillation", "multistep", 40, "0,22,39"),
+    "cd-imagenet64-lpips": ("cd_imagenet64_lpips.pt", "consistency_distillation", "multistep", 40, "0,22,39"),
+    "ct-imagenet64": ("ct_imagenet64.pt", "consistency_training", "multistep", 201, "0,106,200"),
+    "edm-bedroom256": ("edm_bedroom256_ema.pt", "edm", "heun", 40, ""),
+    "cd-bedroom256-l2": ("cd_bedroom256_l2.pt", "consistency_distillation", "multistep", 40, "0,18,39"),
+    "cd-bedroom256-lpips": ("cd_bedroom256_lpips.pt", "consistency_distillation", "multistep", 40, "0,17,39"),
+    "ct-bedroom256": ("ct_bedroom256.pt", "consistency_training", "multistep", 151, "0,67,150"),
+    "edm-cat256": ("edm_cat256_ema.pt", "edm", "heun", 40, ""),
+    "cd-cat256-l2": ("cd_cat256_l2.pt", "consistency_distillation", "onestep", 40, ""),
+    "cd-cat256-lpips": ("cd_cat256_lpips.pt", "consistency_distillation", "onestep", 40, ""),
+    "ct-cat256": ("ct_cat256.pt", "consistency_training", "multistep", 151, "0,62,150"),
 }
 """File, training_mode, sampler, steps and ts."""
 
@@ -102,9 +105,9 @@ COMMAND_LINES = {
 
 
 def resolved(**flags: Any) -> Run:
-    config = RunConfig(**flags)
-    weights, brought = settings_for(config)
-    return config.resolve(brought, weights)
+    request = RunConfig(**flags)
+    model, brought = settings_for(request.of(ModelOptions))
+    return resolving.resolved(request, model, brought)
 
 
 def test_the_twelve_published_checkpoints_have_a_preset() -> None:
@@ -115,17 +118,12 @@ def test_the_twelve_published_checkpoints_have_a_preset() -> None:
 def test_a_preset_fills_what_was_published(name: str) -> None:
     file, training_mode, sampler, steps, ts = PUBLISHED[name]
     run = resolved(preset=name, model_path=file)
-    assert run.weights == PRESETS[name].file == file
-    sampling = run.sampling
-    assert (sampling.training_mode, sampling.sampler, sampling.steps, sampling.ts) == (
-        training_mode,
-        sampler,
-        steps,
-        ts,
-    )
-    assert (sampling.sigma_min, sampling.sigma_max, sampling.s_churn) == (0.002, 80.0, 0.0)
+    assert run.model == PRESETS[name].file == file
+    expected = {"training_mode": training_mode, "sampler": sampler, "steps": steps, "ts": ts}
+    expected |= {"sigma_min": 0.002, "sigma_max": 80.0, "s_churn": 0.0}
+    assert run.settings.items() >= expected.items()
     imagenet = "imagenet64" in name
-    expected = Architecture(
+    architecture = AdmOptions(
         image_size=64 if imagenet else 256,
         num_channels=192 if imagenet else 256,
         num_res_blocks=3 if imagenet else 2,
@@ -135,36 +133,36 @@ def test_a_preset_fills_what_was_published(name: str) -> None:
         use_scale_shift_norm=imagenet,
         class_cond=imagenet,
     )
-    assert run.architecture == expected
+    assert run.spec.options == architecture
     assert PRESETS[name].class_cond == imagenet
 
 
 def test_an_explicit_flag_wins_over_a_preset() -> None:
     run = resolved(preset="cd-imagenet64-lpips", model="w.pt", sampler="onestep", num_channels=64, class_cond=False)
-    assert (run.sampling.sampler, run.architecture.num_channels, run.architecture.class_cond) == ("onestep", 64, False)
-    assert run.architecture.num_res_blocks == 3, "the rest stays the preset's"
-    assert resolved(preset="ct-cat256", model="w.pt", ts="0,75,150").sampling.ts == (0, 75, 150)
+    assert (run.plan.sampler, run.spec.options.num_channels, run.spec.num_classes) == ("onestep", 64, 0)
+    assert run.spec.options.num_res_blocks == 3, "the rest stays the preset's"
+    assert resolved(preset="ct-cat256", model="w.pt", ts="0,75,150").settings["ts"] == "0,75,150"
 
 
 def test_a_preset_wins_over_a_bundled_model() -> None:
     run = resolved(model="digits", preset="edm-imagenet64")
-    assert run.weights == "digits"
-    assert (run.sampling.steps, run.architecture.image_size) == (40, 64)
+    assert run.model == "digits"
+    assert (run.plan.schedule.steps, run.plan.image_shape) == (40, (64, 64, 3))
 
 
 def test_without_a_model_the_bundled_digits_run_with_their_own_settings() -> None:
     run = resolved()
-    assert run.weights == "digits"
-    assert (run.sampling.sampler, run.sampling.steps, run.sampling.training_mode) == ("heun", 18, "edm")
-    assert (run.architecture.image_size, run.architecture.num_classes) == (32, 10)
-    assert resolved(model_path="digits").architecture == run.architecture
+    assert run.model == "digits"
+    assert (run.plan.sampler, run.plan.schedule.steps, run.settings["training_mode"]) == ("heun", 18, "edm")
+    assert (run.spec.shape, run.spec.num_classes) == ((3, 32, 32), 10)
+    assert resolved(model_path="digits").spec == run.spec
 
 
 def test_the_consistency_digits_take_one_step_or_two() -> None:
-    assert resolved(model="digits-cd").sampling.sampler == "onestep"
+    assert resolved(model="digits-cd").plan.sampler == "onestep"
     two = resolved(model="digits-cd", sampler="multistep")
-    assert (two.sampling.steps, two.sampling.ts, two.sampling.consistency) == (18, (0, 9, 17), True)
-    assert two.architecture == resolved(model="digits").architecture
+    assert (two.settings["steps"], two.settings["ts"], two.spec.kind) == (18, "0,9,17", "consistency")
+    assert two.spec.options == resolved(model="digits").spec.options
 
 
 @pytest.mark.parametrize(
@@ -183,14 +181,14 @@ def test_the_consistency_digits_take_one_step_or_two() -> None:
 )
 def test_a_wrong_model_is_refused_with_the_right_one(flags: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RequestError, match=sentence) as refused:
-        settings_for(RunConfig(**flags))
+        settings_for(ModelOptions(**flags))
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("path", ["w.pt", "./digits", "/path/to/checkpoint", "s3://bucket/w.safetensors", "folder/w"])
 def test_a_path_or_url_is_no_name(path: str) -> None:
-    assert settings_for(RunConfig(model=path)) == (path, {})
-    assert settings_for(RunConfig(model=path, model_path=path)) == (path, {})
+    assert settings_for(ModelOptions(model=path)) == (path, {})
+    assert settings_for(ModelOptions(model=path, model_path=path)) == (path, {})
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -199,14 +197,13 @@ def test_a_bundled_name_opens_the_file_in_the_package(
 ) -> None:
     """With random weights in place of the package's."""
     settings = BUNDLED[name].settings
-    arch = Architecture(**{f.name: settings[f.name] for f in fields(Architecture) if f.name in settings})
-    state = UNet(arch).state_dict()
+    state = UNet(pick(AdmOptions, settings)).state_dict()
     (tmp_path / "digits").mkdir()
     save_file(state, tmp_path / "digits" / BUNDLED[name].file)
-    monkeypatch.setattr(checkpoint, "files", lambda package: tmp_path)
-    assert weights_hash(open_weights(name)) == weights_hash(state)
+    monkeypatch.setattr(opening, "files", lambda package: tmp_path)
+    assert open_network(name, settings).weights == weights_hash(state)
     torch.save(state, tmp_path / "w.pt")
-    assert weights_hash(open_weights(str(tmp_path / "w.pt"))) == weights_hash(state)
+    assert open_network(str(tmp_path / "w.pt"), settings).weights == weights_hash(state)
 
 
 # The published command lines
@@ -249,4 +246,4 @@ def test_a_preset_means_what_its_published_command_line_does(model: str) -> None
         assert str(stated[flag]) == given[flag], flag
     for flag in ("class_cond", "use_scale_shift_norm", "resblock_updown", "sampler", "steps", "ts"):
         assert str(stated[flag]) == given.get(flag, ""), flag
-    assert run.sampling.consistency == ("consistency" in given["training_mode"])
+    assert (run.spec.kind == "consistency") == ("consistency" in given["training_mode"])

@@ -19,8 +19,8 @@ class DecoderOptions:
 
     rounding: Rounding = option(
         "truncate",
-        "Pixel conversion: truncate, as guided-diffusion does, or nearest, as EDM, EDM2 and DiT do (as the model's "
-        "publication).",
+        "Pixel conversion: truncate, as guided-diffusion does, or nearest, as EDM, EDM2 and DiT do; a model may bring "
+        "another default.",
     )
     decoder: str | None = option(
         None,

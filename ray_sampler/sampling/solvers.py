@@ -229,7 +229,7 @@ SOLVERS: dict[str, Solver] = {
 class SolverChoice:
     """Which solver."""
 
-    sampler: str = option("heun", "The solver.")
+    sampler: str = option("heun", f"The solver: {', '.join(SOLVERS)}.")
 
     def validate(self) -> None:
         """Raises RequestError: no such solver."""

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_sampler.config import RunConfig
+from ray_sampler.config import RunConfig, resolve
+from ray_sampler.networks.adm import spec_of
+from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.reporting.pixels import PixelStatistics
 from ray_sampler.reporting.summary import ArchiveMember, Part, Summary, Timeline
 
@@ -24,7 +26,8 @@ def images() -> np.ndarray:
 @pytest.fixture
 def summary(images: np.ndarray) -> dict[str, Any]:
     """The content of summary.json, read back from JSON."""
-    run = RunConfig(num_samples=50_000, class_cond=True, num_classes=10).resolve({}, f"s3://bucket/{HOSTILE}")
+    spec = spec_of(AdmOptions(class_cond=True, num_classes=10), {})
+    run = resolve(RunConfig(num_samples=50_000), f"s3://bucket/{HOSTILE}", {}, spec)
     pixels = PixelStatistics()
     pixels.add(images)
     pixels.add(images[:2])
@@ -34,7 +37,7 @@ def summary(images: np.ndarray) -> dict[str, Any]:
     content = Summary(
         fingerprint="7f3a91c2" * 8,
         settings=run.as_json(),
-        identity=run.identity("00" * 32, {"rule": "random"}),
+        identity=run.identity("00" * 32),
         num_samples=50_000,
         reused=12_288,
         computed=37_712,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models.golden import golden_folder
+from tests.networks.golden import golden_folder
 
 Words = tuple[int, int, int, int]
 ReferencePhilox = Callable[[Words, int], Words]

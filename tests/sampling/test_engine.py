@@ -11,20 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_sampler.config import Architecture, Sampling, Solver, TrainingMode
+from ray_sampler.networks.adm_options import AdmOptions, TrainingMode
 from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.sampling.parameterisation import make_denoiser
+from ray_sampler.sampling.conditions import LabelRule, listed_labels
+from ray_sampler.sampling.decoding import to_uint8
 from ray_sampler.sampling.engine import (
     Engine,
     NonFiniteError,
     OutOfDeviceMemoryError,
     Pictures,
     numerics_key,
-    to_uint8,
 )
-from ray_sampler.sampling.conditions import LabelRule, listed_labels
-from ray_sampler.sampling.noise import make_noise
-from ray_sampler.sampling.solvers import solve
+from ray_sampler.sampling.noise import NoiseOptions, make_draws
+from ray_sampler.sampling.parameterisation import Consistency, Edm, clipped
+from ray_sampler.sampling.plan import MAIN, SamplePlan
+from tests.sampling.plans import plan, solve
 
 N, BATCH, SIZE = 18, 4, 8
 CPU = torch.device("cpu")
@@ -32,8 +33,8 @@ CHURN = {"s_churn": 2.0, "s_noise": 1.003}
 LABELS = LabelRule("random", 10)
 
 
-def architecture(class_cond: bool) -> Architecture:
-    return Architecture(
+def architecture(class_cond: bool) -> AdmOptions:
+    return AdmOptions(
         image_size=SIZE,
         num_channels=32,
         num_res_blocks=1,
@@ -58,31 +59,16 @@ def tiny_network(class_cond: bool) -> UNet:
 NETWORK, UNCONDITIONAL = tiny_network(True), tiny_network(False)
 
 
-def engine(
-    network: Any = NETWORK,
-    labels: LabelRule | None = LABELS,
-    *,
-    batch_size: int = BATCH,
-    num_samples: int = N,
-    class_cond: bool = True,
-    cores: int = 1,
-    **sampling: Any,
-) -> Engine:
-    return Engine(
-        network,
-        architecture(class_cond),
-        Sampling(**({"steps": 3} | CHURN | sampling)),
-        labels,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        device=CPU,
-        compile="off",
-        cores=cores,
-    )
+def engine(network: Any = NETWORK, *, batch_size: int = BATCH, cores: int = 1) -> Engine:
+    return Engine({MAIN: network}, batch_size=batch_size, device=CPU, compile="off", cores=cores)
 
 
-def all_pictures(**arguments: Any) -> Pictures:
-    return engine(**arguments).sample(0, N)()
+def planned(labels: LabelRule | None = LABELS, *, num_samples: int = N, **flags: Any) -> SamplePlan:
+    return plan(labels, image_size=SIZE, num_samples=num_samples, **({"steps": 3} | CHURN | flags))
+
+
+def all_pictures(network: Any = NETWORK, *, batch_size: int = BATCH, cores: int = 1, **arguments: Any) -> Pictures:
+    return engine(network, batch_size=batch_size, cores=cores).sample(planned(**arguments), 0, N)()
 
 
 GENERATORS = ("philox", "determ", "determ-indiv")
@@ -119,7 +105,7 @@ def test_a_range_gives_the_same_bytes_however_it_was_cut(
 ) -> None:
     start = data.draw(st.integers(0, N - 1))
     stop = data.draw(st.integers(start + 1, N))
-    pictures = engine(generator=generator).sample(start, stop)()
+    pictures = engine().sample(planned(generator=generator), start, stop)()
     expected = whole[generator]
     assert expected.labels is not None
     assert pictures.labels is not None
@@ -129,7 +115,7 @@ def test_a_range_gives_the_same_bytes_however_it_was_cut(
 
 def test_ranges_begun_before_earlier_ones_are_awaited_give_the_same_bytes(whole: dict[str, Pictures]) -> None:
     one = engine()
-    pending = [one.sample(start, min(start + 8, N)) for start in range(0, N, 8)]
+    pending = [one.sample(planned(), start, min(start + 8, N)) for start in range(0, N, 8)]
     images = np.concatenate([finish().images for finish in pending])
     assert images.tobytes() == whole["philox"].images.tobytes()
 
@@ -141,13 +127,13 @@ def test_every_block_has_the_same_shape_the_last_one_too() -> None:
         batches.append((tuple(x.shape), tuple(times.shape), tuple(y.shape)))
         return NETWORK(x, times, y)
 
-    pictures = engine(network).sample(5, N)()
+    pictures = engine(network).sample(planned(), 5, N)()
     assert len(pictures.images) == N - 5
     assert set(batches) == {((BATCH, 3, SIZE, SIZE), (BATCH,), (BATCH,))}
 
 
 def test_more_samples_change_no_earlier_one(whole: dict[str, Pictures]) -> None:
-    more = engine(num_samples=N + 9).sample(0, N + 9)()
+    more = engine().sample(planned(num_samples=N + 9), 0, N + 9)()
     assert more.images[:N].tobytes() == whole["philox"].images.tobytes()
 
 
@@ -173,18 +159,23 @@ def test_neither_cores_nor_the_callers_threads_change_a_bit(cores: int, whole: d
 
 @pytest.mark.parametrize("sampler", ["heun", "onestep", "multistep"])
 @pytest.mark.parametrize("training_mode", ["edm", "consistency_training"])
-def test_pictures_are_those_of_the_solver(training_mode: TrainingMode, sampler: Solver) -> None:
-    sampling = Sampling(training_mode=training_mode, sampler=sampler, steps=3, ts=(0, 1, 2), seed=7)
-    one = Engine(
-        NETWORK, architecture(True), sampling, LABELS, num_samples=N, batch_size=BATCH, device=CPU, compile="off"
-    )
+def test_pictures_are_those_of_the_solver(training_mode: TrainingMode, sampler: str) -> None:
+    flags = {"training_mode": training_mode, "sampler": sampler, "ts": "0,1,2", "seed": 7, "s_churn": 0.0}
     indices = torch.arange(4, 8)
-    denoise = make_denoiser(
-        NETWORK, LABELS.labels(7, indices), consistency=sampling.consistency, sigma_min=0.002, clip=True
-    )
-    x = solve(sampling, denoise, make_noise("philox", 7, N, indices, (3, SIZE, SIZE)))
+    draws = make_draws(NoiseOptions(seed=7), N, indices, (3, SIZE, SIZE))
+    kind = Edm("250log") if training_mode == "edm" else Consistency(0.002)
+    with torch.no_grad():
+        denoise = clipped(kind.denoiser(NETWORK, LABELS.labels(draws, indices)))
+        x = solve(planned(**flags), denoise, draws.noise)
     expected = to_uint8(x, "truncate").numpy()
-    assert one.sample(4, 8)().images.tobytes() == expected.tobytes()
+    assert engine().sample(planned(**flags), 4, 8)().images.tobytes() == expected.tobytes()
+
+
+def test_one_engine_computes_several_plans_and_none_changes_another(whole: dict[str, Pictures]) -> None:
+    one = engine()
+    for seed in (43, 42):
+        pictures = one.sample(planned(seed=seed), 0, N)()
+    assert pictures.images.tobytes() == whole["philox"].images.tobytes()
 
 
 def test_the_seed_decides_pictures_and_labels(whole: dict[str, Pictures]) -> None:
@@ -196,7 +187,7 @@ def test_the_seed_decides_pictures_and_labels(whole: dict[str, Pictures]) -> Non
 
 
 def test_an_unconditional_model_has_no_labels() -> None:
-    assert all_pictures(network=UNCONDITIONAL, labels=None, class_cond=False).labels is None
+    assert all_pictures(UNCONDITIONAL, labels=None).labels is None
 
 
 def test_listed_labels_reach_the_network_and_the_result() -> None:
@@ -232,22 +223,22 @@ RULE_WITH_7 = listed_labels(np.array([0, 1, 7, 2, 3, 7]), 10, "a list")
 
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_samples_that_are_not_finite_are_named_and_no_others(generator: str) -> None:
-    one = engine(poisoned(poison_class_7), RULE_WITH_7, generator=generator)
+    one = engine(poisoned(poison_class_7))
     with pytest.raises(NonFiniteError) as failed:
-        one.sample(3, 13)()
+        one.sample(planned(RULE_WITH_7, generator=generator), 3, 13)()
     assert str(failed.value) == "the network gave non-finite values for 3 of the samples 3 to 12: 5, 8, 11"
 
 
 def test_infinities_that_clipping_hides_are_found() -> None:
     with pytest.raises(NonFiniteError, match=r"for 10 of the samples 0 to 9: 0, 1, 2, 3, 4, 5, 6, 7, \.\.\.$"):
-        engine(poisoned(poison_output), clip_denoised=True).sample(0, 10)()
+        engine(poisoned(poison_output)).sample(planned(clip_denoised=True), 0, 10)()
 
 
 def test_neighbours_outside_the_range_may_be_not_finite(whole: dict[str, Pictures]) -> None:
     """Sample 2 is computed in the block of samples 0 and 1, and is nobody's concern there."""
-    network, healthy = poisoned(poison_class_7), engine(labels=RULE_WITH_7)
-    pictures = engine(network, RULE_WITH_7).sample(0, 2)()
-    assert pictures.images.tobytes() == healthy.sample(0, 2)().images.tobytes()
+    rule = planned(RULE_WITH_7)
+    pictures = engine(poisoned(poison_class_7)).sample(rule, 0, 2)()
+    assert pictures.images.tobytes() == engine().sample(rule, 0, 2)().images.tobytes()
 
 
 def test_a_batch_that_does_not_fit_says_what_to_do() -> None:
@@ -255,7 +246,7 @@ def test_a_batch_that_does_not_fit_says_what_to_do() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(OutOfDeviceMemoryError, match="--batch_size 4; try --batch_size 2, or --precision fp16"):
-        engine(network).sample(0, 1)
+        engine(network).sample(planned(), 0, 1)
 
 
 # Pixels.

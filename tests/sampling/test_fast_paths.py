@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ray_sampler.config import Architecture, Compile, Precision, Sampling
-from ray_sampler.networks.weights import build, fit, open_weights
+from ray_sampler.networks.family import Precision
+from ray_sampler.networks.opening import open_network
 from ray_sampler.presets import BUNDLED
-from ray_sampler.sampling.engine import Engine
 from ray_sampler.sampling.conditions import LabelRule
+from ray_sampler.sampling.engine import Compile, Engine
+from ray_sampler.sampling.plan import MAIN
+from tests.loading import loaded
+from tests.sampling.plans import plan
 
 N, BATCH = 16, 8
 BOUNDS: dict[Precision, tuple[int, float]] = {"fp16": (2, 0.05), "bf16": (12, 0.4)}
@@ -24,20 +26,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 def pictures(device: str, precision: Precision, compile: Compile, warm: bool = False, **settings: Any) -> np.ndarray:
     """N images of the bundled one-step model, as integers that differences do not wrap in."""
     known = dict(BUNDLED["digits-cd"].settings) | settings
-    arch = Architecture(**{f.name: known[f.name] for f in fields(Architecture) if f.name in known})
-    engine = Engine(
-        build(arch, fit(open_weights("digits-cd"), arch, precision), precision, device),
-        arch,
-        Sampling(**{name: known[name] for name in ("training_mode", "sampler", "steps")}),
-        LabelRule("random", 10),
-        num_samples=N,
-        batch_size=BATCH,
-        device=torch.device(device),
-        compile=compile,
-    )
+    network = loaded(open_network("digits-cd", known), precision, device)
+    engine = Engine({MAIN: network}, batch_size=BATCH, device=torch.device(device), compile=compile)
+    sampling = {name: known[name] for name in ("training_mode", "sampler", "steps")}
+    planned = plan(LabelRule("random", 10), image_size=32, num_samples=N, **sampling)
     if warm:
-        engine.warm_up()
-    return engine.sample(0, N)().images.astype(int)
+        engine.warm_up(planned)
+    return engine.sample(planned, 0, N)().images.astype(int)
 
 
 @pytest.mark.parametrize("device", DEVICES)

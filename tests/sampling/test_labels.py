@@ -11,23 +11,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_sampler.config import RequestError
+from ray_sampler.errors import RequestError
 from ray_sampler.sampling.conditions import LabelRule, listed_labels
+from ray_sampler.sampling.noise import NoiseOptions, make_draws
 
 Words = tuple[int, int, int, int]
+
+
+def labels_of(rule: LabelRule, seed: int, indices: torch.Tensor) -> torch.Tensor:
+    return rule.labels(make_draws(NoiseOptions(seed=seed), 10, indices, (1, 2, 2)), indices)
 
 
 def test_random_labels_equal_an_independent_computation(reference_philox: Callable[[Words, int], Words]) -> None:
     indices = [0, 1, 2, 511, 2**32 - 1, 2**32, 10**12]
     expected = [reference_philox((0, 0xFFFFFFFF, i % 2**32, i // 2**32), 42)[0] * 1000 // 2**32 for i in indices]
-    labels = LabelRule("random", 1000).labels(42, torch.tensor(indices))
+    labels = labels_of(LabelRule("random", 1000), 42, torch.tensor(indices))
     assert labels.dtype == torch.int64
     assert labels.tolist() == expected
 
 
 def test_random_labels_reach_every_class_about_equally_often() -> None:
     n, classes = 20000, 10
-    counts = np.bincount(LabelRule("random", classes).labels(42, torch.arange(n)).numpy(), minlength=classes)
+    counts = np.bincount(labels_of(LabelRule("random", classes), 42, torch.arange(n)).numpy(), minlength=classes)
     assert len(counts) == classes
     chi_square = float(((counts - n / classes) ** 2 / (n / classes)).sum())
     assert chi_square < 21.7, "9 degrees of freedom, 1 %"
@@ -35,20 +40,20 @@ def test_random_labels_reach_every_class_about_equally_often() -> None:
 
 def test_random_labels_follow_the_seed() -> None:
     rule, indices = LabelRule("random", 1000), torch.arange(100)
-    assert not torch.equal(rule.labels(0, indices), rule.labels(1, indices))
+    assert not torch.equal(labels_of(rule, 0, indices), labels_of(rule, 1, indices))
 
 
 @settings(deadline=None)
 @given(indices=st.lists(st.integers(0, 10**12), min_size=1), num_classes=st.integers(1, 2000))
 def test_balanced_labels_are_the_index_modulo_the_classes(indices: list[int], num_classes: int) -> None:
-    labels = LabelRule("balanced", num_classes).labels(42, torch.tensor(indices))
+    labels = labels_of(LabelRule("balanced", num_classes), 42, torch.tensor(indices))
     assert labels.tolist() == [i % num_classes for i in indices]
 
 
 @settings(deadline=None)
 @given(values=st.lists(st.integers(0, 9), min_size=1), indices=st.lists(st.integers(0, 10**12), min_size=1))
 def test_listed_labels_are_repeated(values: list[int], indices: list[int]) -> None:
-    labels = listed_labels(np.array(values), 10, "a list").labels(42, torch.tensor(indices))
+    labels = labels_of(listed_labels(np.array(values), 10, "a list"), 42, torch.tensor(indices))
     assert labels.dtype == torch.int64
     assert labels.tolist() == [values[i % len(values)] for i in indices]
 
@@ -60,8 +65,8 @@ def test_listed_labels_are_repeated(values: list[int], indices: list[int]) -> No
 )
 def test_a_label_depends_on_its_index_alone(kind: Literal["random", "balanced", "listed"], indices: list[int]) -> None:
     rule = listed_labels(np.array([4, 1, 7]), 10, "a list") if kind == "listed" else LabelRule(kind, 10)
-    together = rule.labels(42, torch.tensor(indices)).tolist()
-    assert together == [int(rule.labels(42, torch.tensor([i]))) for i in indices]
+    together = labels_of(rule, 42, torch.tensor(indices)).tolist()
+    assert together == [int(labels_of(rule, 42, torch.tensor([i]))) for i in indices]
     assert all(0 <= label < 10 for label in together)
 
 
@@ -84,7 +89,7 @@ def test_what_is_no_list_is_refused(values: np.ndarray) -> None:
 def test_any_integer_type_gives_the_same_labels_and_identity(dtype: type) -> None:
     rule = listed_labels(np.array([0, 3, 9], dtype), 10, "a list")
     assert rule.identity() == listed_labels(np.array([0, 3, 9]), 10, "another").identity()
-    assert rule.labels(42, torch.arange(3)).tolist() == [0, 3, 9]
+    assert labels_of(rule, 42, torch.arange(3)).tolist() == [0, 3, 9]
 
 
 def test_the_identity_tells_rules_and_values_apart() -> None:

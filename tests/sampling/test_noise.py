@@ -12,8 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_sampler.config import Generator
-from ray_sampler.sampling.noise import box_muller, make_noise, philox, philox_normals, random_labels
+from ray_sampler.sampling.noise import (
+    Generator,
+    Noise,
+    NoiseOptions,
+    box_muller,
+    make_draws,
+    philox,
+    philox_normals,
+    random_labels,
+)
 
 Words = tuple[int, int, int, int]
 ReferencePhilox = Callable[[Words, int], Words]
@@ -38,6 +46,12 @@ def reference_normal(reference: ReferencePhilox, seed: int, index: int, draw: in
     radius = math.sqrt(-2 * math.log((pair[0] + 0.5) / 2**32))
     angle = 2 * math.pi * pair[1] / 2**32
     return radius * (math.sin(angle) if element % 2 else math.cos(angle))
+
+
+def make_noise(
+    generator: Generator, seed: int, num_samples: int, indices: torch.Tensor, shape: tuple[int, ...]
+) -> Noise:
+    return make_draws(NoiseOptions(generator=generator, seed=seed), num_samples, indices, shape).noise
 
 
 def phi(x: np.ndarray) -> np.ndarray:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,24 +13,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_sampler.config import Architecture, Generator, Sampling, Solver, TrainingMode
+from ray_sampler.networks.adm_options import TrainingMode
 from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.sampling.parameterisation import make_denoiser
-from ray_sampler.sampling.noise import make_noise, philox_normals
+from ray_sampler.sampling.conditions import listed_labels
+from ray_sampler.sampling.noise import Generator, Noise, NoiseOptions, make_draws, philox_normals
+from ray_sampler.sampling.plan import MAIN, SamplePlan, sample_block
 from ray_sampler.sampling.schedules import karras_sigmas
 from ray_sampler.sampling.solvers import (
     Churn,
+    Plain,
     ancestral,
     dpm,
-    draws_after_x_T,
     euler,
     heun,
     multistep,
     onestep,
     progdist,
-    solve,
 )
-from tests.models.golden import golden_state
+from tests.networks.golden import golden_flags, golden_state, options_of
+from tests.sampling.plans import plan, solve
 
 # The original's results.
 
@@ -47,31 +46,28 @@ CASES: dict[str, dict[str, Any]] = {
     "ancestral": {"sampler": "ancestral", "steps": 6},
     "onestep": {"sampler": "onestep", "steps": 6},
     "progdist": {"sampler": "progdist", "steps": 6},
-    "multistep": {"sampler": "multistep", "steps": 40, "ts": (0, 17, 39)},
+    "multistep": {"sampler": "multistep", "steps": 40, "ts": "0,17,39"},
 }
 MODES: dict[str, TrainingMode] = {"edm": "edm", "consistency": "consistency_distillation"}
-LABELS = torch.tensor([0, 3, 999, 500])
+LABELS = listed_labels(np.array([0, 3, 999, 500]), 1000, "a list")
 ATOL = 1e-4
 
 
 @pytest.fixture(scope="session")
-def network(golden: Path) -> UNet:
-    flags = json.loads((golden / "flags.json").read_text())
-    names = {field.name for field in dataclasses.fields(Architecture)}
-    network = UNet(Architecture(**{name: value for name, value in flags.items() if name in names}))
+def network() -> UNet:
+    network = UNet(options_of(golden_flags()))
     network.load_state_dict(golden_state())
     return network.eval()
 
 
-def sample(network: UNet, sampling: Sampling, indices: Tensor) -> Tensor:
-    denoise = make_denoiser(
-        network,
-        LABELS[indices],
-        consistency=sampling.consistency,
-        sigma_min=sampling.sigma_min,
-        clip=sampling.clip_denoised,
-    )
-    return solve(sampling, denoise, make_noise(sampling.generator, 42, 4, indices, (3, 32, 32)))
+def originals(**flags: Any) -> SamplePlan:
+    """The plan of the original's 4 samples."""
+    return plan(LABELS, image_size=32, num_samples=4, **flags)
+
+
+@torch.no_grad()
+def sample(network: UNet, plan: SamplePlan, indices: Tensor) -> Tensor:
+    return sample_block({MAIN: network}, plan, indices)[0].clamp(-1, 1)
 
 
 def test_every_case_of_the_original_is_tested(golden: Path) -> None:
@@ -84,7 +80,7 @@ def test_every_case_of_the_original_is_tested(golden: Path) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_samples_equal_the_original(golden: Path, network: UNet, mode: str, generator: Generator, case: str) -> None:
     expected = np.load(golden / "samples.npz")[f"{mode}/{generator}/{case}"]
-    x = sample(network, Sampling(training_mode=MODES[mode], generator=generator, **CASES[case]), torch.arange(4))
+    x = sample(network, originals(training_mode=MODES[mode], generator=generator, **CASES[case]), torch.arange(4))
     np.testing.assert_allclose(x.numpy(), expected, rtol=0, atol=ATOL)
 
 
@@ -94,18 +90,18 @@ def test_batches_of_another_size_still_equal_the_original(
     golden: Path, network: UNet, case: str, generator: Generator
 ) -> None:
     expected = np.load(golden / "samples.npz")[f"edm/{generator}/{case}"]
-    sampling = Sampling(generator=generator, **CASES[case])
-    x = torch.cat([sample(network, sampling, indices) for indices in (torch.tensor([0]), torch.arange(1, 4))])
+    cut = originals(generator=generator, **CASES[case])
+    x = torch.cat([sample(network, cut, indices) for indices in (torch.tensor([0]), torch.arange(1, 4))])
     np.testing.assert_allclose(x.numpy(), expected, rtol=0, atol=ATOL)
 
 
 # Data distributed as N(0, STD^2): the ideal denoiser and the solution of the ODE are known.
 
 STD = 0.3
-TIGHT = Churn()
+TIGHT, PLAIN = Churn(), Plain()
 
 
-def ideal(x: Tensor, sigma: Tensor) -> Tensor:
+def ideal(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
     return STD**2 / (STD**2 + sigma**2) * x
 
 
@@ -120,16 +116,20 @@ def levels(n: int, low: float = 0.05, high: float = 10.0) -> Tensor:
     return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
 
 
+def philox() -> Noise:
+    return make_draws(NoiseOptions(), 4, torch.arange(4), (3, 4, 4)).noise
+
+
 def no_noise(draw: int) -> Tensor:
     raise AssertionError(f"draw {draw} was asked for, but nothing uses it")
 
 
 Solve = Callable[[Tensor, Tensor], Tensor]
 ORDERS: list[tuple[str, Solve, int]] = [
-    ("euler", lambda x, sigmas: euler(ideal, x, sigmas, no_noise), 1),
+    ("euler", lambda x, sigmas: euler(ideal, x, sigmas, no_noise, PLAIN), 1),
     ("heun", lambda x, sigmas: heun(ideal, x, sigmas, no_noise, TIGHT), 2),
     ("dpm", lambda x, sigmas: dpm(ideal, x, sigmas, no_noise, TIGHT), 2),
-    ("progdist", lambda x, sigmas: progdist(ideal, x, torch.cat([sigmas, sigmas.new_zeros(1)]), no_noise), 1),
+    ("progdist", lambda x, sigmas: progdist(ideal, x, torch.cat([sigmas, sigmas.new_zeros(1)]), no_noise, PLAIN), 1),
 ]
 
 
@@ -144,16 +144,16 @@ def test_solvers_converge_to_the_exact_solution_with_their_order(name: str, run:
 
 
 @pytest.mark.parametrize(("sampler", "tolerance"), [("heun", 1e-3), ("dpm", 1e-3), ("euler", 0.02), ("progdist", 0.02)])
-def test_solve_ends_at_the_exact_solution(sampler: Solver, tolerance: float) -> None:
+def test_solve_ends_at_the_exact_solution(sampler: str, tolerance: float) -> None:
     """The whole way from x_T to x_0, in float32 and on the default schedule."""
-    x_0 = solve(Sampling(sampler=sampler, steps=200), ideal, lambda draw: torch.full((1, 3, 1, 1), 1.5))
+    x_0 = solve(plan(sampler=sampler, steps=200), ideal, lambda draw: torch.full((1, 3, 1, 1), 1.5))
     expected = exact(torch.full((1, 3, 1, 1), 1.5 * 80.0), 80.0, 0.0)
     torch.testing.assert_close(x_0, expected, rtol=tolerance, atol=0)
 
 
 def test_onestep_is_the_denoiser_at_sigma_max() -> None:
     x, sigmas = torch.full((1, 3, 1, 1), 8.0), karras_sigmas(40, 0.002, 80.0)
-    x_0 = onestep(ideal, x, sigmas, no_noise)
+    x_0 = onestep(ideal, x, sigmas, no_noise, PLAIN)
     assert torch.equal(x_0, ideal(x, sigmas[0]))
     torch.testing.assert_close(x_0, ideal(x, torch.tensor(80.0)))
 
@@ -161,17 +161,16 @@ def test_onestep_is_the_denoiser_at_sigma_max() -> None:
 def test_multistep_follows_its_algorithm_and_evaluates_nothing_at_the_last_level() -> None:
     asked: list[float] = []
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
         asked.append(float(sigma))
         return x / 100
 
     x = multistep(
         denoise,
         torch.full((1, 1, 1, 1), 50.0),
-        torch.tensor([80.0, 5.0, 1.0]),
+        torch.tensor([80.0, 5.0, 1.0, 0.6, 80.0]),  # the last two are sigma_min and sigma_max
         lambda draw: torch.ones(1, 1, 1, 1),
-        0.6,
-        80.0,
+        PLAIN,
     )
     assert asked == [80.0, 5.0]
     assert float(x) == pytest.approx((0.5 + math.sqrt(25 - 0.36)) / 100 + math.sqrt(1 - 0.36))
@@ -189,7 +188,7 @@ def test_added_noise_keeps_the_distribution_of_the_data(sampler: str) -> None:
     churn = Churn(s_churn=40.0)
     sigmas, x = levels(steps), noise(0) * math.sqrt(100 + STD**2)
     if sampler == "ancestral":
-        x_0 = ancestral(ideal, x, sigmas, noise)
+        x_0 = ancestral(ideal, x, sigmas, noise, PLAIN)
     else:
         x_0 = (heun if sampler == "heun" else dpm)(ideal, x, sigmas, noise, churn)
     assert float(x_0.mean()) == pytest.approx(0, abs=0.01)
@@ -210,7 +209,7 @@ RECORDED: list[tuple[dict[str, Any], list[int], int]] = [
     ({"sampler": "ancestral", "steps": 6}, [0, 1, 2, 3, 4, 5], 6),
     ({"sampler": "onestep", "steps": 6}, [0], 1),
     ({"sampler": "progdist", "steps": 6}, [0], 6),
-    ({"sampler": "multistep", "steps": 40, "ts": (0, 22, 30)}, [0, 1, 2], 2),
+    ({"sampler": "multistep", "steps": 40, "ts": "0,22,30"}, [0, 1, 2], 2),
     ({"sampler": "heun", "steps": 1}, [0], 1),
     ({"sampler": "euler", "steps": 1}, [0], 1),
 ]
@@ -226,25 +225,26 @@ def test_noise_is_asked_for_only_where_it_is_used_and_in_rising_order(
         asked.append(draw)
         return torch.full((2, 3, 2, 2), 0.5)
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
         evaluated.append(sigma)
         return ideal(x, sigma)
 
-    solve(Sampling(**settings), denoise, noise)
+    planned = plan(**settings)
+    solve(planned, denoise, noise)
     assert asked == draws
-    assert len(evaluated) == evaluations
+    assert len(evaluated) == evaluations == planned.evaluations()
 
 
-@pytest.mark.parametrize("ts", [(0, 17, 39), (0, 39), (0, 22, 39)])
-def test_multistep_adds_no_noise_at_sigma_min(ts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("ts", ["0,17,39", "0,39", "0,22,39"])
+def test_multistep_adds_no_noise_at_sigma_min(ts: str) -> None:
     asked = []
 
     def noise(draw: int) -> Tensor:
         asked.append(draw)
         return torch.full((1, 3, 2, 2), 0.5)
 
-    solve(Sampling(sampler="multistep", steps=40, ts=ts), ideal, noise)
-    assert asked == list(range(len(ts) - 1))
+    solve(plan(sampler="multistep", steps=40, ts=ts), ideal, noise)
+    assert asked == list(range(ts.count(",")))
 
 
 @pytest.mark.parametrize(
@@ -256,18 +256,18 @@ def test_multistep_adds_no_noise_at_sigma_min(ts: tuple[int, ...]) -> None:
         ({"sampler": "euler", "steps": 6}, 0),
         ({"sampler": "onestep", "steps": 6}, 0),
         ({"sampler": "progdist", "steps": 6}, 0),
-        ({"sampler": "multistep", "ts": (0, 17, 39)}, 2),
+        ({"sampler": "multistep", "ts": "0,17,39"}, 2),
     ],
 )
 def test_the_originals_draws_are_counted(settings: dict[str, Any], draws: int) -> None:
-    assert draws_after_x_T(Sampling(**settings)) == draws
+    planned = plan(**settings)
+    assert planned.solver.draws(planned.schedule.steps, planned.solver_options) == draws
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm"])
-def test_churn_changes_samples_only_within_its_levels(sampler: Solver) -> None:
+def test_churn_changes_samples_only_within_its_levels(sampler: str) -> None:
     def run(**churn: Any) -> Tensor:
-        noise = make_noise("philox", 42, 4, torch.arange(4), (3, 4, 4))
-        return solve(Sampling(sampler=sampler, steps=6, **churn), ideal, noise)
+        return solve(plan(sampler=sampler, steps=6, **churn), ideal, philox())
 
     plain = run()
     assert not torch.equal(run(s_churn=3.0), plain)
@@ -284,9 +284,14 @@ def test_churn_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_results_are_float32_within_one(case: str) -> None:
-    sampling = Sampling(**CASES[case])
-    x = solve(sampling, lambda x, sigma: x, make_noise("philox", 42, 4, torch.arange(4), (3, 4, 4)))
+def test_results_are_float32_and_become_pixels_whatever_they_are(case: str) -> None:
+    planned = plan(**CASES[case])
+    sigmas = planned.solver.levels(planned.schedule, planned.solver_options, torch.float32)
+    x = planned.solver.run(
+        lambda x, sigma, step=None: x, philox()(0) * 80, sigmas, philox(), planned.solver_options
+    )
     assert x.dtype == torch.float32
     assert x.shape == (4, 3, 4, 4)
-    assert x.abs().max() <= 1
+    assert x.abs().max() > 1
+    expected = ((x.numpy().clip(-1, 1) + 1) * np.float32(127.5)).astype(np.uint8).transpose(0, 2, 3, 1)
+    assert (planned.decoder.decode(x).numpy() == expected).all()

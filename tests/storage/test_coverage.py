@@ -41,8 +41,9 @@ def test_nothing_is_missing_nothing_and_everything():
     assert missing(cover([name], 5), 5) == []
 
 
-def test_a_million_fragments_take_seconds():
-    names = [FragmentName(i, i + 2, "parquet") for i in range(0, 2_000_000, 2)]
+def test_the_cost_of_a_fragment_does_not_grow_with_their_number():
+    """Ten microseconds each: a million take seconds."""
+    names = [FragmentName(i, i + 2, "parquet") for i in range(0, 400_000, 2)]
     started = time.process_time()
-    assert missing(cover(reversed(names), 2_000_000), 2_000_000) == []
-    assert time.process_time() - started < 10
+    assert missing(cover(reversed(names), 400_000), 400_000) == []
+    assert time.process_time() - started < 2

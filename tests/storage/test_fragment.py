@@ -280,7 +280,7 @@ def test_a_record_says_the_crc_of_every_column():
 @pytest.mark.parametrize(
     ("images", "labels"),
     [
-        (np.zeros((2, 4, 4, 3), np.float32), None),
+        (np.zeros((2, 4, 4, 3), np.float64), None),
         (np.zeros((4, 4, 3), np.uint8), None),
         (np.zeros((0, 4, 4, 3), np.uint8), None),
         (np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, np.int32)),

@@ -5,7 +5,7 @@ import pytest
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import DamagedFragment, FragmentName
 from ray_sampler.storage.run_dir import RunDir
-from ray_sampler.storage.verify import check_fragment, verify
+from ray_sampler.storage.verify import verify
 from tests.storage.fill import FINGERPRINT, fill, make_samples
 
 
@@ -38,6 +38,6 @@ def test_one_fragment_is_checked_by_itself(tmp_path):
     run_dir = RunDir(str(tmp_path))
     name = FragmentName(0, 4, "parquet")
     records = fill(run_dir, [name])
-    assert check_fragment(run_dir, name, FINGERPRINT) == records[name]
+    assert run_dir.read_fragment(name, FINGERPRINT).record == records[name]
     with pytest.raises(DamagedFragment, match="not there"):
-        check_fragment(run_dir, FragmentName(4, 8, "parquet"), FINGERPRINT)
+        run_dir.read_fragment(FragmentName(4, 8, "parquet"), FINGERPRINT)

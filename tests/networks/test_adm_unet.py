@@ -12,7 +12,7 @@ from torch import nn
 
 from ray_sampler.presets import BUNDLED, PRESETS
 from ray_sampler.networks.adm_unet import Convolution, GroupNorm, UNet
-from tests.models.golden import architecture_of, golden_flags, golden_folder, golden_state
+from tests.networks.golden import options_of, golden_flags, golden_folder, golden_state
 
 ORIGINAL_DEFAULTS: dict[str, Any] = {
     "num_channels": 128,
@@ -108,7 +108,7 @@ class Tensors:
 
 def shapes_of(flags: dict[str, Any]) -> Shapes:
     with torch.device("meta"):
-        return {name: tuple(t.shape) for name, t in UNet(architecture_of(flags)).state_dict().items()}
+        return {name: tuple(t.shape) for name, t in UNet(options_of(flags)).state_dict().items()}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -161,7 +161,7 @@ def test_published_sizes() -> None:
 
 @pytest.fixture(scope="module")
 def golden_network() -> UNet:
-    network = UNet(architecture_of(golden_flags()))
+    network = UNet(options_of(golden_flags()))
     network.load_state_dict(golden_state())
     return network.eval()
 
@@ -174,7 +174,7 @@ def test_forward_is_the_originals_within_1e_4(golden_network: UNet) -> None:
 
 
 def test_half_precision_covers_the_convolutions_of_the_torso_only() -> None:
-    network = UNet(architecture_of(dict(BUNDLED["digits"].settings)))
+    network = UNet(options_of(dict(BUNDLED["digits"].settings)))
     network.convert_to_fp16()
     for name, module in network.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Embedding)):

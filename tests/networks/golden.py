@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import json
 import lzma
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ray_sampler.config import Architecture
+from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.options import pick
 
 REFERENCE = Path(__file__).resolve().parents[1] / "golden" / "reference"
 
@@ -34,5 +34,5 @@ def golden_state() -> dict[str, Tensor]:
     return state
 
 
-def architecture_of(flags: dict[str, Any]) -> Architecture:
-    return Architecture(**{f.name: flags[f.name] for f in fields(Architecture) if f.name in flags})
+def options_of(flags: dict[str, Any]) -> AdmOptions:
+    return pick(AdmOptions, flags)

@@ -1,0 +1,126 @@
+"""A checkpoint becomes the ADM network that its flags describe, or is refused with what would fit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ray_sampler.cluster.shipping import load, ship
+from ray_sampler.errors import RequestError
+from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.networks.adm_unet import UNet
+from ray_sampler.networks.family import Network, Precision
+from ray_sampler.networks.opening import open_network
+from tests.loading import loaded
+
+ARCH = AdmOptions(
+    image_size=16,
+    num_channels=32,
+    num_res_blocks=1,
+    channel_mult="1,2",
+    attention_resolutions="8",
+    num_head_channels=32,
+    class_cond=True,
+    num_classes=10,
+    resblock_updown=True,
+)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    """Random weights, none of them 0."""
+    torch.manual_seed(0)
+    return {name: torch.randn_like(tensor) * 0.1 for name, tensor in UNet(ARCH).state_dict().items()}
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Any:
+    """Opens the network of a state dict with the flags of `ARCH`, or others."""
+
+    def open_(state: dict[str, Tensor], arch: AdmOptions = ARCH) -> Network:
+        save_file(state, tmp_path / "w.safetensors")
+        return open_network(str(tmp_path / "w.safetensors"), asdict(arch))
+
+    return open_
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({"class_cond": False}, "--class_cond True"),
+        ({"num_classes": 1000}, "--num_classes 10"),
+        ({"num_channels": 64}, "--num_channels 32"),
+        ({"use_scale_shift_norm": False}, "--use_scale_shift_norm True"),
+        ({"attention_resolutions": "16"}, "--preset"),
+        ({"resblock_updown": False}, "check the architecture flags"),
+    ],
+)
+def test_what_does_not_fit_names_tensors_and_the_flag_where_it_is_certain(
+    change: dict[str, Any], advice: str, state: dict[str, Tensor], opened: Any
+) -> None:
+    with pytest.raises(RequestError) as refused:
+        opened(state, replace(ARCH, **change))
+    message = str(refused.value)
+    assert advice in message
+    assert "blocks." in message or "label_emb" in message or "time_embed" in message
+    assert message.count(",") < 20, "only the first few are named"
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(state: dict[str, Tensor], opened: Any) -> None:
+    changed = {name: tensor for name, tensor in state.items() if name != "out.2.bias"}
+    changed |= {"extra": torch.zeros(1), "out.0.bias": torch.zeros(7)}
+    with pytest.raises(RequestError, match=r"missing \(out\.2\.bias\).*unexpected \(extra\).*out\.0\.bias \[7\]"):
+        opened(changed)
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused(state: dict[str, Tensor], opened: Any) -> None:
+    with pytest.raises(RequestError, match="int64"):
+        opened(state | {"out.2.bias": torch.zeros(3, dtype=torch.int64)})
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
+)
+def test_torso_convolutions_are_cast_and_all_else_is_float32(
+    precision: Precision, dtype: torch.dtype, state: dict[str, Tensor], opened: Any
+) -> None:
+    stored = {name: tensor.half() for name, tensor in state.items()}
+    network = loaded(opened(stored), precision)
+    tensors = network.state_dict()
+    assert tensors.keys() == state.keys()
+    for name, tensor in tensors.items():
+        torso = name.startswith(("input_blocks", "middle_block", "output_blocks"))
+        convolution = state[name.replace("bias", "weight")].dim() == 4
+        assert tensor.dtype == (dtype if torso and convolution else torch.float32), name
+        assert torch.equal(tensor, stored[name].to(tensor.dtype))
+
+
+def test_a_worker_on_a_cpu_takes_weights_where_they_lie_and_writes_to_none(
+    state: dict[str, Tensor], opened: Any, local_ray: None
+) -> None:
+    shipped = ship(opened(state), "fp32")
+    one, other = (load(shipped, torch.device("cpu")) for _ in range(2))
+    for name, tensor in one.state_dict().items():
+        assert tensor.data_ptr() == other.state_dict()[name].data_ptr(), f"{name} was copied"
+    reference = UNet(ARCH).eval()
+    reference.load_state_dict(state)
+    arguments = (torch.randn(2, 3, 16, 16), torch.tensor([1.0, 100.0]), torch.tensor([0, 9]))
+    with torch.no_grad():
+        torch.testing.assert_close(one(*arguments), reference(*arguments), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+
+
+def test_a_network_is_ready_to_sample(state: dict[str, Tensor], opened: Any, local_ray: None) -> None:
+    network = load(ship(opened(state), "bf16"), torch.device("cpu"))
+    assert not network.training
+    assert not any(p.requires_grad or p.is_meta for p in network.parameters())
+    assert network.dtype == torch.bfloat16
+    convolution = network.get_parameter("input_blocks.1.0.in_layers.2.weight")
+    assert convolution.is_contiguous(memory_format=torch.channels_last)
+    assert network(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.int64)).dtype == torch.float32

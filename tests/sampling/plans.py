@@ -1,0 +1,32 @@
+"""Sample plans of small ADM networks, from flags."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ray_sampler.config import FLAGS, plan_of
+from ray_sampler.networks import adm
+from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.sampling.conditions import LabelRule
+from ray_sampler.sampling.noise import Noise
+from ray_sampler.sampling.parameterisation import Denoiser
+from ray_sampler.sampling.plan import SamplePlan
+
+DEFAULTS = {name: composed.flag.default for name, composed in FLAGS.items()}
+
+
+def plan(labels: LabelRule | None = None, *, image_size: int = 8, **flags: Any) -> SamplePlan:
+    """The plan of an ADM network with the classes of `labels`; unconditional without."""
+    classes = {"class_cond": True, "num_classes": labels.num_classes} if labels else {}
+    spec = adm.spec_of(AdmOptions(image_size=image_size, **classes), flags)
+    return plan_of(DEFAULTS | flags, spec, None, labels)
+
+
+def solve(plan: SamplePlan, denoise: Denoiser, noise: Noise) -> Tensor:
+    """What the plan's solver makes of a denoiser and noise, clamped to [-1, 1] as a picture is: (B, C, H, W)."""
+    sigmas = plan.solver.levels(plan.schedule, plan.solver_options, torch.float32)
+    x_T = noise(0) * plan.schedule.sigma_max
+    return plan.solver.run(denoise, x_T, sigmas, noise, plan.solver_options).clamp(-1, 1)
