@@ -124,7 +124,7 @@ def explain_misfit(tensors: Mapping[str, Tensor], flags: Mapping[str, Any]) -> s
         wrong.append(("num_classes", told["num_classes"], flags["num_classes"]))
     wrong += _multipliers(told, flags)
     largest = 2 ** told["channel_mult"].count(",")
-    said = [f"--{name} {value} (not {given or 'the default'})" for name, value, given in wrong]
+    said = [f"--{name} {value} (not {'empty' if given == '' else given})" for name, value, given in wrong]
     if size and size % largest:
         said.append(f"--image_size of a multiple of {largest} (not {size})")
     else:
