@@ -1,4 +1,4 @@
-"""The command line: `ray-sampler sample|status|verify|merge|preview|presets`."""
+"""The command line: `ray-sampler sample|status|verify|merge|preview|inspect|presets`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from ray_sampler import run_folder
 from ray_sampler.config import FLAGS, GROUPS, Composed, RunConfig, dry_run
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.interrupts import interruptible
-from ray_sampler.options import flags_of
-from ray_sampler.presets import BUNDLED, PRESETS, Bundled, Preset
+from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.options import flags_of, pick
+from ray_sampler.presets import BUNDLED, PRESETS, ModelOptions, Preset
+from ray_sampler.sampling.solvers import SOLVERS
 
 DONE, FAILED, WRONG = 0, 1, 2
 
@@ -184,7 +186,7 @@ def declare_sample(parser: argparse.ArgumentParser) -> None:
                 declare_flag(section, FLAGS[name])
 
 
-def declare_flag(section: argparse._ArgumentGroup, composed: Composed) -> None:
+def declare_flag(section: argparse._ActionsContainer, composed: Composed) -> None:
     """Add a flag of `sample`."""
     flag = composed.flag
     shown = "" if flag.default is None else f" ({flag.default if flag.default != '' else 'empty'})"
@@ -261,6 +263,65 @@ def folder_of(command: str, arguments: argparse.Namespace) -> str:
     return url
 
 
+def declare_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a bundled model, a checkpoint or python:module:function")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    for name in INSPECT_FLAGS:
+        declare_flag(parser, FLAGS[name])
+
+
+INSPECT_FLAGS = ("preset", "weights_key", "weights", "tag", "training_mode", *flags_of(AdmOptions))
+"""Flags of `sample` that say what a model is."""
+
+
+def execute_inspect(arguments: argparse.Namespace) -> int:
+    from ray_sampler.inspection import print_inspection
+
+    if arguments.model is None and arguments.preset is None:
+        raise RequestError("`ray-sampler inspect` needs a model: a bundled one, a checkpoint's path or URL, or --preset")
+    texts = {name: getattr(arguments, name) for name in INSPECT_FLAGS}
+    given = {name: value_of(name, text) for name, text in texts.items() if text is not None}
+    named = {name: given.pop(name) for name in tuple(given) if name in flags_of(ModelOptions)}
+    return print_inspection(ModelOptions(model=arguments.model, **named), given, arguments.json)
+
+
+def print_presets() -> int:
+    table = Table("name", "what it is", "parameters", "sampler", "NFE", "published", "file")
+    for name, model in (BUNDLED | PRESETS).items():
+        published = isinstance(model, Preset)
+        table.add_row(
+            name,
+            model.description,
+            f"{model.parameters:,}" if model.parameters else "",
+            sampler_of(model.settings),
+            str(evaluations_of(model.settings)),
+            model.score if isinstance(model, Preset) else "",
+            model.file if published else "in the package",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    console.print(
+        "A preset is used as --preset NAME, which fetches its weights, or --preset NAME --model FILE where you have them; "
+        "a bundled model as --model NAME.",
+        soft_wrap=True,
+    )
+    return DONE
+
+
+def sampler_of(settings: Mapping[str, Any]) -> str:
+    """A solver with its settings, in a few words."""
+    ts = f" ts {settings['ts']}" if settings.get("ts") and settings["sampler"] == "multistep" else ""
+    guidance = f", guidance {settings['guidance']:g}" if "guidance" in settings else ""
+    churn = f", churn {settings['s_churn']:g}" if "s_churn" in settings else ""
+    return f"{settings['sampler']}, {settings['steps']} steps{ts}{churn}{guidance}"
+
+
+def evaluations_of(settings: Mapping[str, Any]) -> int:
+    """Network evaluations for one sample, those of a guide not counted."""
+    solver = SOLVERS[settings["sampler"]]
+    return solver.evaluations(settings["steps"], pick(solver.options, settings))
+
+
 COMMANDS: dict[str, Command] = {
     "sample": Command(
         "Fill an archive with samples of a model; run again after any stop, it goes on.",
@@ -292,23 +353,13 @@ COMMANDS: dict[str, Command] = {
         lambda a: run_folder.preview_run(folder_of("preview", a)),
         "URL",
     ),
+    "inspect": Command(
+        "What a checkpoint is, and the command line that samples it.",
+        declare_inspect,
+        execute_inspect,
+        "[--json] [--FLAG VALUE] ... MODEL",
+    ),
     "presets": Command(
         "List the models that are known by name, and what they need.", lambda parser: None, lambda a: print_presets()
     ),
 }
-
-
-def print_presets() -> int:
-    table = Table("name", "what it is", "what it needs", "parameters", "sampler")
-    known: list[tuple[str, Bundled | Preset, str]]
-    known = [(name, model, f"nothing: --model {name}") for name, model in BUNDLED.items()]
-    known += [(name, preset, f"--preset {name} --model_path {preset.file}") for name, preset in PRESETS.items()]
-    for name, model, needs in known:
-        table.add_row(name, model.description, needs, f"{model.parameters:,}", sampler_of(model.settings))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    return DONE
-
-
-def sampler_of(settings: Mapping[str, Any]) -> str:
-    ts = f" ts {settings['ts']}" if settings.get("ts") and settings["sampler"] == "multistep" else ""
-    return f"{settings['sampler']}, {settings['steps']} steps{ts}"

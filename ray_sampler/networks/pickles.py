@@ -8,10 +8,13 @@ given, and never allocates more than the file has bytes for.
 
 from __future__ import annotations
 
+import codecs
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
+
+codecs.lookup("raw-unicode-escape")  # so that reading a file imports nothing
 
 MAX_OPCODES = 10_000_000
 """A checkpoint has some 30 for each tensor, and as many for each tensor of an optimizer."""

@@ -128,7 +128,7 @@ def test_advice_names_each_wrong_flag_with_the_value_of_the_file_and_nothing_els
     said = explain_misfit(weights, asdict(asked))
     assert "--num_channels 32 (not 64)" in said
     assert "--num_res_blocks 1 (not 2)" in said
-    assert "--channel_mult 1,2,2 (not the default)" in said
+    assert "--channel_mult 1,2,2 (not empty)" in said
     assert "--attention_resolutions 16 (not 8)" in said
     assert "class_cond" not in said
     assert explain_misfit(weights, {"num_channels": 32}) == ""
