@@ -17,7 +17,7 @@ from ray_sampler.errors import require
 from ray_sampler.sampling.noise import in_order
 from ray_sampler.sampling.parameterisation import Denoiser
 from ray_sampler.sampling.schedules import Schedule
-from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices
+from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices, Plain, Solver
 
 EVALUATIONS = {"heun": 2, "dpm": 2, "euler": 1, "ancestral": 1, "progdist": 1}
 """Network evaluations of a step, for the solvers that report their steps; the others report none."""
@@ -63,17 +63,12 @@ def karras_sample(
     Raises:
         RequestError: an argument is wrong.
     """
-    solvers = [name for name in SOLVERS if name in ORIGINAL]
-    require(sampler in solvers, f"sampler is {sampler!r}; it must be one of {', '.join(solvers)}")
-    solver = SOLVERS[sampler]
-    source = get_generator("dummy") if generator is None else generator
     rho = diffusion.rho if sampler == "multistep" else rho
     schedule = Schedule(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-    churn = Churn(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
-    options = Indices(",".join(map(str, ts or ()))) if solver.options is Indices else churn
-    schedule.validate()
-    churn.validate(schedule)
-    options.validate(schedule)
+    solver, options = settled(
+        sampler, schedule, Churn(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise), ts
+    )
+    source = get_generator("dummy") if generator is None else generator
     x_T = source.randn(*shape, device=torch.get_default_device() if device is None else device)
     drawn = 0
 
@@ -93,6 +88,18 @@ def karras_sample(
     while drawn < 1 + solver.draws(steps, options):
         draw_next()
     return x_0
+
+
+def settled(sampler: str, schedule: Schedule, churn: Churn, ts: Iterable[int] | None) -> tuple[Solver, Plain]:
+    """The solver of that name and its options, once all values have been checked."""
+    solvers = [name for name in SOLVERS if name in ORIGINAL]
+    require(sampler in solvers, f"sampler is {sampler!r}; it must be one of {', '.join(solvers)}")
+    solver = SOLVERS[sampler]
+    options = Indices(",".join(map(str, ts or ()))) if solver.options is Indices else churn
+    schedule.validate()
+    churn.validate(schedule)
+    options.validate(schedule)
+    return solver, options
 
 
 def reporting(
