@@ -17,6 +17,7 @@ from types import ModuleType
 import torch.distributed as dist
 
 from ray_sampler.compat import cm
+from ray_sampler.compat.cm import logger
 from ray_sampler.errors import RequestError, require
 
 USAGE = """usage: python -m ray_sampler.compat SCRIPT [ARGS]
@@ -83,6 +84,7 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     """Run a file as Python runs a script: as __main__, with its arguments in sys.argv and its folder on sys.path."""
     argv, path = sys.argv, sys.path.copy()
     distributed = dist.is_initialized()
+    logger.forget()
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
     try:

@@ -37,6 +37,12 @@ def get_dir() -> str:
     return str(_folder)
 
 
+def forget() -> None:
+    """Choose anew when a folder is next asked for. Called before each script."""
+    global _folder
+    _folder = None
+
+
 def log(*args: object, level: int = 0) -> None:
     """One line, of the arguments with spaces between, on rank 0's terminal and in log.txt (log-rank001.txt, ...).
 
