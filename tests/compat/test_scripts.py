@@ -43,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a `cm` and an `ours` of the user's in it; OPENAI_LOGDIR is its subfolder out."""
     (tmp_path / "cm").mkdir()
     (tmp_path / "cm" / "__init__.py").write_text("OWNER = 'user'\n")
-    (tmp_path / "cm" / "dist_util.py").write_text("raise RuntimeError('the user's own cm was imported')\n")
+    (tmp_path / "cm" / "dist_util.py").write_text("raise RuntimeError('this cm is not ours')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "out"))
     return tmp_path
@@ -122,7 +122,7 @@ def flags_of(checkpoint: Path, **more: object) -> list[str]:
 def test_a_script_with_flags_writes_the_archive_that_it_would_have_written(
     folder: Path, checkpoint: Path, network: UNet
 ) -> None:
-    script = shutil.copy(SCRIPTS / "with_flags.py", folder)
+    script = str(shutil.copy(SCRIPTS / "with_flags.py", folder))
     command = [sys.executable, "-m", "ray_sampler.compat", script, *flags_of(checkpoint, num_samples=6, batch_size=4)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -140,8 +140,16 @@ def test_a_script_with_flags_writes_the_archive_that_it_would_have_written(
 
 
 def test_ranks_of_torchrun_share_the_samples(folder: Path, checkpoint: Path, network: UNet) -> None:
-    script = shutil.copy(SCRIPTS / "with_flags.py", folder)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--module"]
+    script = str(shutil.copy(SCRIPTS / "with_flags.py", folder))
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--module",
+    ]
     flags = flags_of(checkpoint, num_samples=4, batch_size=2)
     command = [*launcher, "ray_sampler.compat", script, *flags]
     done = subprocess.run(command, env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True)
@@ -154,7 +162,7 @@ def test_ranks_of_torchrun_share_the_samples(folder: Path, checkpoint: Path, net
 
 
 def test_a_script_with_hard_coded_arguments_writes_the_originals_pictures(folder: Path, checkpoint: Path) -> None:
-    script = shutil.copy(SCRIPTS / "hard_coded.py", folder)
+    script = str(shutil.copy(SCRIPTS / "hard_coded.py", folder))
     shutil.copy(checkpoint, folder / "model.pt")
     assert main([script]) == 0
     arrays = arrays_of(folder / "out" / "samples_4x32x32x3.npz")
@@ -208,7 +216,7 @@ def test_our_cm_is_there_within_the_script_only(folder: Path, monkeypatch: pytes
 
 def test_a_module_that_sampling_does_not_use_is_not_found_in_the_users_cm(folder: Path) -> None:
     (folder / "cm" / "train_util.py").write_text("")
-    with pytest.raises(ModuleNotFoundError, match="cm.train_util"):
+    with pytest.raises(ModuleNotFoundError, match=r"cm\.train_util"):
         main([write(folder / "script.py", "import cm.train_util\n")])
 
 
@@ -271,6 +279,20 @@ def test_nothing_in_a_checkpoint_is_run(folder: Path, capsys: pytest.CaptureFixt
     assert main([script]) == 2
     assert not (folder / "ran").exists()
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [("", "--model_path is empty"), (str(GOLDEN.parent / "edm2_16" / "net.pkl"), "snapshot of NVlabs/edm")],
+)
+def test_what_holds_no_weights_of_such_a_network_is_one_sentence(
+    path: str, sentence: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = write(folder / "script.py", f"from cm import dist_util\n\ndist_util.load_state_dict({path!r})\n")
+    assert main([script]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
 
 
 # Where it writes

@@ -30,7 +30,7 @@ def setup_dist() -> None:
     if ranks_given():
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def dev() -> torch.device:
@@ -52,6 +52,7 @@ def load_state_dict(path: str | os.PathLike[str], map_location: Any = None, **ig
     Raises:
         RequestError: there is no such file, or it holds no weights.
     """
+    require(os.fspath(path) != "", "--model_path is empty; give the path of a checkpoint")
     checkpoint = read_checkpoint(os.fspath(path), flag="--model_path")
     require(
         checkpoint.saved is None,

@@ -34,8 +34,9 @@ def main():
 
     generator = get_generator(args.generator, args.num_samples, args.seed)
     ts = tuple(int(t) for t in args.ts.split(",")) if args.sampler == "multistep" else None
-    images, labels = [], []
-    while sum(map(len, images)) < args.num_samples:
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    while sum(len(part) for part in images) < args.num_samples:
         model_kwargs = {}
         if args.class_cond:
             model_kwargs["y"] = torch.randint(low=0, high=NUM_CLASSES, size=(args.batch_size,), device=dist_util.dev())
@@ -61,7 +62,7 @@ def main():
         images += gathered(pixels)
         if args.class_cond:
             labels += gathered(model_kwargs["y"])
-        logger.log(f"{sum(map(len, images))} samples")
+        logger.log(f"{sum(len(part) for part in images)} samples")
 
     if dist.get_rank() == 0:
         arrays = [np.concatenate(parts)[: args.num_samples] for parts in (images, labels) if parts]
