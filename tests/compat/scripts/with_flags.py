@@ -16,6 +16,7 @@ from cm.script_util import (
     create_model_and_diffusion,
     model_and_diffusion_defaults,
 )
+from mpi4py import MPI
 
 
 def main():
@@ -32,7 +33,8 @@ def main():
         model.convert_to_fp16()
     model.eval()
 
-    generator = get_generator(args.generator, args.num_samples, args.seed)
+    seed = MPI.COMM_WORLD.bcast(args.seed if dist.get_rank() == 0 else None)
+    generator = get_generator(args.generator, args.num_samples, seed)
     ts = tuple(int(t) for t in args.ts.split(",")) if args.sampler == "multistep" else None
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
