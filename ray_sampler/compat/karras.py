@@ -1,0 +1,140 @@
+"""`karras_sample` of the consistency-models repository, over the solvers of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from math import inf
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from ray_sampler.compat.generators import Device, NoiseSource, get_generator
+from ray_sampler.compat.preconditioned import KarrasDenoiser
+from ray_sampler.errors import require
+from ray_sampler.sampling.noise import in_order
+from ray_sampler.sampling.parameterisation import Denoiser
+from ray_sampler.sampling.schedules import Schedule
+from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices, Plain, Solver
+
+EVALUATIONS = {"heun": 2, "dpm": 2, "euler": 1, "ancestral": 1, "progdist": 1}
+"""Network evaluations of a step, for the solvers that report their steps; the others report none."""
+
+ORIGINAL = ("heun", "euler", "dpm", "ancestral", "onestep", "progdist", "multistep")
+"""The solvers of the consistency-models repository."""
+
+RAISES_SIGMA = ("heun", "dpm", "ancestral")
+"""Solvers that report sigma_hat, the level of the step's first evaluation."""
+
+
+def karras_sample(
+    diffusion: KarrasDenoiser,
+    model: nn.Module,
+    shape: tuple[int, ...],
+    steps: int,
+    clip_denoised: bool = True,
+    progress: bool = False,
+    callback: Callable[[dict[str, Any]], object] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    device: Device | None = None,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80,
+    rho: float = 7.0,
+    sampler: str = "heun",
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = inf,
+    s_noise: float = 1.0,
+    generator: NoiseSource | None = None,
+    ts: Iterable[int] | None = None,
+) -> Tensor:
+    """Samples x_0 of `shape`, (B, C, H, W), float32 in [-1, 1] on `device`.
+
+    Args:
+        callback: called once a step by heun, dpm, euler, ancestral and progdist with x, i, sigma, denoised and,
+            where the solver has one, sigma_hat, as of the step's first evaluation.
+        model_kwargs: passed to the model, as {"y": labels}.
+        generator: from `get_generator`; its streams end where the original's would. Without one, torch's global
+            generator serves.
+        ts: indices into the schedule, for multistep.
+
+    Raises:
+        RequestError: an argument is wrong.
+    """
+    rho = diffusion.rho if sampler == "multistep" else rho
+    schedule = Schedule(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    solver, options = settled(
+        sampler, schedule, Churn(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise), ts
+    )
+    source = get_generator("dummy") if generator is None else generator
+    x_T = source.randn(*shape, device=torch.get_default_device() if device is None else device)
+    drawn = 0
+
+    def draw_next() -> Tensor:
+        nonlocal drawn
+        drawn += 1
+        return x_T if drawn == 1 else source.randn_like(x_T)
+
+    def denoise(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
+        _, denoised = diffusion.denoise(model, x, sigma.to(x).expand(len(x)), **(model_kwargs or {}))
+        return denoised.clamp(-1, 1) if clip_denoised else denoised
+
+    sigmas, noise = solver.levels(schedule, options, torch.float32), in_order(draw_next)
+    with step_bar(steps if progress and sampler in EVALUATIONS else None) as advance, torch.no_grad():
+        reported = reporting(denoise, sampler, sigmas, callback, advance)
+        x_0 = solver.run(reported, noise(0) * sigma_max, sigmas, noise, options).clamp(-1, 1)
+    while drawn < 1 + solver.draws(steps, options):
+        draw_next()
+    return x_0
+
+
+def settled(sampler: str, schedule: Schedule, churn: Churn, ts: Iterable[int] | None) -> tuple[Solver, Plain]:
+    """The solver of that name and its options, once all values have been checked."""
+    solvers = [name for name in SOLVERS if name in ORIGINAL]
+    require(sampler in solvers, f"sampler is {sampler!r}; it must be one of {', '.join(solvers)}")
+    solver = SOLVERS[sampler]
+    options = Indices(",".join(map(str, ts or ()))) if solver.options is Indices else churn
+    schedule.validate()
+    churn.validate(schedule)
+    options.validate(schedule)
+    return solver, options
+
+
+def reporting(
+    denoise: Denoiser,
+    sampler: str,
+    sigmas: Tensor,
+    callback: Callable[[dict[str, Any]], object] | None,
+    advance: Callable[[], None],
+) -> Denoiser:
+    """`denoise`, which at the first evaluation of each step calls `callback` with its state and then `advance`."""
+    if sampler not in EVALUATIONS:
+        return denoise
+    evaluations = 0
+
+    def reported(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
+        nonlocal evaluations
+        denoised = denoise(x, sigma)
+        number, within = divmod(evaluations, EVALUATIONS[sampler])
+        evaluations += 1
+        if within == 0:
+            if callback is not None:
+                state = {"x": x, "i": number, "sigma": sigmas[number], "denoised": denoised}
+                callback(state | ({"sigma_hat": sigma} if sampler in RAISES_SIGMA else {}))
+            advance()
+        return denoised
+
+    return reported
+
+
+@contextmanager
+def step_bar(steps: int | None) -> Iterator[Callable[[], None]]:
+    """A bar of so many steps, moved by calling what this yields; none for None."""
+    if steps is None:
+        yield lambda: None
+        return
+    with Progress() as bar:
+        task = bar.add_task("sampling", total=steps)
+        yield lambda: bar.advance(task)
