@@ -250,9 +250,7 @@ def declare_folder(parser: argparse.ArgumentParser) -> None:
 def declare_status(parser: argparse.ArgumentParser) -> None:
     declare_folder(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--watch", action="store_true", help="print again every 10 seconds, until the run is complete"
-    )
+    parser.add_argument("--watch", action="store_true", help="print again every 10 seconds, until the run is complete")
 
 
 def folder_of(command: str, arguments: argparse.Namespace) -> str:
@@ -264,7 +262,9 @@ def folder_of(command: str, arguments: argparse.Namespace) -> str:
 
 
 def declare_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a bundled model, a checkpoint or python:module:function")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a bundled model, a checkpoint or python:module:function"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     for name in INSPECT_FLAGS:
         declare_flag(parser, FLAGS[name])
@@ -278,7 +278,9 @@ def execute_inspect(arguments: argparse.Namespace) -> int:
     from ray_sampler.inspection import print_inspection
 
     if arguments.model is None and arguments.preset is None:
-        raise RequestError("`ray-sampler inspect` needs a model: a bundled one, a checkpoint's path or URL, or --preset")
+        raise RequestError(
+            "`ray-sampler inspect` needs a model: a bundled one, a checkpoint's path or URL, or --preset"
+        )
     texts = {name: getattr(arguments, name) for name in INSPECT_FLAGS}
     given = {name: value_of(name, text) for name, text in texts.items() if text is not None}
     named = {name: given.pop(name) for name in tuple(given) if name in flags_of(ModelOptions)}

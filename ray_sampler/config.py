@@ -68,9 +68,7 @@ class FleetOptions:
         1, "Actors kept until the last shard is done; idle ones above it are released as the queue empties."
     )
     max_actors: int | None = option(None, "Actors at most (as many as the queue can use).")
-    gpus_per_actor: float | None = option(
-        None, "GPUs of an actor; 0 means CPUs (1 where there are GPUs, else 0)."
-    )
+    gpus_per_actor: float | None = option(None, "GPUs of an actor; 0 means CPUs (1 where there are GPUs, else 0).")
     shard_timeout: float = option(
         600.0,
         "Seconds without a sign of progress after which an actor is replaced, at least; where shards take long, a "

@@ -105,7 +105,8 @@ def print_inspection(options: ModelOptions, given: Mapping[str, Any], as_json: b
         "classes": str(classes),
         "null label": "none" if found["null_label"] is None else str(found["null_label"]),
         "noise levels": f"{found['sigma_min']:g} to {found['sigma_max']:g}",
-        "weights": found["weights"][:16] + (f" under {printable(found['weights_key'])}" if found["weights_key"] else ""),
+        "weights": found["weights"][:16]
+        + (f" under {printable(found['weights_key'])}" if found["weights_key"] else ""),
         "defaults": ", ".join(f"{name} {value}" for name, value in found["defaults"].items()),
     }
     for name, value in rows.items():

@@ -30,9 +30,7 @@ class ModelOptions:
     weights_key: str | None = option(
         None, "Where in a checkpoint the weights are, as ema or state_dict (found by itself).", recorded=False
     )
-    weights: str | None = option(
-        None, "Passed to the function of --model python:module:function.", recorded=False
-    )
+    weights: str | None = option(None, "Passed to the function of --model python:module:function.", recorded=False)
     tag: str | None = option(
         None, "Text that goes into the fingerprint of --model python:module:function, as a version.", recorded=False
     )
@@ -69,7 +67,9 @@ def settings_for(options: ModelOptions) -> tuple[str, dict[str, Any]]:
             weights not in PRESETS,
             f"--model is {weights!r}, a preset; give --preset {weights}",
         )
-        raise RequestError(f"--model is {weights!r}; there is no such file, and of the bundled models {_known(weights, BUNDLED)}")
+        raise RequestError(
+            f"--model is {weights!r}; there is no such file, and of the bundled models {_known(weights, BUNDLED)}"
+        )
     return weights, {**(bundled.settings if bundled else {}), **(preset.settings if preset else {})}
 
 

@@ -137,6 +137,7 @@ ADM: dict[str, Preset] = {
 CHURN = {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
 """Of EDM's ImageNet-64 (Karras et al. 2022, table 5)."""
 
+
 def _edm(what: str, file: str, parameters: int, steps: int, score: str, **settings: Any) -> Preset:
     return Preset(f"EDM, {what}", file, parameters, {"sampler": "heun", "steps": steps} | settings, EDM_FOLDER, score)
 
@@ -146,7 +147,7 @@ EDM_SNAPSHOTS: dict[str, Preset] = {
         "CIFAR-10, conditional, DDPM++", "edm-cifar10-32x32-cond-vp.pkl", 55_735_299, 18, "FID 1.79"
     ),
     "edm-cifar10-32x32-cond-ve": _edm(
-        "CIFAR-10, conditional, NCSN++", "edm-cifar10-32x32-cond-ve.pkl", 0, 18, "FID 1.79"
+        "CIFAR-10, conditional, NCSN++", "edm-cifar10-32x32-cond-ve.pkl", 56_400_643, 18, "FID 1.79"
     ),
     "edm-cifar10-32x32-uncond-vp": _edm(
         "CIFAR-10, DDPM++", "edm-cifar10-32x32-uncond-vp.pkl", 55_733_891, 18, "FID 1.97"
@@ -154,14 +155,14 @@ EDM_SNAPSHOTS: dict[str, Preset] = {
     "edm-cifar10-32x32-uncond-ve": _edm(
         "CIFAR-10, NCSN++", "edm-cifar10-32x32-uncond-ve.pkl", 56_397_827, 18, "FID 1.98"
     ),
-    "edm-ffhq-64x64-uncond-vp": _edm(
-        "FFHQ 64x64, DDPM++", "edm-ffhq-64x64-uncond-vp.pkl", 61_805_571, 40, "FID 2.39"
-    ),
-    "edm-ffhq-64x64-uncond-ve": _edm("FFHQ 64x64, NCSN++", "edm-ffhq-64x64-uncond-ve.pkl", 0, 40, "FID 2.53"),
+    "edm-ffhq-64x64-uncond-vp": _edm("FFHQ 64x64, DDPM++", "edm-ffhq-64x64-uncond-vp.pkl", 61_805_571, 40, "FID 2.39"),
+    "edm-ffhq-64x64-uncond-ve": _edm("FFHQ 64x64, NCSN++", "edm-ffhq-64x64-uncond-ve.pkl", 62_761_091, 40, "FID 2.53"),
     "edm-afhqv2-64x64-uncond-vp": _edm(
         "AFHQv2 64x64, DDPM++", "edm-afhqv2-64x64-uncond-vp.pkl", 61_805_571, 40, "FID 1.96"
     ),
-    "edm-afhqv2-64x64-uncond-ve": _edm("AFHQv2 64x64, NCSN++", "edm-afhqv2-64x64-uncond-ve.pkl", 0, 40, "FID 2.16"),
+    "edm-afhqv2-64x64-uncond-ve": _edm(
+        "AFHQv2 64x64, NCSN++", "edm-afhqv2-64x64-uncond-ve.pkl", 62_761_091, 40, "FID 2.16"
+    ),
     "edm-imagenet-64x64-cond-adm": _edm(
         "ImageNet 64x64, ADM", "edm-imagenet-64x64-cond-adm.pkl", IMAGENET64_PARAMETERS, 256, "FID 1.36", **CHURN
     ),
@@ -175,6 +176,8 @@ EDM2_PARAMETERS = {
     ("img512", "xl"): 1_119_283_749,
     ("img512", "xxl"): 1_523_164_773,
     ("img64", "s"): 280_209_381,
+    ("img64", "m"): 497_803_173,
+    ("img64", "l"): 777_492_325,
     ("img64", "xl"): 1_119_276_837,
 }
 """As published, with the weights that only training uses; unconditional networks have slightly fewer."""

@@ -197,9 +197,7 @@ class Filling:
         metrics = DriverMetrics(self.jobs[0].fingerprint[:8])
         min_actors = max(job.run.request.min_actors for job in self.jobs)
         try:
-            given_up = Dispatch(
-                pool, tasks, self.tallies, self.report, finished, background, min_actors, metrics
-            ).run()
+            given_up = Dispatch(pool, tasks, self.tallies, self.report, finished, background, min_actors, metrics).run()
         finally:
             metrics.fleet(0, 0, 0)  # the pool closes
         if not given_up:

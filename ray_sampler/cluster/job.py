@@ -75,7 +75,9 @@ class Job:
     def loads(self) -> tuple[Any, ...]:
         """What its actors hold and take: jobs in which this is equal share a pool."""
         request = self.run.request
-        networks = tuple((role, net.spec.family, net.weights, str(net.spec.options)) for role, net in self.networks.items())
+        networks = tuple(
+            (role, net.spec.family, net.weights, str(net.spec.options)) for role, net in self.networks.items()
+        )
         return networks, self.precision, request.batch_size, request.compile, self.gpus, self.local
 
     def record(self) -> dict[str, Any]:

@@ -70,7 +70,8 @@ class Model:
         )
         levels = all(isinstance(s, (int, float)) for s in (sigma_min, sigma_max)) and 0 < sigma_min < sigma_max < 1e30
         require(
-            levels, f"Model's sigma_min is {sigma_min!r} and sigma_max {sigma_max!r}; they must be 0 < sigma_min < sigma_max"
+            levels,
+            f"Model's sigma_min is {sigma_min!r} and sigma_max {sigma_max!r}; they must be 0 < sigma_min < sigma_max",
         )
         require(decoder in DECODERS, f"Model's decoder is {decoder!r}; it must be None, 'sd' or 'edm2'")
         self.network = network
@@ -237,5 +238,3 @@ def installed(file: Path) -> bool:
     """Whether a module came with Python or a package manager."""
     parts = file.resolve().parts
     return "site-packages" in parts or "dist-packages" in parts or Path(sys.base_prefix) in file.resolve().parents
-
-

@@ -33,7 +33,9 @@ class Recorded:
 
     def identity(self) -> dict[str, Any]:
         values = asdict(self.network).items()
-        return {name: ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value for name, value in values}
+        return {
+            name: ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value for name, value in values
+        }
 
 
 @dataclass(frozen=True)

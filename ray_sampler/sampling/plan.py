@@ -32,7 +32,9 @@ class PlanOptions:
     """How many samples, and how the solver works on them."""
 
     num_samples: int = option(10000, "How many samples the archive holds.")
-    clip_denoised: bool = option(True, "Whether every denoiser output is clamped to [-1, 1]; a model may bring another default.")
+    clip_denoised: bool = option(
+        True, "Whether every denoiser output is clamped to [-1, 1]; a model may bring another default."
+    )
     state: StateType = option(
         "fp32", "Precision of the solver's state; a model may bring another default.", recorded=False
     )

@@ -84,9 +84,7 @@ class Indices(Plain):
 
     def validate(self, schedule: Schedule) -> None:
         require(schedule.steps >= 2, f"--steps is {schedule.steps}; --sampler multistep needs at least 2")
-        require(
-            len(self.indices) >= 2, f"--ts is {self.ts!r}; --sampler multistep needs two or more, as in 0,22,39"
-        )
+        require(len(self.indices) >= 2, f"--ts is {self.ts!r}; --sampler multistep needs two or more, as in 0,22,39")
         for t in self.indices:
             require(
                 0 <= t < schedule.steps,
