@@ -20,15 +20,15 @@ from typing import Any
 
 import ray
 
-from ray_sampler.cluster.worker import CONCURRENCY, ActorInfo, ShardResult
 from ray_sampler.cluster.dispatch import Dispatch, Tally, shards_of
 from ray_sampler.cluster.inventory import Inventory
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.pool import Finished, Pool, Shard
-from ray_sampler.cluster.tasks import pack_pieces
 from ray_sampler.cluster.session import Fleet
-from ray_sampler.reporting.sheet import PreviewKeeper
+from ray_sampler.cluster.tasks import pack_pieces
+from ray_sampler.cluster.worker import CONCURRENCY, ActorInfo, ShardResult
 from ray_sampler.reporting.progress import Snapshot
+from ray_sampler.reporting.sheet import PreviewKeeper
 from ray_sampler.storage.record import FragmentName, Record
 from ray_sampler.storage.run_dir import RunDir
 from table import Goal, Row, in_turn, parser, report

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 
 from ray_sampler.config import Architecture, Compile, Precision, Sampling
+from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.weights import build, fit, open_weights
 from ray_sampler.presets import BUNDLED, IMAGENET64
-from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.sampling.engine import Engine
 from ray_sampler.sampling.conditions import LabelRule
+from ray_sampler.sampling.engine import Engine
 from table import Goal, Row, Values, in_turn, parser, report
 from textbook import Textbook, sample
 

@@ -13,9 +13,9 @@ from unittest import mock
 
 from ray_sampler import RunConfig
 from ray_sampler.cluster import driver
-from ray_sampler.cluster.worker import ShardResult
 from ray_sampler.cluster.inventory import Inventory
 from ray_sampler.cluster.session import connect
+from ray_sampler.cluster.worker import ShardResult
 from table import Goal, Row, parser, report
 from tests.faults.proxy import Fault, FaultProxy
 from tests.faults.servers import BUCKET, environment, rclone_server

@@ -24,8 +24,8 @@ from ray_sampler.cluster.worker import PackedWeights, pack, unpack
 from ray_sampler.config import Architecture, Sampling
 from ray_sampler.networks.weights import build, fit, open_weights
 from ray_sampler.presets import BUNDLED
-from ray_sampler.sampling.engine import Engine
 from ray_sampler.sampling.conditions import LabelRule
+from ray_sampler.sampling.engine import Engine
 from table import Goal, Row, in_turn, parser, report
 
 ACTORS, SAMPLES, BATCH, SHARD = 2, 8_000, 50, 500

@@ -19,9 +19,9 @@ import torch
 from engine import architecture, random_weights
 from ray_sampler.cluster.worker import PackedWeights, pack, unpack
 from ray_sampler.config import Architecture
+from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.weights import build, fit
 from ray_sampler.presets import IMAGENET64
-from ray_sampler.networks.adm_unet import UNet
 from table import Goal, Row, in_turn, parser, report
 
 ACTORS, REPEATS = 8, 3

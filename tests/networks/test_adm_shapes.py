@@ -12,11 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ray_sampler.presets import BUNDLED, PRESETS
-from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.networks.adm_shapes import adm_flags, explain_misfit
 from ray_sampler.errors import RequestError
 from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.networks.adm_shapes import adm_flags, explain_misfit
+from ray_sampler.networks.adm_unet import UNet
+from ray_sampler.presets import BUNDLED, PRESETS
 
 TOLD = ("num_channels", "num_res_blocks", "use_scale_shift_norm", "class_cond", "num_classes", "learn_sigma")
 
