@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_sampler.config import FragmentFormat
+from ray_sampler.storage.record import FragmentFormat
 from ray_sampler.storage.fragment import Fragment, decode, encode
 from ray_sampler.storage.record import DamagedFragment, FragmentName
 from tests.storage.fill import FINGERPRINT, make_samples
