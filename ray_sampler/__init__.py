@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ray_sampler.config import RunConfig
 from ray_sampler.errors import RequestError, RunError
-from ray_sampler.networks.custom import Model
 from ray_sampler.storage.fragment import Fragment, read_fragment
 
 if TYPE_CHECKING:
     from ray_sampler.cluster.driver import RunResult
+    from ray_sampler.config import RunConfig
+    from ray_sampler.networks.custom import Model
 
 __all__ = ["Fragment", "Model", "RequestError", "RunConfig", "RunError", "read_fragment", "run"]
 __version__ = "0.1.0"
@@ -32,3 +32,16 @@ def run(config: RunConfig) -> RunResult:
     from ray_sampler.cluster.driver import run as drive
 
     return drive(config)
+
+
+def __getattr__(name: str) -> Any:
+    """Torch, which takes seconds to import, comes with the first request: reading a fragment needs none."""
+    if name == "RunConfig":
+        from ray_sampler.config import RunConfig
+
+        return RunConfig
+    if name == "Model":
+        from ray_sampler.networks.custom import Model
+
+        return Model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,19 +9,20 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
 from ray_sampler import run_folder
-from ray_sampler.config import FLAGS, GROUPS, Composed, RunConfig, dry_run
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.interrupts import interruptible
-from ray_sampler.networks.adm_options import AdmOptions
-from ray_sampler.options import flags_of, pick
+from ray_sampler.networks.adm_options import AdmOptions, TrainingOptions
+from ray_sampler.options import Flag, flags_of, pick
 from ray_sampler.presets import BUNDLED, PRESETS, ModelOptions, Preset
-from ray_sampler.sampling.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from ray_sampler.config import RunConfig
 
 DONE, FAILED, WRONG = 0, 1, 2
 
@@ -179,16 +180,17 @@ def unknown_argument(command: str, parser: argparse.ArgumentParser, token: str) 
 
 
 def declare_sample(parser: argparse.ArgumentParser) -> None:
+    from ray_sampler.config import FLAGS, GROUPS  # brings torch, which the other commands do without
+
     for group in GROUPS:
         section = parser.add_argument_group(group.title)
         for component in group.components:
             for name in flags_of(component):
-                declare_flag(section, FLAGS[name])
+                declare_flag(section, FLAGS[name].flag)
 
 
-def declare_flag(section: argparse._ActionsContainer, composed: Composed) -> None:
+def declare_flag(section: argparse._ActionsContainer, flag: Flag) -> None:
     """Add a flag of `sample`."""
-    flag = composed.flag
     shown = "" if flag.default is None else f" ({flag.default if flag.default != '' else 'empty'})"
     details: dict[str, Any] = {"default": None, "help": flag.help.rstrip(".").replace("%", "%%") + shown}
     if flag.kind is bool:
@@ -200,27 +202,25 @@ def declare_flag(section: argparse._ActionsContainer, composed: Composed) -> Non
     section.add_argument(f"--{flag.name}", type=str, **details)
 
 
-def value_of(name: str, text: Any) -> Any:
+def value_of(flag: Flag, text: Any) -> Any:
     """A flag's value from its text.
 
     Raises:
         RequestError: the text is no such value.
     """
-    flag = FLAGS[name].flag
     if flag.choices:
         if text not in flag.choices:
-            raise RequestError(f"--{name} is {text!r}; it must be one of {', '.join(flag.choices)}")
+            raise RequestError(f"--{flag.name} is {text!r}; it must be one of {', '.join(flag.choices)}")
         return text
     if flag.kind is bool:
         if isinstance(text, str) and text.lower() not in BOOLEANS:
-            raise RequestError(f"--{name} is {text!r}; it must be True or False")
+            raise RequestError(f"--{flag.name} is {text!r}; it must be True or False")
         return BOOLEANS[text.lower()] if isinstance(text, str) else text
     try:
         return flag.kind(text)
     except ValueError:
-        raise RequestError(
-            f"--{name} is {text!r}; it must be of the form {'INT' if flag.kind is int else 'FLOAT'}"
-        ) from None
+        form = "INT" if flag.kind is int else "FLOAT"
+        raise RequestError(f"--{flag.name} is {text!r}; it must be of the form {form}") from None
 
 
 def request_of(arguments: argparse.Namespace) -> RunConfig:
@@ -229,12 +229,17 @@ def request_of(arguments: argparse.Namespace) -> RunConfig:
     Raises:
         RequestError: a value is none of its flag's kind.
     """
-    return RunConfig(**{name: value_of(name, text) for name, text in vars(arguments).items() if text is not None})
+    from ray_sampler.config import FLAGS, RunConfig
+
+    given = {name: text for name, text in vars(arguments).items() if text is not None}
+    return RunConfig(**{name: value_of(FLAGS[name].flag, text) for name, text in given.items()})
 
 
 def execute_sample(arguments: argparse.Namespace) -> int:
     config = request_of(arguments)
     if config.dry_run:
+        from ray_sampler.config import dry_run
+
         print(json.dumps(dry_run(config), indent=2))
         return DONE
     from ray_sampler.cluster.driver import run
@@ -267,10 +272,15 @@ def declare_inspect(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     for name in INSPECT_FLAGS:
-        declare_flag(parser, FLAGS[name])
+        declare_flag(parser, INSPECT_FLAGS[name])
 
 
-INSPECT_FLAGS = ("preset", "weights_key", "weights", "tag", "training_mode", *flags_of(AdmOptions))
+INSPECT_FLAGS = {
+    name: flag
+    for component in (ModelOptions, TrainingOptions, AdmOptions)
+    for name, flag in flags_of(component).items()
+    if name not in ("model", "model_path", "use_checkpoint", "use_new_attention_order", "weight_schedule", "dropout")
+}
 """Flags of `sample` that say what a model is."""
 
 
@@ -282,7 +292,7 @@ def execute_inspect(arguments: argparse.Namespace) -> int:
             "`ray-sampler inspect` needs a model: a bundled one, a checkpoint's path or URL, or --preset"
         )
     texts = {name: getattr(arguments, name) for name in INSPECT_FLAGS}
-    given = {name: value_of(name, text) for name, text in texts.items() if text is not None}
+    given = {name: value_of(INSPECT_FLAGS[name], text) for name, text in texts.items() if text is not None}
     named = {name: given.pop(name) for name in tuple(given) if name in flags_of(ModelOptions)}
     return print_inspection(ModelOptions(model=arguments.model, **named), given, arguments.json)
 
@@ -320,6 +330,8 @@ def sampler_of(settings: Mapping[str, Any]) -> str:
 
 def evaluations_of(settings: Mapping[str, Any]) -> int:
     """Network evaluations for one sample, those of a guide not counted."""
+    from ray_sampler.sampling.solvers import SOLVERS
+
     solver = SOLVERS[settings["sampler"]]
     return solver.evaluations(settings["steps"], pick(solver.options, settings))
 

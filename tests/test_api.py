@@ -40,6 +40,12 @@ def test_importing_the_package_imports_neither_torch_nor_ray(tmp_path: Path):
     assert done.stdout == "set()\n", done.stderr
 
 
+def test_what_needs_no_network_imports_no_torch(tmp_path: Path):
+    """So that `status` answers at once, wherever it is asked."""
+    done = python("import sys, ray_sampler.run_folder, ray_sampler.cli; print('torch' in sys.modules)", tmp_path)
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_everything_in_the_public_interface_is_there_and_documented():
     for name in ray_sampler.__all__:
         assert getattr(ray_sampler, name).__doc__

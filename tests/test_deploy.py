@@ -18,7 +18,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
 from ray_sampler import cli
-from ray_sampler.cluster.job import resolve
+from ray_sampler.config import dry_run
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER_FILES = ("cluster.yaml", "deploy/gcp.yaml")
@@ -237,10 +237,10 @@ def test_a_lost_driver_is_started_again_and_a_finished_one_frees_its_nodes(ray_j
 def test_the_ray_jobs_command_is_one_that_finds_its_output_again_and_waits_for_gpus(ray_job: dict[str, Any]) -> None:
     program, *argv = shlex.split(ray_job["spec"]["entrypoint"])
     assert program == "ray-sampler"
-    config = cli.parse(argv).config()
+    config = cli.request_of(cli.parse(argv)[1])
     assert config.output.startswith("s3://")
     assert config.gpus_per_actor == 1
-    resolve(config)
+    dry_run(config)
 
 
 def test_the_ray_jobs_gpu_workers_scale_from_zero(ray_job: dict[str, Any]) -> None:

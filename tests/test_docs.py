@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from ray_sampler import cli
-from ray_sampler.cluster.job import resolve
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.storage.run_dir import FragmentName, RunDir
 from tests.storage.fill import fill, make_samples
@@ -93,13 +92,13 @@ def test_the_pages_have_commands() -> None:
 
 @pytest.mark.parametrize(("page", "arguments"), ours(), ids=str)
 def test_our_commands_are_taken(page: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    command = cli.parse(arguments)
-    if isinstance(command, cli.Sample):
+    command, parsed = cli.parse(arguments)
+    if command is cli.COMMANDS["sample"]:
         assert cli.main([*arguments, "--dry_run"]) == 0
         shown = json.loads(capsys.readouterr().out)
-        config = command.config()
-        assert shown["num_samples"] == config.num_samples
-        assert shown["shard_size"] == resolve(config).shard_size
+        given = cli.request_of(parsed)
+        assert shown["num_samples"] == given.num_samples
+        assert shown["output"] == given.output
 
 
 @pytest.mark.parametrize(("page", "command"), [each for each in commands() if "make" in words(each[1])[:1]])
@@ -112,7 +111,7 @@ def test_make_has_the_targets(page: str, command: str) -> None:
     ).stdout
     if target == "sample":
         started = re.sub(r"^.*jobs/sample\.py", "", dry.strip().splitlines()[-1])
-        assert isinstance(cli.parse(["sample", *shlex.split(started)]), cli.Sample)
+        assert cli.request_of(cli.parse(["sample", *shlex.split(started)])[1]).batch_size == 50
 
 
 @pytest.mark.parametrize(("page", "command"), [each for each in commands() if each[1].startswith("ray ")])

@@ -65,7 +65,7 @@ def test_the_wheel_holds_models_templates_and_types_and_no_tests(wheel: Path) ->
     }
     assert len(wanted) > 40
     assert wanted <= names
-    assert {"ray_sampler/py.typed", "ray_sampler/models/digits/digits.safetensors"} <= wanted
+    assert {"ray_sampler/py.typed", "ray_sampler/networks/digits/digits.safetensors"} <= wanted
     others = {name.split("/")[0] for name in names} - {"ray_sampler"}
     assert all(name.endswith(".dist-info") for name in others)
     assert any(name.endswith("/licenses/LICENSE") for name in names)

@@ -311,7 +311,7 @@ class Chaos:
         found = []
         for process in self.fleet.processes(node):
             try:
-                if "SamplerActor" in " ".join(process.cmdline()[:1]):
+                if "ray::Worker" in " ".join(process.cmdline()[:1]):
                     found.append(process)
             except psutil.NoSuchProcess:
                 continue

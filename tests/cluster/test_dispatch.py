@@ -12,23 +12,24 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_sampler.cluster.dispatch import ATTEMPTS, DEATHS, START_FAILURES, Dispatch, Tally, shards_of
+from ray_sampler.cluster.dispatch import ATTEMPTS, DEATHS, START_FAILURES, Dispatch, Tally, tasks_of
 from ray_sampler.cluster.metrics import DriverMetrics
-from ray_sampler.cluster.pool import Pool, Shard
+from ray_sampler.cluster.pool import Pool
 from ray_sampler.cluster.session import Fleet
-from ray_sampler.config import RunError
+from ray_sampler.cluster.worker import Task
+from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Snapshot
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-SHARDS = [Shard(i, i + 8) for i in range(0, 48, 8)]
+SHARDS = [Task(0, i, i + 8) for i in range(0, 48, 8)]
 
 Script = Mapping[int, Sequence[str]]
 """What happens at each attempt at the shard that starts there: ok, die, raise, slow, hang; ok after the last one."""
 
 
 def scripted_actor(folder: Path, script: Script, starts: Sequence[str], seconds: float) -> type:
-    """A class like SamplerActor that does what it is told. It is made here so that Ray ships it with the call."""
+    """A class like Worker that does what it is told. It is made here so that Ray ships it with the call."""
 
     class Scripted:
         def __init__(self) -> None:
@@ -69,13 +70,13 @@ def scripted_actor(folder: Path, script: Script, starts: Sequence[str], seconds:
         def evaluations(self) -> int:
             return 0
 
-        def sample(self, start: int, stop: int) -> Any:
+        def work(self, run: int, start: int, stop: int, product: str) -> Any:
             from types import SimpleNamespace
 
             with self.computing:
                 time.sleep(seconds)
                 self.act(f"shard-{start}", script.get(start, ()))
-            return SimpleNamespace(start=start, stop=stop, compute_s=1.0, upload_s=0.0)
+            return SimpleNamespace(compute_s=1.0, upload_s=0.0)
 
     return Scripted
 
@@ -105,7 +106,7 @@ class Story:
         max_actors: int = 2,
         shard_timeout: float = 600.0,
         seconds: float = 0.0,
-        late: Iterator[list[Shard]] | None = None,
+        late: Iterator[list[Task]] | None = None,
         cpus: int = 1,
     ) -> None:
         actor: Any = ray.remote(scripted_actor(folder, script, starts, seconds)).options(
@@ -116,13 +117,13 @@ class Story:
         self.listener = Listener()
         self.results: list[int] = []
 
-        def background() -> list[Shard] | None:
+        def background() -> list[Task] | None:
             return None if late is None else next(late, None)
 
         self.dispatch = Dispatch(
             self.pool,
             SHARDS,
-            self.tally,
+            [self.tally],
             self.listener,
             self.finished,
             background,
@@ -130,10 +131,10 @@ class Story:
             DriverMetrics("a test"),
         )
 
-    def finished(self, result: Any) -> None:
-        self.results.append(result.start)
+    def finished(self, task: Task, result: Any) -> None:
+        self.results.append(task.start)
 
-    def run(self) -> dict[Shard, str]:
+    def run(self) -> dict[Task, str]:
         try:
             return self.dispatch.run()
         finally:
@@ -159,7 +160,7 @@ def test_the_shards_of_a_dead_actor_go_to_others(tmp_path):
 def test_a_shard_that_kills_every_actor_is_given_up_and_the_others_are_kept(tmp_path):
     story = Story(tmp_path, {16: ["die"] * 100})
     given_up = story.run()
-    assert list(given_up) == [Shard(16, 24)]
+    assert list(given_up) == [Task(0, 16, 24)]
     assert sorted(story.results) == [0, 8, 24, 32, 40]
     assert DEATHS <= len(list(tmp_path.glob("shard-16.*"))) <= DEATHS + 1  # two actors may be at it when it is given up
 
@@ -173,7 +174,7 @@ def test_a_shard_that_fails_by_itself_is_tried_again(tmp_path):
 
 def test_a_shard_that_always_fails_is_given_up_with_its_reason_and_the_others_are_kept(tmp_path):
     story = Story(tmp_path, {8: ["raise"] * 100}, max_actors=1)  # a second might be at a copy already
-    assert story.run() == {Shard(8, 16): "no luck with shard-8"}
+    assert story.run() == {Task(0, 8, 16): "no luck with shard-8"}
     assert sorted(story.results) == [0, 16, 24, 32, 40]
     assert len(list(tmp_path.glob("shard-8.*"))) == ATTEMPTS
 
@@ -218,7 +219,7 @@ def test_a_shard_that_waited_behind_a_slow_one_is_not_computed_again_and_again(t
 
 
 def test_shards_that_turn_up_while_sampling_runs_are_computed_too(tmp_path):
-    story = Story(tmp_path, {}, late=iter([[], [Shard(48, 56)]]))
+    story = Story(tmp_path, {}, late=iter([[], [Task(0, 48, 56)]]))
     assert story.run() == {}
     assert sorted(story.results) == [*(shard.start for shard in SHARDS), 48]
 
@@ -238,6 +239,8 @@ RANGES = st.lists(st.integers(0, 300), max_size=10, unique=True).map(
 
 @given(RANGES, st.integers(1, 20))
 def test_shards_make_up_the_missing_ranges_and_never_cross_a_multiple_of_the_shard_size(ranges, size):
-    shards = list(shards_of(ranges, size))
-    assert [i for shard in shards for i in range(*shard)] == [i for start, stop in ranges for i in range(start, stop)]
+    shards = list(tasks_of(ranges, size))
+    assert [i for shard in shards for i in range(shard.start, shard.stop)] == [
+        i for start, stop in ranges for i in range(start, stop)
+    ]
     assert all(shard.start // size == (shard.stop - 1) // size for shard in shards)

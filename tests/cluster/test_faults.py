@@ -28,7 +28,7 @@ def actor_pids() -> list[int]:
     return [
         actor["Pid"]
         for actor in cluster_state.actor_table(None).values()
-        if actor["ActorClassName"] == "SamplerActor" and actor["State"] == "ALIVE"
+        if actor["ActorClassName"] == "Worker" and actor["State"] == "ALIVE"
     ]
 
 

@@ -10,7 +10,7 @@ import ray
 from ray._private import ray_constants
 
 from ray_sampler.cluster.session import Fleet, gpus_per_actor, joins_cluster, on_loopback, plan_fleet
-from ray_sampler.config import RunConfig
+from ray_sampler.config import FleetOptions
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -28,21 +28,21 @@ pytestmark = pytest.mark.usefixtures("local_ray")
     ],
 )
 def test_cpu_actors_split_the_two_cores_of_a_machine_fairly(max_actors, shards, local, fleet):
-    assert plan_fleet(RunConfig(max_actors=max_actors), 0.0, shards, local) == fleet
+    assert plan_fleet(FleetOptions(max_actors=max_actors), 0.0, shards, local) == fleet
 
 
 def test_gpu_actors_of_a_cluster_may_pend(local_ray):
-    assert plan_fleet(RunConfig(), 1.0, 50, local=False) == Fleet(1.0, 1, 50)
-    assert plan_fleet(RunConfig(max_actors=4), 0.5, 50, local=False) == Fleet(0.5, 1, 4)
+    assert plan_fleet(FleetOptions(), 1.0, 50, local=False) == Fleet(1.0, 1, 50)
+    assert plan_fleet(FleetOptions(max_actors=4), 0.5, 50, local=False) == Fleet(0.5, 1, 4)
 
 
 def test_gpus_are_used_where_there_are_some_unless_the_request_says_otherwise():
-    assert gpus_per_actor(RunConfig()) == (1.0 if ray.cluster_resources().get("GPU") else 0.0)
-    assert gpus_per_actor(RunConfig(gpus_per_actor=0.5)) == 0.5
+    assert gpus_per_actor(FleetOptions()) == (1.0 if ray.cluster_resources().get("GPU") else 0.0)
+    assert gpus_per_actor(FleetOptions(gpus_per_actor=0.5)) == 0.5
 
 
 def test_a_started_ray_is_joined():
-    assert joins_cluster(RunConfig())
+    assert joins_cluster(None)
 
 
 def test_a_ray_of_our_own_is_reachable_from_this_machine_only():

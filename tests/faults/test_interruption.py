@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_sampler.cli import WIND_UP_S
+from ray_sampler.interrupts import WIND_UP_S
 from tests.cluster.processes import group_is_gone, started, wait_for
 from tests.cluster.runs import LONGER
 from tests.conftest import Configure
