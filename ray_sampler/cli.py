@@ -313,8 +313,8 @@ def print_presets() -> int:
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table)
     console.print(
-        "A preset is used as --preset NAME, which fetches its weights, or --preset NAME --model FILE where you have them; "
-        "a bundled model as --model NAME.",
+        "Use a preset as --preset NAME, which fetches its weights, or --preset NAME --model FILE where you have them, "
+        "and a bundled model as --model NAME.",
         soft_wrap=True,
     )
     return DONE

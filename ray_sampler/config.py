@@ -350,8 +350,9 @@ def decoder_of(settings: Mapping[str, Any], spec: NetworkSpec) -> Decoder:
     channels = spec.shape[0]
     require(
         spec.latent is None and channels in (1, 3),
-        f"--decoder is missing: the network makes latents of {channels} channels, no pictures; give --decoder DIR, the "
-        "directory of an autoencoder, or --decoder none, which writes the solver's result as it is, float32 (N, H, W, C)",
+        f"--decoder is missing: the network makes latents of {channels} channels, no pictures; give --decoder DIR, "
+        "the directory of an autoencoder, or --decoder none, which writes the solver's result as it is, "
+        "float32 (N, H, W, C)",
     )
     return Pixels(settings["rounding"])
 

@@ -23,8 +23,8 @@ class ModelOptions:
 
     model: str | None = option(
         None,
-        "Weights: a bundled model's name (digits, digits-cd), which brings its settings; a checkpoint, by a local path or "
-        "any fsspec URL; or python:module:function, a network of your own. Without one the bundled digits model runs.",
+        "Weights: a bundled model's name (digits, digits-cd), which brings its settings; a checkpoint, by a local path "
+        "or any fsspec URL; or python:module:function, a network of your own. Without one the bundled digits model runs.",
     )
     model_path: str = option("", "The same as --model.")
     weights_key: str | None = option(

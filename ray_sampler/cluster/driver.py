@@ -1,4 +1,4 @@
-"""The driver: plan what is missing, dispatch it to actors, reduce the fragments to the archive; for one run or several."""
+"""The driver: plan what is missing, dispatch it to actors, reduce the fragments to archives; for one run or several."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ class Filling:
 
     @contextmanager
     def _pool(self, tasks: int) -> Iterator[Pool]:
-        """A pool whose actors share one copy of the networks per node; they are gone at the end, so that nodes can go."""
+        """A pool whose actors share one copy of the networks per node; they end with it, so that nodes can go."""
         job = self.jobs[0]
         options = job.run.request.of(FleetOptions)
         fleet = plan_fleet(options, job.gpus, tasks, local=job.local)

@@ -163,8 +163,8 @@ def open_guide(network: Network, settings: Mapping[str, Any]) -> Network | None:
     if name in (None, "null"):
         require(
             spec.null_label is not None,
-            f"--guidance is {guidance.guidance:g}, but the network has no null label, so nothing can guide it; give --guide "
-            "MODEL, a second network",
+            f"--guidance is {guidance.guidance:g}, but the network has no null label to guide it; "
+            "give --guide MODEL, a second network",
         )
         return None
     _, brought = settings_for(ModelOptions(model=name))

@@ -29,15 +29,15 @@ class Model:
     Args:
         network: called as network(x, t) or, with classes, network(x, t, y): x (B, C, H, W) float32, t (B,) float32, y
             (B,) int64; returns a tensor like x.
-        kind: what it computes: "denoiser" (D itself, t is sigma), "edm", "consistency", "eps", "v", "x0", "velocity", or
-            an object with the methods of `ray_sampler.sampling.parameterisation.Parameterisation`.
+        kind: what it computes: "denoiser" (D itself, t is sigma), "edm", "consistency", "eps", "v", "x0", "velocity",
+            or an object with the methods of `ray_sampler.sampling.parameterisation.Parameterisation`.
         shape: (C, H, W) of x.
         num_classes: 0 for an unconditional network.
         null_label: the label that stands for none, for guidance; None where the network knows none.
         sigma_min, sigma_max: the range of noise levels that is sampled by default.
         decoder: None where x is a picture in [-1, 1]; "sd" or "edm2" where it is a latent of that rule.
-        options: of the kind: c_noise ("log/4", "250log" or a function of sigma), alphas (a table), data_at (0 or 1), and
-            one_hot (True where y is wanted as float rows, (B, num_classes), zero for the null label).
+        options: of the kind: c_noise ("log/4", "250log" or a function of sigma), alphas (a table), data_at (0 or 1),
+            and one_hot (True where y is wanted as float rows, (B, num_classes), zero for the null label).
 
     Raises:
         RequestError: an argument is wrong.
@@ -65,8 +65,8 @@ class Model:
         )
         require(
             null_label is None or (type(null_label) is int and null_label >= 0 and num_classes > 0),
-            f"Model's null_label is {null_label!r} with num_classes {num_classes}; it must be a label of a network with "
-            "classes, or None",
+            f"Model's null_label is {null_label!r} with num_classes {num_classes}; it must be a label of a network "
+            "with classes, or None",
         )
         levels = all(isinstance(s, (int, float)) for s in (sigma_min, sigma_max)) and 0 < sigma_min < sigma_max < 1e30
         require(
@@ -76,7 +76,7 @@ class Model:
         require(decoder in DECODERS, f"Model's decoder is {decoder!r}; it must be None, 'sd' or 'edm2'")
         self.network = network
         self.kind = kind
-        self.shape: tuple[int, int, int] = tuple(shape)
+        self.shape = (shape[0], shape[1], shape[2])
         self.num_classes = num_classes
         self.null_label = null_label
         self.sigma_min = float(sigma_min)
@@ -119,10 +119,8 @@ class Called(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         half = self.dtype != torch.float32
         with torch.autocast(x.device.type, self.dtype if half else torch.bfloat16, enabled=half):
-            if y is None:
-                output = self.network(x, t)
-            else:
-                output = self.network(x, t, self._rows(y) if self.one_hot else y)
+            labels = () if y is None else (self._rows(y) if self.one_hot else y,)
+            output = self.network(x, t, *labels)
         result: Tensor = output.float()
         return result
 
@@ -220,7 +218,7 @@ def told(error: BaseException) -> str:
 
 
 def companions(module: ModuleType) -> tuple[str, ...]:
-    """The module, and those of its package or folder that are loaded: they travel by value, as other nodes lack them."""
+    """The module, and those of its package or folder that are loaded: they travel by value to nodes that lack them."""
     package = module.__name__.partition(".")[0]
     folder = Path(module.__file__).resolve().parent if module.__file__ else None
     names = []

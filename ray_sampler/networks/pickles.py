@@ -107,7 +107,7 @@ def read(file: BinaryIO, size: int, lookup: Lookup, persistent: Callable[[Any], 
 
 @contextmanager
 def damage_refused() -> Iterator[None]:
-    """Turns what damaged bytes lead to, such as an empty stack, text that is no UTF-8 or wrong arguments, into Refused."""
+    """Turn what damaged bytes lead to, such as an empty stack or text that is no UTF-8, into Refused."""
     try:
         yield
     except Refused:

@@ -1,6 +1,6 @@
 """Guidance: D = D_ref + w (D - D_ref), towards a network's own unconditional answer or another network's.
 
-Ho & Salimans 2022 (classifier-free), Karras et al. 2024 (autoguidance), Kynkaanniemi et al. 2024 (an interval of levels).
+Ho & Salimans 2022 (classifier-free), Karras et al. 2024 (autoguidance), Kynkaanniemi et al. 2024 (an interval).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Guidance:
     guidance: float = option(1.0, "Weight w of guidance, D_ref + w (D - D_ref); 1 is none.", recorded=False)
     guide: str | None = option(
         None,
-        "What guides: null (the network without a label; the default where it knows that) or a second network, given as "
-        "for --model.",
+        "What guides: null (the network without a label; the default where it knows that) or a second network, given "
+        "as for --model.",
         recorded=False,
     )
     guidance_interval: str | None = option(

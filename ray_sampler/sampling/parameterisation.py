@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -207,9 +208,9 @@ def linear_alphas(steps: int = 1000) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """A network of a variance-preserving path with a table of alphas: x_t = sqrt(alpha_j) x_0 + sqrt(1 - alpha_j) noise.
+    """A network of a variance-preserving path with a table of alphas.
 
-    The network gets x_t and the time j, an index into the table. Between two levels of the table j is interpolated
+    x_t = sqrt(alpha_j) x_0 + sqrt(1 - alpha_j) noise (Ho et al. 2020, eq. 4, with alphas cumulative). The network gets x_t and the time j, an index into the table. Between two levels of the table j is interpolated
     linearly in ln sigma, so it may have a fraction; beyond the table's ends it is the end's.
     """
 
@@ -303,8 +304,8 @@ PARAMETERISATIONS: dict[str, Callable[..., Parameterisation]] = {
     "vp": Vp,
     "ve": Ve,
     "denoiser": Direct,
-    "eps": lambda alphas=linear_alphas(): Diffusion("eps", alphas),
-    "v": lambda alphas=linear_alphas(): Diffusion("v", alphas),
+    "eps": partial(Diffusion, "eps"),
+    "v": partial(Diffusion, "v"),
     "x0": _x0,
     "velocity": Flow,
 }

@@ -129,7 +129,8 @@ def make_denoiser(networks: Mapping[str, Network], plan: SamplePlan, labels: Ten
             reference = plan.guide.denoiser(networks[GUIDE], labels if plan.guide_labelled else None)
             pair = of_two(denoise, reference)
         else:
-            assert labels is not None and plan.null_label is not None
+            assert labels is not None
+            assert plan.null_label is not None
             both = torch.cat([labels, torch.full_like(labels, plan.null_label)])
             pair = of_doubled(plan.parameterisation.denoiser(networks[MAIN], both))
         denoise = guided(denoise, pair, plan.guidance)
