@@ -24,7 +24,7 @@ class ModelOptions:
     model: str | None = option(
         None,
         "Weights: a bundled model's name (digits, digits-cd), which brings its settings; a checkpoint, by a local path "
-        "or any fsspec URL; or python:module:function, a network of your own. Without one the bundled digits model runs.",
+        "or any fsspec URL; or python:module:function, a network of your own (digits).",
     )
     model_path: str = option("", "The same as --model.")
     weights_key: str | None = option(

@@ -168,7 +168,8 @@ def open_guide(network: Network, settings: Mapping[str, Any]) -> Network | None:
         )
         return None
     _, brought = settings_for(ModelOptions(model=name))
-    guide = open_network(str(name), (brought or settings) | {"weights": None, "weights_key": None}, flag="--guide")
+    own = dict(brought or settings) | {"weights": None, "weights_key": None}
+    guide = open_network(str(name), own, flag="--guide")
     theirs = guide.spec
     require(
         theirs.shape == spec.shape and theirs.num_classes in (0, spec.num_classes),
