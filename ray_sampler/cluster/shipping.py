@@ -6,6 +6,7 @@ too. A worker maps them from the node's one copy.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import pickle
 import sys
@@ -109,6 +110,13 @@ class _Loader:
         if self.waiting:
             self.chunks.append(ray.put(self.waiting))
             self.waiting = []
+            give_back_freed_memory()
+
+
+def give_back_freed_memory() -> None:
+    """Return what was freed to the kernel, where the C library is glibc, which keeps it for later."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -211,7 +211,8 @@ class Diffusion:
     """A network of a variance-preserving path with a table of alphas.
 
     x_t = sqrt(alpha_j) x_0 + sqrt(1 - alpha_j) noise (Ho et al. 2020, eq. 4, with alphas cumulative). The network gets
-    x_t and the time j, an index into the table. Between two levels of the table j is interpolated linearly in ln sigma, so it may have a fraction; beyond the table's ends it is the end's.
+    x_t and the time j, an index into the table. Between two levels of the table j is interpolated linearly in ln sigma,
+    so it may have a fraction; beyond the table's ends it is the end's.
     """
 
     predicts: str
