@@ -33,7 +33,7 @@ class Schedule:
     schedule: ScheduleName | None = option(
         None,
         "How levels are spaced from sigma_max to sigma_min: karras, logsnr (even in ln sigma), linear, cosine, or shifted "
-        "(flow time, with --shift). Default: logsnr for dpmpp_3m and unipc at 15 steps or fewer, else karras.",
+        "(flow time, with --shift). Default: logsnr for unipc, dpmpp_3m and dpmpp_3m_sde at 15 steps or fewer, else karras.",
         recorded=False,
     )
     shift: float = option(1.0, "Shift s of the shifted schedule, t' = s t / (1 + (s - 1) t).", recorded=False)

@@ -232,7 +232,7 @@ class Solver(NamedTuple):
 
 
 def log_snr_at_few(steps: int) -> ScheduleName:
-    """Third order on Karras levels needs more than 15 steps; below, log-SNR has the better published results."""
+    """Third order on few Karras levels extrapolates too far; log-SNR levels have the better results there (docs/solvers.md)."""
     return "logsnr" if steps <= 15 else "karras"
 
 
@@ -259,7 +259,7 @@ SOLVERS: dict[str, Solver] = {
     "dpmpp_2m": Solver(dpmpp_2m, each_step, uses=NEW),
     "dpmpp_3m": Solver(dpmpp_3m, each_step, uses=NEW, default_schedule=log_snr_at_few),
     "dpmpp_2m_sde": Solver(dpmpp_2m_sde, each_step, Sde, uses=NEW),
-    "dpmpp_3m_sde": Solver(dpmpp_3m_sde, each_step, Sde, uses=NEW),
+    "dpmpp_3m_sde": Solver(dpmpp_3m_sde, each_step, Sde, uses=NEW, default_schedule=log_snr_at_few),
     "unipc": Solver(unipc, each_step, UnipcOrder, uses=NEW, default_schedule=log_snr_at_few),
     "ipndm": Solver(ipndm, each_step, IpndmOrder, uses=NEW),
     "deis": Solver(deis, each_step, DeisOrder, uses=NEW),
