@@ -188,7 +188,7 @@ class RunConfig(_Request):  # type: ignore[misc, valid-type]  # made of the comp
         self.of(PrecisionOptions).resolved()
         both = {"sigma_min", "sigma_max"} <= self.given().keys()
         known = {name: value for name, value in self.given().items() if both or name not in ("sigma_min", "sigma_max")}
-        check_counts(known)
+        check_counts(self.given())
         pick(Schedule, known).validate()
         pick(Indices, known).indices  # noqa: B018  # raises where they are no numbers
         pick(Restarts, known).intervals  # noqa: B018  # the same

@@ -133,8 +133,8 @@ def ipndm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: I
 def deis(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: DeisOrder) -> Tensor:
     """DEIS, the variant rhoAB in ln sigma (Zhang & Chen 2023, eq. 15): x' = x + sum_j C_ij eps_{i-j}.
 
-    eps = (x - D) / sigma, and C_ij is the integral over d sigma, from sigma_i to sigma_{i+1}, of the Lagrange polynomial
-    in ln sigma that is 1 at level i - j and 0 at the other levels in use. The step to 0 gives D_i.
+    eps = (x - D) / sigma, and C_ij is the integral over d sigma, from sigma_i to sigma_{i+1}, of the Lagrange
+    polynomial in ln sigma that is 1 at level i - j and 0 at the other levels in use. The step to 0 gives D_i.
     """
     levels = sigmas.tolist()
     slopes: list[Tensor] = []

@@ -17,7 +17,8 @@ from ray_sampler.sampling.guidance import Guidance, guided
 from ray_sampler.sampling.noise import NoiseOptions, make_draws
 from ray_sampler.sampling.parameterisation import Denoiser, Network, Parameterisation, clipped
 from ray_sampler.sampling.schedules import Schedule
-from ray_sampler.sampling.solvers import Plain, Solver
+from ray_sampler.sampling.solver_options import Plain
+from ray_sampler.sampling.solvers import Solver
 
 StateType = Literal["fp32", "fp64"]
 STATE_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}

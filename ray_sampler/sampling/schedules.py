@@ -29,22 +29,27 @@ class Schedule:
     steps: int = option(40, "Points of the noise schedule.")
     sigma_min: float = option(0.002, "Smallest noise level.")
     sigma_max: float = option(80.0, "Largest noise level.")
-    rho: float = option(RHO, "Exponent of the Karras schedule: the higher, the more levels near sigma_min.", recorded=False)
+    rho: float = option(
+        RHO, "Exponent of the Karras schedule: the higher, the more levels near sigma_min.", recorded=False
+    )
     schedule: ScheduleName | None = option(
         None,
-        "How levels are spaced from sigma_max to sigma_min: karras, logsnr (even in ln sigma), linear, cosine, or shifted "
-        "(flow time, with --shift). Default: logsnr for unipc, dpmpp_3m and dpmpp_3m_sde at 15 steps or fewer, else karras.",
+        "How levels are spaced from sigma_max to sigma_min: karras, logsnr (even in ln sigma), linear, cosine, or "
+        "shifted (flow time, with --shift). Default: logsnr for unipc, dpmpp_3m and dpmpp_3m_sde at 15 steps or fewer, "
+        "else karras.",
         recorded=False,
     )
     shift: float = option(1.0, "Shift s of the shifted schedule, t' = s t / (1 + (s - 1) t).", recorded=False)
     sigmas: str | None = option(
         None,
-        "The levels themselves, falling, in place of a schedule: a list as 80,10,1 or a file (.npz with arr_0, .npy, text). "
-        "0 is appended where it is absent; the first scales the noise.",
+        "The levels themselves, falling, in place of a schedule: a list as 80,10,1 or a file (.npz with arr_0, .npy, "
+        "text). 0 is appended where it is absent; the first scales the noise.",
         recorded=False,
     )
     nfe: int | None = option(
-        None, "Evaluations of the denoiser at most, in place of --steps: the solver takes the steps that fit.", recorded=False
+        None,
+        "Evaluations of the denoiser at most, in place of --steps: the solver takes the steps that fit.",
+        recorded=False,
     )
 
     @property
@@ -78,7 +83,10 @@ class Schedule:
         )
         for name in ("rho", "shift"):
             value = getattr(self, name)
-            require(0 < value < math.inf, f"--{name} is {value:g}; it must be above 0, as in {'7' if name == 'rho' else '3'}")
+            require(
+                0 < value < math.inf,
+                f"--{name} is {value:g}; it must be above 0, as in {'7' if name == 'rho' else '3'}",
+            )
 
     def identity(self, used: tuple[str, ...]) -> dict[str, Any]:
         """What decides a sample where a solver takes the values `used`."""

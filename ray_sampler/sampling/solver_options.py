@@ -122,9 +122,7 @@ class Restarts(Plain):
             ) from None
 
     def validate(self, schedule: Schedule) -> None:
-        require(
-            bool(self.intervals), "--restarts is missing; --sampler restart needs intervals, as in 3,2,0.06,0.30"
-        )
+        require(bool(self.intervals), "--restarts is missing; --sampler restart needs intervals, as in 3,2,0.06,0.30")
         levels = schedule.levels().tolist()
         for each in self.intervals:
             shown = f"{each.points},{each.times},{each.sigma_min:g},{each.sigma_max:g}"

@@ -1,7 +1,7 @@
 """Solvers: from x_T to x_0, each a plain function of (denoise, x, sigmas, noise, options).
 
-`denoise(x, sigma, step)` is D of a batch x, (B, C, H, W); `sigmas` are levels on the host, in the dtype of x, so that no
-step waits for the device; `step` is the level at which the step began. `noise(1 + i)` is the noise of step i, which a
+`denoise(x, sigma, step)` is D of a batch x, (B, C, H, W); `sigmas` are levels on the host, in the dtype of x, so that
+no step waits for the device; `step` is the level at which the step began. `noise(1 + i)` is the noise of step i, which a
 solver asks for only where it uses it. Solvers of one step and the registry SOLVERS stand here, multistep solvers in
 `multistep_solvers`, and what solvers take as options in `solver_options`. Symbols are those of Karras et al. 2022
 ("Elucidating the design space of diffusion-based generative models").
@@ -72,9 +72,7 @@ class Indices(Plain):
 
     def validate(self, schedule: Schedule) -> None:
         require(schedule.steps >= 2, f"--steps is {schedule.steps}; --sampler multistep needs at least 2")
-        require(
-            len(self.indices) >= 2, f"--ts is {self.ts!r}; --sampler multistep needs two or more, as in 0,22,39"
-        )
+        require(len(self.indices) >= 2, f"--ts is {self.ts!r}; --sampler multistep needs two or more, as in 0,22,39")
         for t in self.indices:
             require(
                 0 <= t < schedule.steps,
@@ -113,7 +111,7 @@ def heun_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, s
 
 
 def restart(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Restarts) -> Tensor:
-    """Heun's method that goes back up and down again within intervals (Xu et al. 2023, "Restart sampling", algorithm 1).
+    """Heun's method that goes back up and down again within intervals (Xu et al. 2023, "Restart", algorithm 1).
 
     On reaching the level nearest to an interval's tmin, K times: noise is added up to tmax, then Heun's method goes
     down again on N Karras levels. Draws are numbered in the order in which they are used.
@@ -232,7 +230,7 @@ class Solver(NamedTuple):
 
 
 def log_snr_at_few(steps: int) -> ScheduleName:
-    """Third order on few Karras levels extrapolates too far; log-SNR levels have the better results there (docs/solvers.md)."""
+    """Third order on few Karras levels extrapolates too far; log-SNR levels do better there (docs/solvers.md)."""
     return "logsnr" if steps <= 15 else "karras"
 
 

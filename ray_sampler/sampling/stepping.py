@@ -18,12 +18,7 @@ COUNTS = ("steps", "nfe", "sigmas")
 REPLACED = ("sigma_max", "schedule", "rho", "shift")
 """Flags that say what --sigmas says outright."""
 
-OPTIONS = {
-    name
-    for solver in SOLVERS.values()
-    for name, flag in flags_of(solver.options).items()
-    if not flag.recorded
-}
+OPTIONS = {name for solver in SOLVERS.values() for name, flag in flags_of(solver.options).items() if not flag.recorded}
 """Options of solvers, but for those of version 1, which every solver accepts."""
 
 
@@ -74,7 +69,9 @@ def still_brought(brought: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
     return {name: value for name, value in brought.items() if name not in gone}
 
 
-def settle(settings: Mapping[str, Any], given: Mapping[str, Any], read: Callable[[str], tuple[float, ...]]) -> dict[str, Any]:
+def settle(
+    settings: Mapping[str, Any], given: Mapping[str, Any], read: Callable[[str], tuple[float, ...]]
+) -> dict[str, Any]:
     """The settings that follow from --nfe, --sigmas and --rho, by flag name.
 
     Args:
@@ -96,7 +93,9 @@ def settle(settings: Mapping[str, Any], given: Mapping[str, Any], read: Callable
         levels = read(settings["sigmas"])
         return {"sigmas": ",".join(map(repr, levels)), "steps": len(levels) - 1, "sigma_max": levels[0]}
     if "rho" in given:
-        require(schedule in (None, "karras"), f"--rho is {given['rho']:g}, but --schedule {schedule} has none; leave it out")
+        require(
+            schedule in (None, "karras"), f"--rho is {given['rho']:g}, but --schedule {schedule} has none; leave it out"
+        )
         schedule = "karras"
     require(
         "shift" not in given or schedule == "shifted",
