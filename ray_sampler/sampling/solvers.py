@@ -1,8 +1,8 @@
 """Solvers: from x_T to x_0, each a plain function of (denoise, x, sigmas, noise, options).
 
 `denoise(x, sigma, step)` is D of a batch x, (B, C, H, W); `sigmas` are levels on the host, in the dtype of x, so that
-no step waits for the device; `step` is the level at which the step began. `noise(1 + i)` is the noise of step i, which a
-solver asks for only where it uses it. Solvers of one step and the registry SOLVERS stand here, multistep solvers in
+no step waits for the device; `step` is the level at which the step began. `noise(1 + i)` is the noise of step i, which
+a solver asks for only where it uses it. Solvers of one step and the registry SOLVERS stand here, multistep solvers in
 `multistep_solvers`, and what solvers take as options in `solver_options`. Symbols are those of Karras et al. 2022
 ("Elucidating the design space of diffusion-based generative models").
 """
@@ -34,7 +34,7 @@ class Churn(Plain):
     s_churn: float = option(0.0, "Stochasticity of heun and dpm.")
     s_tmin: float = option(0.0, "Smallest noise level with churn.")
     s_tmax: float = option(inf, "Largest noise level with churn.")
-    s_noise: float = option(1.0, "Deviation of the churn noise.")
+    s_noise: float = option(1.0, "Deviation of the noise that churn, dpmpp_2m_sde, dpmpp_3m_sde and restart add.")
 
     def validate(self, schedule: Schedule) -> None:
         for name in ("s_churn", "s_tmin", "s_noise"):
@@ -270,7 +270,7 @@ SOLVERS: dict[str, Solver] = {
 class SolverChoice:
     """Which solver."""
 
-    sampler: str = option("heun", "The solver.")
+    sampler: str = option("heun", f"The solver: {', '.join(SOLVERS)}.")
 
     def validate(self) -> None:
         """Raises RequestError: no such solver."""

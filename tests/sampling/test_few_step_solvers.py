@@ -1,4 +1,4 @@
-"""Multistep solvers and restart follow their formulas, converge with their orders, and depend on (seed, index) alone."""
+"""Few-step solvers follow their formulas, converge with their orders, and depend on (seed, index) alone."""
 
 from __future__ import annotations
 
