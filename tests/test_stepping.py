@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.family import NetworkSpec
 from ray_sampler.options import pick
 from ray_sampler.presets import ModelOptions, settings_for
+from ray_sampler.reporting.report import render_report
 from ray_sampler.sampling.conditions import LabelRule
 from ray_sampler.sampling.plan import MAIN, sample_block
 from ray_sampler.sampling.solvers import SOLVERS
+from tests.golden.requests import HERE
 from tests.sampling.mixture import mixture
 
 RESTARTS = "3,2,0.06,0.30"
@@ -232,6 +235,14 @@ def test_every_new_flag_is_left_out_of_run_json_until_it_is_given() -> None:
     assert not new & run_of(sampler="unipc").as_json().keys()
     given = run_of(sampler="unipc", order=2, schedule="cosine", nfe=8).as_json()
     assert {name: given[name] for name in sorted(new & given.keys())} == {"nfe": 8, "order": 2, "schedule": "cosine"}
+
+
+def test_the_report_shows_levels_and_evaluations_where_the_summary_has_them() -> None:
+    summary = json.loads((HERE / "finished" / "summary.json").read_text())
+    assert "(NFE)" not in render_report(summary, b"")
+    page = render_report(summary | {"nfe": 3, "sigmas": [4.0, 2.5, 1.0, 0.0]}, b"")
+    assert '<data data-key="nfe" value="3">3</data> evaluations of the denoiser for each sample (NFE)' in page
+    assert all(f'<data data-key="sigmas.{i}" value="{level}">' in page for i, level in enumerate((4.0, 2.5, 1.0, 0.0)))
 
 
 # A whole plan, with a network.

@@ -70,7 +70,7 @@ def still_brought(brought: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
 
 
 def settle(
-    settings: Mapping[str, Any], given: Mapping[str, Any], read: Callable[[str], tuple[float, ...]]
+    settings: Mapping[str, Any], given: Mapping[str, Any], read: Callable[[Any], tuple[float, ...]]
 ) -> dict[str, Any]:
     """The settings that follow from --nfe, --sigmas and --rho, by flag name.
 

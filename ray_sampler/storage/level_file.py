@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+from collections.abc import Sequence
 
 import fsspec
 import numpy as np
@@ -12,16 +13,18 @@ import numpy as np
 from ray_sampler.errors import RequestError, redact, require
 
 
-def read_levels(text: str) -> tuple[float, ...]:
+def read_levels(text: str | Sequence[float]) -> tuple[float, ...]:
     """Levels as --sigmas names them: they fall, and the last is 0, which is appended where it is absent.
 
     Args:
         text: "80,10,1", or the path or URL of an .npz with arr_0, of an .npy, or of a text file with numbers between
-            white space or commas.
+            white space or commas. From Python also the levels themselves.
 
     Raises:
         RequestError: there is no such file, or it holds no falling levels.
     """
+    if not isinstance(text, str):
+        text = ",".join(repr(float(level)) for level in text)
     try:
         return falling([float(part) for part in text.split(",")], text)
     except ValueError as error:

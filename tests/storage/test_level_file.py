@@ -24,6 +24,10 @@ def test_a_list_is_read_and_ends_in_0(text: str, expected: tuple[float, ...]) ->
     assert read_levels(text) == expected
 
 
+def test_levels_may_be_numbers() -> None:
+    assert read_levels([80, 10.5, np.float64(1)]) == (80.0, 10.5, 1.0, 0.0)
+
+
 def test_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "levels.txt").write_text("80, 10.5\n 1\n")
     np.save(tmp_path / "levels.npy", np.array([80, 10.5, 1, 0]))
