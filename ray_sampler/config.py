@@ -25,11 +25,11 @@ from ray_sampler.sampling.engine import EngineOptions
 from ray_sampler.sampling.guidance import Guidance
 from ray_sampler.sampling.noise import NoiseOptions
 from ray_sampler.sampling.parameterisation import Parameterisation, at_sigma_min, parameterise
-from ray_sampler.sampling.plan import PlanOptions, SamplePlan
+from ray_sampler.sampling.plan import STATE_DTYPES, PlanOptions, SamplePlan
 from ray_sampler.sampling.schedules import Schedule
 from ray_sampler.sampling.solver_options import Order, Restarts, Sde
 from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices, SolverChoice
-from ray_sampler.sampling.stepping import check_counts, check_options, schedule_of, settle, still_brought
+from ray_sampler.sampling.stepping import check_counts, check_levels, check_options, schedule_of, settle, still_brought
 from ray_sampler.storage.level_file import read_levels
 from ray_sampler.storage.record import fingerprint
 from ray_sampler.storage.run_dir import OutputOptions
@@ -314,6 +314,7 @@ def plan_of(
     schedule.validate()
     pick(Churn, settings).validate(schedule)  # which must be right even where no solver uses it
     solver_options.validate(schedule)
+    check_levels(settings, schedule, STATE_DTYPES[settings["state"]])
     guidance.validate(spec.shape[0])
 
     def parameterisation(network: NetworkSpec) -> Parameterisation:

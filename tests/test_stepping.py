@@ -100,7 +100,7 @@ def test_levels_that_are_shown_are_those_that_are_visited(flags: dict[str, Any],
         ("dpm", 11, 5, 10),
         ("progdist", 4, 4, 4),
         ("restart", 20, 6, 19),
-        ("ipndm", 1_000_000, 1_000_000, 1_000_000),
+        ("heun", 1_000_000, 500_000, 999_999),
     ],
 )
 def test_nfe_picks_the_most_steps_that_fit(sampler: str, nfe: int, steps: int, taken: int) -> None:
@@ -126,6 +126,8 @@ def test_nfe_picks_the_most_steps_that_fit(sampler: str, nfe: int, steps: int, t
         ({"sigmas": "8,1", "schedule": "karras"}, "--schedule is 'karras', but --sigmas"),
         ({"sigmas": "8,1", "rho": 5.0}, "--rho is 5.0, but --sigmas"),
         ({"sigmas": "1,8"}, "8 follows 1"),
+        ({"sigmas": "8,1.00000001,1", "sampler": "unipc"}, "two levels beside each other are 1 in fp32"),
+        ({"sigmas": "8,1e-60", "sampler": "unipc"}, "two levels beside each other are 0 in fp32"),
         ({"sigmas": "8,1", "sampler": "onestep"}, "--sampler onestep has levels of its own; leave --sigmas out"),
         ({"schedule": "cosine", "sampler": "progdist"}, "--sampler progdist has levels of its own"),
         ({"schedule": "cosine", "rho": 5.0}, "--rho is 5, but --schedule cosine has none"),
@@ -164,6 +166,11 @@ def test_sigmas_are_visited_as_they_are_and_scale_the_noise(tmp_path: Path) -> N
     assert identity(sampler="ipndm", sigmas=str(tmp_path / "levels.txt")) == of_list
     assert of_list["sigmas"] == "14.6,3.5,1.25,0.1,0.0"
     assert not {"steps", "sigma_max", "sigma_min", "schedule"} & of_list.keys()
+
+
+def test_levels_may_be_nearer_to_each_other_in_a_state_of_float64() -> None:
+    assert run_of(sampler="unipc", sigmas="8,1.00000001,1", state="fp64").plan.evaluations() == 3
+    assert run_of(sampler="euler", sigmas="8,1.00000001,1").plan.evaluations() == 3
 
 
 def test_the_levels_of_a_schedule_may_be_given_outright() -> None:

@@ -20,20 +20,26 @@ from ray_sampler.sampling.solver_options import DeisOrder, IpndmOrder, Plain, Sd
 
 
 def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): x' = q x + (1 - q) (D_i + (D_i - D_{i-1}) / (2 r)), q = e^-h.
+    """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2).
 
-    r = (lambda_i - lambda_{i-1}) / h. The first step has order 1; the step to 0 gives D_i.
+    x' = q x + (1 - q) (D_i + (D_i - D_{i-1}) / (2 r)) with q = e^-h and r = (lambda_i - lambda_{i-1}) / h. The first
+    step has order 1; the step to 0 gives D_i.
     """
     return dpmpp(denoise, x, sigmas, noise, 2, Sde(eta=0.0))
 
 
 def dpmpp_3m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
-    """DPM-Solver++(3M) (Lu et al. 2022b, appendix B): 2M with the second difference of D; its second step is 2M's."""
+    """DPM-Solver++(3M), as its authors published it in code (Lu et al. 2022, "DPM-Solver++").
+
+    x' = q x + (1 - q) D_i + phi_2 D1 - phi_3 D2, where D1 and D2 are the first two differences of D in lambda / h,
+    phi_2 = 1 - (1 - q) / h and phi_3 = phi_2 / h - 1 / 2. The second step is 2M's. Taylor's term would be 2 phi_3 D2;
+    with half of it the solver converges with order 2 in the end, from smaller errors than 2M.
+    """
     return dpmpp(denoise, x, sigmas, noise, 3, Sde(eta=0.0))
 
 
 def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Sde) -> Tensor:
-    """SDE-DPM-Solver++(2M), the midpoint variant (Lu et al. 2022b, eq. 18), with eta.
+    """SDE-DPM-Solver++(2M), the midpoint variant (Lu et al. 2022, "DPM-Solver++", section 5), with eta.
 
     With y = (1 + eta) h: x' = e^-y x + (1 - e^-y) (D_i + (D_i - D_{i-1}) / (2 r))
     + s_noise sigma_{i+1} sqrt(1 - e^{-2 eta h}) z. eta 0 is 2M, eta 1 the reverse SDE.
@@ -75,7 +81,11 @@ def dpmpp(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, order: int
 
 
 def unipc(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: UnipcOrder) -> Tensor:
-    """UniPC of order p with B(h) = e^-h - 1 (Zhao et al. 2023, algorithms 5 and 6, "bh2"), on the data prediction.
+    """UniPC of order p with B = e^-h - 1, its variant B_2, on the data prediction (Zhao et al. 2023, "UniPC").
+
+    Predictor: x' = q x + (1 - q) D_i - B sum_k rho_k (D_{i-k} - D_i) / r_k, with q = e^-h and nodes
+    r_k = (lambda_{i-k} - lambda_i) / h. Corrector: the same with one term more, of node 1 and D' = D(x', sigma_{i+1}),
+    and weights for all its nodes.
 
     Each step predicts x_{i+1}; the evaluation there, which the next step needs anyway, then corrects it. The result
     of the evaluation stays that of the predicted state. Step i of n has order min(p, i + 1, n - i), and the
@@ -106,7 +116,7 @@ def unipc(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: U
 
 
 def unipc_weights(h: float, nodes: Sequence[float]) -> list[float]:
-    """rho of sum_k rho_k r_k^{j-1} = b_j for nodes r, j = 1..len(nodes); 1/2 for one node (Zhao et al. 2023, eq. 6)."""
+    """rho of sum_k rho_k r_k^{j-1} = b_j for nodes r, j = 1..len(nodes), of UniPC; 1/2 for one node."""
     if len(nodes) <= 1:
         return [0.5] * len(nodes)
     powers = range(len(nodes))
@@ -119,9 +129,10 @@ ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 
 
 def ipndm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: IpndmOrder) -> Tensor:
-    """iPNDM (Zhang & Chen 2023, section 3): Adams-Bashforth on dx/dsigma = (x - D) / sigma, warmed up by lower orders.
+    """iPNDM (Zhang & Chen 2023, "DEIS"): Adams-Bashforth on dx/dsigma = (x - D) / sigma, warmed up by lower orders.
 
-    The coefficients are those of even steps although the steps are not even. The step to 0 is like the others.
+    Order 4: x' = x + (sigma' - sigma) (55 d_i - 59 d_{i-1} + 37 d_{i-2} - 9 d_{i-3}) / 24, d = (x - D) / sigma. These
+    are the coefficients of even steps although the steps are not even. The step to 0 is like the others.
     """
     slopes: list[Tensor] = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
@@ -131,7 +142,7 @@ def ipndm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: I
 
 
 def deis(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: DeisOrder) -> Tensor:
-    """DEIS, the variant rhoAB in ln sigma (Zhang & Chen 2023, eq. 15): x' = x + sum_j C_ij eps_{i-j}.
+    """DEIS, its variant rhoAB with ln sigma as rho (Zhang & Chen 2023, "DEIS"): x' = x + sum_j C_ij eps_{i-j}.
 
     eps = (x - D) / sigma, and C_ij is the integral over d sigma, from sigma_i to sigma_{i+1}, of the Lagrange
     polynomial in ln sigma that is 1 at level i - j and 0 at the other levels in use. The step to 0 gives D_i.

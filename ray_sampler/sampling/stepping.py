@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
+
 from ray_sampler.errors import require
 from ray_sampler.options import flags_of, pick
 from ray_sampler.sampling.schedules import Schedule
@@ -126,6 +128,28 @@ def fitting(settings: Mapping[str, Any]) -> dict[str, int]:
     steps = bisect_right(range(1, nfe + 1), nfe, key=evaluations)
     require(steps >= 1, f"--nfe is {nfe}; --sampler {sampler} needs at least {evaluations(1)}")
     return {"steps": steps, "nfe": evaluations(steps)}
+
+
+def check_levels(settings: Mapping[str, Any], schedule: Schedule, dtype: torch.dtype) -> None:
+    """Check that levels still fall after they are rounded to the dtype of the state: solvers divide by their distance.
+
+    The solvers of version 1 do not.
+
+    Raises:
+        RequestError: two are equal.
+    """
+    solver = SOLVERS[settings["sampler"]]
+    if "schedule" not in solver.uses:
+        return
+    levels = solver.levels(schedule, pick(solver.options, settings), dtype)
+    equal = levels[1:][levels.diff() >= 0]
+    flag = "steps" if schedule.sigmas is None else "sigmas"
+    require(
+        not len(equal),
+        f"--{flag} is {settings[flag]}; two levels beside each other are "
+        f"{float(equal.max()) if len(equal) else 0:g} in "
+        f"{settings['state']}, and --sampler {settings['sampler']} needs levels that fall: give fewer, or --state fp64",
+    )
 
 
 def schedule_of(settings: Mapping[str, Any]) -> Schedule:
