@@ -25,9 +25,12 @@ from ray_sampler.sampling.engine import EngineOptions
 from ray_sampler.sampling.guidance import Guidance
 from ray_sampler.sampling.noise import NoiseOptions
 from ray_sampler.sampling.parameterisation import Parameterisation, at_sigma_min, parameterise
-from ray_sampler.sampling.plan import PlanOptions, SamplePlan
+from ray_sampler.sampling.plan import STATE_DTYPES, PlanOptions, SamplePlan
 from ray_sampler.sampling.schedules import Schedule
-from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices, Plain, SolverChoice
+from ray_sampler.sampling.solver_options import Order, Plain, Restarts, Sde
+from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices, SolverChoice
+from ray_sampler.sampling.stepping import check_counts, check_levels, check_options, schedule_of, settle, still_brought
+from ray_sampler.storage.level_file import read_levels
 from ray_sampler.storage.record import fingerprint
 from ray_sampler.storage.run_dir import OutputOptions
 
@@ -111,7 +114,11 @@ class Group(NamedTuple):
 GROUPS = (
     Group("model", (ModelOptions,)),
     Group("sample set", (NoiseOptions, ConditionOptions)),
-    Group("sampling", (TrainingOptions, SolverChoice, Schedule, Churn, Indices, PlanOptions), brought=True),
+    Group(
+        "sampling",
+        (TrainingOptions, SolverChoice, Schedule, Churn, Indices, Order, Sde, Restarts, PlanOptions),
+        brought=True,
+    ),
     Group("guidance and decoding", (Guidance, DecoderOptions), brought=True),
     Group("precision", (PrecisionOptions, EngineOptions)),
     Group("architecture", (AdmOptions,), brought=True),
@@ -179,8 +186,10 @@ class RunConfig(_Request):  # type: ignore[misc, valid-type]  # made of the comp
         self.of(PrecisionOptions).resolved()
         both = {"sigma_min", "sigma_max"} <= self.given().keys()
         known = {name: value for name, value in self.given().items() if both or name not in ("sigma_min", "sigma_max")}
+        check_counts(self.given())
         pick(Schedule, known).validate()
         pick(Indices, known).indices  # noqa: B018  # raises where they are no numbers
+        pick(Restarts, known).intervals  # noqa: B018  # the same
 
 
 @dataclass(frozen=True)
@@ -253,7 +262,10 @@ def resolve(
     defaults = {name: f.flag.default for name, f in FLAGS.items()}
     own = {name: getattr(config, name) for name, f in FLAGS.items() if f.unset is not None}
     architecture = {f.name: getattr(spec.options, f.name) for f in fields(spec.options) if f.name in FLAGS}
-    settings = defaults | family_settings(spec) | dict(brought) | own | config.given() | architecture
+    given = config.given()
+    settings = defaults | family_settings(spec) | still_brought(brought, given) | own | given | architecture
+    check_options(settings["sampler"], given)
+    settings |= settle(settings, given, read_levels)
     if seed is not None:
         settings["seed"] = seed
     conditional = spec.num_classes > 0
@@ -294,14 +306,13 @@ def plan_of(
     Raises:
         RequestError: a value is wrong, by itself or beside another.
     """
-    schedule, choice, guidance = pick(Schedule, settings), pick(SolverChoice, settings), pick(Guidance, settings)
+    schedule, guidance, sampler = schedule_of(settings), pick(Guidance, settings), settings["sampler"]
+    solver = SOLVERS[sampler]
+    solver_options = pick(solver.options, settings)
     schedule.validate()
-    choice.validate()
-    solver = SOLVERS[choice.sampler]
-    for component in dict.fromkeys(each.options for each in SOLVERS.values()):
-        options = pick(component, settings)
-        if component in (solver.options, Churn):  # a churn that no solver uses must be right all the same
-            options.validate(schedule)
+    pick(Churn, settings).validate(schedule)  # which must be right even where no solver uses it
+    solver_options.validate(schedule)
+    check_levels(settings, schedule, STATE_DTYPES[settings["state"]])
     guidance.validate(spec.shape[0])
 
     def parameterisation(network: NetworkSpec) -> Parameterisation:
@@ -310,9 +321,9 @@ def plan_of(
     return SamplePlan(
         shape=spec.shape,
         parameterisation=parameterisation(spec),
-        sampler=choice.sampler,
+        sampler=sampler,
         solver=solver,
-        solver_options=as_script(pick(solver.options, settings), spec.script),
+        solver_options=as_script(solver_options, spec.script),
         schedule=schedule,
         decoder=decoder_of(settings, spec),
         noise=pick(NoiseOptions, settings),
@@ -369,8 +380,10 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     told = flags_of(AdmOptions).keys()
     if settings.keys() & told - {"dropout"}:
         options.validate()
-    result = resolve(config, model, brought, adm.spec_of(options, settings)).as_json()
+    run = resolve(config, model, brought, adm.spec_of(options, settings))
+    result = run.as_json()
     if model not in BUNDLED and not settings.keys() & told:
         result |= dict.fromkeys((*told, "labels", "training_mode", "clip_denoised", "rounding"))
         result |= {name: settings[name] for name in result if name in settings}
-    return result
+    plan = run.plan
+    return result | {"schedule": plan.schedule.used, "nfe": plan.evaluations(), "sigmas": plan.sigmas()}

@@ -92,6 +92,9 @@ def announce(job: Job, report: Reporter) -> None:
     for network in job.networks.values():
         if network.note:
             report.message(network.note)
+    plan = job.run.plan
+    if plan.schedule.nfe is not None:
+        report.message(f"--nfe: {plan.sampler} takes {plan.schedule.steps} steps, {plan.evaluations()} evaluations")
     if not (job.local or job.gpus or job.run.request.gpus_per_actor == 0):
         report.message(
             "the cluster has no GPU now, so actors take CPUs; if GPU nodes come on demand, give --gpus_per_actor 1",

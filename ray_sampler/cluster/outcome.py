@@ -37,6 +37,8 @@ def write_outcome(
         settings=job.run.as_json(),
         identity=job.identity,
         num_samples=job.num_samples,
+        nfe=job.run.plan.evaluations(),
+        sigmas=tuple(job.run.plan.sigmas()),
         reused=tally.reused,
         computed=tally.rates.done,
         start_s=first - began if first else 0.0,

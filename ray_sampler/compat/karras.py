@@ -17,7 +17,8 @@ from ray_sampler.errors import require
 from ray_sampler.sampling.noise import in_order
 from ray_sampler.sampling.parameterisation import Denoiser
 from ray_sampler.sampling.schedules import Schedule
-from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices, Plain, Solver
+from ray_sampler.sampling.solver_options import Plain
+from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices, Solver
 
 EVALUATIONS = {"heun": 2, "dpm": 2, "euler": 1, "ancestral": 1, "progdist": 1}
 """Network evaluations of a step, for the solvers that report their steps; the others report none."""

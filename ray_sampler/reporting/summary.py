@@ -92,6 +92,10 @@ class Summary:
     identity: Mapping[str, Any]
     """All that decides a sample's content, as `Run.identity` gives it."""
     num_samples: int
+    nfe: int = 0
+    """Evaluations of the denoiser for one sample."""
+    sigmas: tuple[float, ...] = ()
+    """The noise levels that the solver visits."""
     reused: int
     """Samples that earlier runs left."""
     computed: int
@@ -135,6 +139,8 @@ class Summary:
             "settings": dict(self.settings),
             "identity": dict(self.identity),
             "num_samples": self.num_samples,
+            "nfe": self.nfe,
+            "sigmas": list(self.sigmas),
             "reused": self.reused,
             "computed": self.computed,
             "seconds": {

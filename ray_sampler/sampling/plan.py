@@ -18,7 +18,8 @@ from ray_sampler.sampling.guidance import Guidance, guided
 from ray_sampler.sampling.noise import NoiseOptions, make_draws
 from ray_sampler.sampling.parameterisation import Denoiser, Network, Parameterisation, clipped
 from ray_sampler.sampling.schedules import Schedule
-from ray_sampler.sampling.solvers import Plain, Solver
+from ray_sampler.sampling.solver_options import Plain
+from ray_sampler.sampling.solvers import Solver
 
 StateType = Literal["fp32", "fp64"]
 STATE_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -89,8 +90,13 @@ class SamplePlan:
         return result | ({"state": self.state} if self.state != "fp32" else {})
 
     def evaluations(self) -> int:
-        """Calls of the denoiser for one sample."""
+        """NFE: calls of the denoiser D for one sample. A guided call is one, although it asks the network twice."""
         return self.solver.evaluations(self.schedule.steps, self.solver_options)
+
+    def sigmas(self) -> list[float]:
+        """The noise levels that the solver visits, before they are rounded to the dtype of the state."""
+        levels = self.solver.levels(self.schedule, self.solver_options, torch.float64)
+        return levels[self.solver.visited].tolist()
 
 
 def sample_block(networks: Mapping[str, Network], plan: SamplePlan, indices: Tensor) -> tuple[Tensor, Tensor | None]:

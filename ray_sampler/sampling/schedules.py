@@ -1,10 +1,14 @@
-"""Noise schedules: the levels that a solver visits. They live on the host: solvers take their entries as scalars."""
+"""Noise schedules: the levels that a solver visits. They live on the host: solvers take their entries as scalars.
+
+SCHEDULES holds them all by name; another one is a line there.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +17,9 @@ from ray_sampler.errors import require
 from ray_sampler.options import option
 
 RHO = 7.0
+
+
+ScheduleName = Literal["karras", "logsnr", "linear", "cosine", "shifted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,26 +32,77 @@ class Schedule:
     rho: float = option(
         RHO, "Exponent of the Karras schedule: the higher, the more levels near sigma_min.", recorded=False
     )
+    schedule: ScheduleName | None = option(
+        None,
+        "How levels are spaced from sigma_max to sigma_min: karras, logsnr (even in ln sigma), linear, cosine, or "
+        "shifted (flow time, with --shift). Default: logsnr for unipc, dpmpp_3m and dpmpp_3m_sde at 15 steps or fewer, "
+        "else karras.",
+        recorded=False,
+    )
+    shift: float = option(1.0, "Shift s of the shifted schedule, t' = s t / (1 + (s - 1) t).", recorded=False)
+    sigmas: str | None = option(
+        None,
+        "The levels themselves, falling, in place of a schedule: a list as 80,10,1 or a file (.npz with arr_0, .npy, "
+        "text). 0 is appended where it is absent; the first scales the noise.",
+        recorded=False,
+    )
+    nfe: int | None = option(
+        None,
+        "Evaluations of the denoiser at most, in place of --steps: the solver takes the steps that fit.",
+        recorded=False,
+    )
+
+    @property
+    def name(self) -> ScheduleName:
+        return self.schedule or "karras"
+
+    @property
+    def used(self) -> str:
+        """What gives the levels, in a word."""
+        return "explicit" if self.sigmas is not None else self.name
+
+    @property
+    def given(self) -> tuple[float, ...]:
+        """The levels that --sigmas gives, once it was read; none where a schedule gives them."""
+        return tuple(float(part) for part in self.sigmas.split(",")) if self.sigmas else ()
+
+    def levels(self, dtype: torch.dtype = torch.float64, n: int | None = None) -> Tensor:
+        """n levels (--steps unless given) that fall from sigma_max to sigma_min, then 0: (n + 1,) on the host."""
+        if self.sigmas is not None:
+            return torch.tensor(self.given, dtype=dtype)
+        return SCHEDULES[self.name](self, self.steps if n is None else n, dtype)
 
     def validate(self) -> None:
         """Raises RequestError: a value is wrong, by itself or beside another."""
         require(self.steps >= 1, f"--steps is {self.steps}; it must be at least 1")
+        require(self.nfe is None or self.nfe >= 1, f"--nfe is {self.nfe}; it must be at least 1")
         require(
-            0 < self.sigma_min < self.sigma_max < math.inf,
+            self.sigmas is not None or 0 < self.sigma_min < self.sigma_max < math.inf,
             f"--sigma_min is {self.sigma_min:g} and --sigma_max {self.sigma_max:g}; "
             "they must satisfy 0 < sigma_min < sigma_max",
         )
-        require(0 < self.rho < math.inf, f"--rho is {self.rho:g}; it must be above 0, as in 7")
+        for name in ("rho", "shift"):
+            value = getattr(self, name)
+            require(
+                0 < value < math.inf,
+                f"--{name} is {value:g}; it must be above 0, as in {'7' if name == 'rho' else '3'}",
+            )
 
     def identity(self, used: tuple[str, ...]) -> dict[str, Any]:
         """What decides a sample where a solver takes the values `used`."""
+        if self.sigmas is not None:
+            return {"sigmas": self.sigmas}
         result: dict[str, Any] = {"sigma_max": float(self.sigma_max)}
         if "sigma_min" in used:
             result["sigma_min"] = float(self.sigma_min)
         if "steps" in used:
             result["steps"] = self.steps
-            if self.rho != RHO:
+            if self.name == "karras" and self.rho != RHO:
                 result["rho"] = float(self.rho)
+            if self.name != "karras" or "schedule" in used:
+                result["schedule"] = self.name
+            if self.name == "shifted":
+                result["shift"] = float(self.shift)
         return result
 
 
@@ -69,3 +127,37 @@ def multistep_sigmas(ts: tuple[int, ...], steps: int, sigma_min: float, sigma_ma
     last = steps - 1
     levels = [sigma_min if t == last else (high + t / last * (low - high)) ** rho for t in ts]
     return torch.tensor(levels, dtype=torch.float64)
+
+
+Scalar = Callable[[float], float]
+
+
+def even_sigmas(schedule: Schedule, n: int, dtype: torch.dtype, of: Scalar, back: Scalar) -> Tensor:
+    """n levels from sigma_max to sigma_min that are even in of(sigma), then 0: (n + 1,) on the CPU.
+
+    `back` is the inverse of `of`. The ends are sigma_max and sigma_min exactly; n = 1 gives [sigma_max, 0].
+    """
+    first, last = of(schedule.sigma_max), of(schedule.sigma_min)
+    between = [back(first + i / (n - 1) * (last - first)) for i in range(1, n - 1)]
+    ends = [schedule.sigma_min] if n > 1 else []
+    return torch.tensor([schedule.sigma_max, *between, *ends, 0.0], dtype=dtype)
+
+
+def shifted_sigmas(schedule: Schedule, n: int, dtype: torch.dtype) -> Tensor:
+    """Levels t' = s t / (1 + (s - 1) t) of a flow, for even t (Esser et al. 2024, eq. 23), with sigma = t' / (1 - t').
+
+    As sigma = t / (1 - t), a shift by s multiplies sigma by s. The range of t is the one whose ends are sigma_max and
+    sigma_min after the shift.
+    """
+    s = schedule.shift
+    return even_sigmas(schedule, n, dtype, lambda sigma: sigma / (s + sigma), lambda t: s * t / (1 - t))
+
+
+SCHEDULES: dict[str, Callable[[Schedule, int, torch.dtype], Tensor]] = {
+    "karras": lambda schedule, n, dtype: karras_sigmas(n, schedule.sigma_min, schedule.sigma_max, schedule.rho, dtype),
+    "logsnr": lambda schedule, n, dtype: even_sigmas(schedule, n, dtype, math.log, math.exp),
+    "linear": lambda schedule, n, dtype: even_sigmas(schedule, n, dtype, float, float),
+    "cosine": lambda schedule, n, dtype: even_sigmas(schedule, n, dtype, math.atan, math.tan),
+    "shifted": shifted_sigmas,
+}
+"""By name; another schedule is one line here: (schedule, n, dtype) -> n falling levels and 0, on the host."""

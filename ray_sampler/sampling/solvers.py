@@ -2,14 +2,15 @@
 
 `denoise(x, sigma, step)` is D of a batch x, (B, C, H, W); `sigmas` are levels on the host, in the dtype of x, so that
 no step waits for the device; `step` is the level at which the step began. `noise(1 + i)` is the noise of step i, which
-a solver asks for only where it uses it. Symbols are those of Karras et al. 2022 ("Elucidating the design space of
-diffusion-based generative models").
+a solver asks for only where it uses it. Solvers of one step and the registry SOLVERS stand here, multistep solvers in
+`multistep_solvers`, and what solvers take as options in `solver_options`. Symbols are those of Karras et al. 2022
+("Elucidating the design space of diffusion-based generative models").
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
 from typing import Any, NamedTuple
@@ -19,21 +20,11 @@ from torch import Tensor
 
 from ray_sampler.errors import RequestError, require
 from ray_sampler.options import option
+from ray_sampler.sampling.multistep_solvers import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, ipndm, unipc
 from ray_sampler.sampling.noise import Noise
 from ray_sampler.sampling.parameterisation import Denoiser
-from ray_sampler.sampling.schedules import Schedule, karras_sigmas, multistep_sigmas
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A solver without options of its own."""
-
-    def validate(self, schedule: Schedule) -> None:
-        """Raises RequestError: a value is wrong."""
-
-    def identity(self) -> dict[str, Any]:
-        """What decides a sample, by effective value."""
-        return asdict(self)
+from ray_sampler.sampling.schedules import Schedule, ScheduleName, karras_sigmas, multistep_sigmas
+from ray_sampler.sampling.solver_options import DeisOrder, IpndmOrder, Plain, Restarts, Sde, UnipcOrder, snapped
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class Churn(Plain):
     s_churn: float = option(0.0, "Stochasticity of heun and dpm.")
     s_tmin: float = option(0.0, "Smallest noise level with churn.")
     s_tmax: float = option(inf, "Largest noise level with churn.")
-    s_noise: float = option(1.0, "Deviation of the churn noise.")
+    s_noise: float = option(1.0, "Deviation of the noise that churn, dpmpp_2m_sde, dpmpp_3m_sde and restart add.")
 
     adds: bool = False
     """Whether the raised level is sigma + gamma sigma, as EDM's scripts round it, and not sigma (gamma + 1)."""
@@ -108,12 +99,41 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn: Chur
     """Heun's second order method with churn (Karras et al. 2022, algorithm 2); Euler's in the step to 0."""
     for i in range(len(sigmas) - 1):
         x, sigma = add_churn(x, sigmas, i, noise, churn)
-        d = (x - denoise(x, sigma, sigmas[i])) / sigma
-        x_next = x + d * (sigmas[i + 1] - sigma)
-        if sigmas[i + 1] > 0:
-            d_next = (x_next - denoise(x_next, sigmas[i + 1], sigmas[i])) / sigmas[i + 1]
-            x_next = x + (d + d_next) / 2 * (sigmas[i + 1] - sigma)
-        x = x_next
+        x = heun_step(denoise, x, sigma, sigmas[i + 1], sigmas[i])
+    return x
+
+
+def heun_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, step: Tensor) -> Tensor:
+    """From x at sigma to sigma_next, in a step that began at level `step` (ibid., lines 7 to 11)."""
+    d = (x - denoise(x, sigma, step)) / sigma
+    x_next = x + d * (sigma_next - sigma)
+    if sigma_next > 0:
+        d_next = (x_next - denoise(x_next, sigma_next, step)) / sigma_next
+        x_next = x + (d + d_next) / 2 * (sigma_next - sigma)
+    return x_next
+
+
+def restart(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Restarts) -> Tensor:
+    """Heun's method that goes back up and down again within intervals (Xu et al. 2023, "Restart", algorithm 1).
+
+    On reaching the level nearest to an interval's tmin, K times: noise is added up to tmax, then Heun's method goes
+    down again on N Karras levels. Draws are numbered in the order in which they are used.
+    """
+    draw = 0
+    levels = sigmas.tolist()
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x = heun_step(denoise, x, sigma, sigma_next, sigma)
+        for interval in options.intervals:
+            if snapped(interval, levels) != i + 1:
+                continue
+            low, high = levels[i + 1], interval.sigma_max
+            again = karras_sigmas(interval.points, low, high, dtype=sigmas.dtype)[:-1]
+            again[0], again[-1] = high, sigma_next
+            for _ in range(interval.times):
+                draw += 1
+                x = x + noise(draw).to(x.dtype) * (options.s_noise * (high**2 - low**2) ** 0.5)
+                for from_, to in pairwise(again):
+                    x = heun_step(denoise, x, from_, to, from_)
     return x
 
 
@@ -172,14 +192,14 @@ def multistep(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, option
     return x
 
 
-def karras_levels(schedule: Schedule, options: Any, dtype: torch.dtype) -> Tensor:
+def schedule_levels(schedule: Schedule, options: Any, dtype: torch.dtype) -> Tensor:
     """As many levels as there are steps, then 0."""
-    return karras_sigmas(schedule.steps, schedule.sigma_min, schedule.sigma_max, schedule.rho, dtype)
+    return schedule.levels(dtype)
 
 
 def progdist_levels(schedule: Schedule, options: Any, dtype: torch.dtype) -> Tensor:
     """One level more, as the step to 0 is not taken."""
-    return karras_sigmas(schedule.steps + 1, schedule.sigma_min, schedule.sigma_max, schedule.rho, dtype)
+    return schedule.levels(dtype, schedule.steps + 1)
 
 
 def multistep_levels(schedule: Schedule, options: Indices, dtype: torch.dtype) -> Tensor:
@@ -197,28 +217,53 @@ class Solver(NamedTuple):
     evaluations: Callable[[int, Any], int]
     """(steps, options) -> calls of the denoiser for one sample."""
     options: type[Plain] = Plain
-    levels: Callable[[Schedule, Any, torch.dtype], Tensor] = karras_levels
+    levels: Callable[[Schedule, Any, torch.dtype], Tensor] = schedule_levels
     """(schedule, options, dtype of the state) -> sigmas, on the host."""
     draws: Callable[[int, Any], int] = lambda steps, options: 0
     """(steps, options) -> draws that the original makes after x_T, used or not: where its generators stand then."""
     uses: tuple[str, ...] = ("steps", "sigma_min")
     """What of the schedule decides a sample, beside sigma_max."""
+    default_schedule: Callable[[int], ScheduleName] = lambda steps: "karras"
+    """steps -> the schedule where none is asked for."""
+    visited: slice = slice(None)
+    """Which of `levels` a user sees; the rest are parameters."""
+    own_levels: bool = False
+    """Whether its levels are its own, so that no other schedule and no --sigmas can replace them."""
 
+
+def log_snr_at_few(steps: int) -> ScheduleName:
+    """Third order on few Karras levels extrapolates too far; log-SNR levels do better there (docs/solvers.md)."""
+    return "logsnr" if steps <= 15 else "karras"
+
+
+def each_step(steps: int, options: Any) -> int:
+    return steps
+
+
+def before_last(steps: int, options: Indices) -> int:
+    return len(options.indices) - 1
+
+
+NEW = ("steps", "sigma_min", "schedule")
 
 SOLVERS: dict[str, Solver] = {
-    "heun": Solver(heun, lambda steps, options: 2 * steps - 1, Churn, draws=lambda steps, options: steps),
-    "euler": Solver(euler, lambda steps, options: steps),
-    "dpm": Solver(dpm, lambda steps, options: 2 * steps, Churn, draws=lambda steps, options: steps),
-    "ancestral": Solver(ancestral, lambda steps, options: steps, draws=lambda steps, options: steps),
-    "onestep": Solver(onestep, lambda steps, options: 1, uses=()),
-    "progdist": Solver(progdist, lambda steps, options: steps, levels=progdist_levels),
+    "heun": Solver(heun, lambda steps, options: 2 * steps - 1, Churn, draws=each_step),
+    "euler": Solver(euler, each_step),
+    "dpm": Solver(dpm, lambda steps, options: 2 * steps, Churn, draws=each_step),
+    "ancestral": Solver(ancestral, each_step, draws=each_step),
+    "onestep": Solver(onestep, lambda steps, options: 1, uses=(), visited=slice(1), own_levels=True),
+    "progdist": Solver(progdist, each_step, levels=progdist_levels, visited=slice(-1), own_levels=True),
     "multistep": Solver(
-        multistep,
-        lambda steps, options: len(options.indices) - 1,
-        Indices,
-        multistep_levels,
-        draws=lambda steps, options: len(options.indices) - 1,
+        multistep, before_last, Indices, multistep_levels, before_last, visited=slice(-2), own_levels=True
     ),
+    "dpmpp_2m": Solver(dpmpp_2m, each_step, uses=NEW),
+    "dpmpp_3m": Solver(dpmpp_3m, each_step, uses=NEW, default_schedule=log_snr_at_few),
+    "dpmpp_2m_sde": Solver(dpmpp_2m_sde, each_step, Sde, uses=NEW),
+    "dpmpp_3m_sde": Solver(dpmpp_3m_sde, each_step, Sde, uses=NEW, default_schedule=log_snr_at_few),
+    "unipc": Solver(unipc, each_step, UnipcOrder, uses=NEW, default_schedule=log_snr_at_few),
+    "ipndm": Solver(ipndm, each_step, IpndmOrder, uses=NEW),
+    "deis": Solver(deis, each_step, DeisOrder, uses=NEW),
+    "restart": Solver(restart, lambda steps, options: 2 * steps - 1 + options.evaluations(), Restarts, uses=NEW),
 }
 """By name; another solver is one function and one line here."""
 

@@ -1,0 +1,204 @@
+"""Multistep solvers: one evaluation a step, and the results of earlier steps raise the order.
+
+In all of them sigma_i falls, lambda = -ln sigma, h = lambda_{i+1} - lambda_i, and D_i = D(x_i, sigma_i). Coefficients
+are computed in float64 on the host from the levels, which are there, so that no step waits for the device. Signature
+and conventions are those of `ray_sampler.sampling.solvers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import exp, expm1, factorial, log, sqrt
+
+import numpy as np
+from torch import Tensor
+
+from ray_sampler.sampling.noise import Noise
+from ray_sampler.sampling.parameterisation import Denoiser
+from ray_sampler.sampling.solver_options import DeisOrder, IpndmOrder, Plain, Sde, UnipcOrder
+
+
+def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2).
+
+    x' = q x + (1 - q) (D_i + (D_i - D_{i-1}) / (2 r)) with q = e^-h and r = (lambda_i - lambda_{i-1}) / h. The first
+    step has order 1; the step to 0 gives D_i.
+    """
+    return dpmpp(denoise, x, sigmas, noise, 2, Sde(eta=0.0))
+
+
+def dpmpp_3m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
+    """DPM-Solver++(3M), as its authors published it in code (Lu et al. 2022, "DPM-Solver++").
+
+    x' = q x + (1 - q) D_i + phi_2 D1 - phi_3 D2, where D1 and D2 are the first two differences of D in lambda / h,
+    phi_2 = 1 - (1 - q) / h and phi_3 = phi_2 / h - 1 / 2. The second step is 2M's. Taylor's term would be 2 phi_3 D2;
+    with half of it the solver converges with order 2 in the end, from smaller errors than 2M.
+    """
+    return dpmpp(denoise, x, sigmas, noise, 3, Sde(eta=0.0))
+
+
+def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Sde) -> Tensor:
+    """SDE-DPM-Solver++(2M), the midpoint variant (Lu et al. 2022, "DPM-Solver++", section 5), with eta.
+
+    With y = (1 + eta) h: x' = e^-y x + (1 - e^-y) (D_i + (D_i - D_{i-1}) / (2 r))
+    + s_noise sigma_{i+1} sqrt(1 - e^{-2 eta h}) z. eta 0 is 2M, eta 1 the reverse SDE.
+    """
+    return dpmpp(denoise, x, sigmas, noise, 2, options)
+
+
+def dpmpp_3m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Sde) -> Tensor:
+    """SDE-DPM-Solver++(3M): the drift of 3M over y = (1 + eta) h, and the noise of 2M SDE."""
+    return dpmpp(denoise, x, sigmas, noise, 3, options)
+
+
+def dpmpp(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, order: int, sde: Sde) -> Tensor:
+    """The step of all four solvers above, of order 2 or 3 once there are enough results."""
+    levels = sigmas.tolist()
+    lambdas = logarithms(levels)
+    results: list[Tensor] = []
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        results = [denoise(x, sigmas[i]), *results[: order - 1]]
+        denoised = results[0]
+        if sigma_next == 0:
+            return denoised
+        h = log(sigma / sigma_next)
+        y = (1 + sde.eta) * h
+        x = exp(-y) * x - expm1(-y) * denoised
+        ratios = [(lambdas[i - k] - lambdas[i - k - 1]) / h for k in range(len(results) - 1)]
+        if len(results) == 2:
+            x = x - expm1(-y) / (2 * ratios[0]) * (denoised - results[1])
+        elif len(results) == 3:
+            r, r1 = ratios
+            phi_2, phi_3 = -remainder(1, -y), remainder(2, -y)
+            a, b = (denoised - results[1]) / r, (results[1] - results[2]) / r1
+            difference = (a - b) / (r + r1)
+            x = x + phi_2 * (a + r * difference) - phi_3 * difference
+        if sde.eta > 0:
+            deviation = sde.s_noise * sigma_next * sqrt(-expm1(-2 * sde.eta * h))
+            x = x + noise(1 + i).to(x.dtype) * deviation
+    return x
+
+
+def unipc(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: UnipcOrder) -> Tensor:
+    """UniPC of order p with B = e^-h - 1, its variant B_2, on the data prediction (Zhao et al. 2023, "UniPC").
+
+    Predictor: x' = q x + (1 - q) D_i - B sum_k rho_k (D_{i-k} - D_i) / r_k, with q = e^-h and nodes
+    r_k = (lambda_{i-k} - lambda_i) / h. Corrector: the same with one term more, of node 1 and D' = D(x', sigma_{i+1}),
+    and weights for all its nodes.
+
+    Each step predicts x_{i+1}; the evaluation there, which the next step needs anyway, then corrects it. The result
+    of the evaluation stays that of the predicted state. Step i of n has order min(p, i + 1, n - i), and the
+    corrector that of its predictor; the last step is not corrected.
+    """
+    levels = sigmas.tolist()
+    lambdas = logarithms(levels)
+    steps = len(levels) - 1
+    denoised = denoise(x, sigmas[0])
+    results = [denoised]
+    for i in range(steps):
+        if levels[i + 1] == 0:
+            return denoised
+        order = min(options.effective, i + 1, steps - i)
+        h = lambdas[i + 1] - lambdas[i]
+        nodes = [(lambdas[i - k] - lambdas[i]) / h for k in range(1, order)]
+        slopes = [(results[k] - denoised) / node for k, node in enumerate(nodes, 1)]
+        first = exp(-h) * x - expm1(-h) * denoised
+        x = first - expm1(-h) * weighted(unipc_weights(h, nodes), slopes)
+        if i == steps - 1:
+            return x
+        denoised_next = denoise(x, sigmas[i + 1])
+        weights = unipc_weights(h, [*nodes, 1.0])
+        x = first - expm1(-h) * weighted(weights, [*slopes, denoised_next - denoised])
+        denoised = denoised_next
+        results = [denoised, *results[: options.effective - 1]]
+    return x
+
+
+def unipc_weights(h: float, nodes: Sequence[float]) -> list[float]:
+    """rho of sum_k rho_k r_k^{j-1} = b_j for nodes r, j = 1..len(nodes), of UniPC; 1/2 for one node."""
+    if len(nodes) <= 1:
+        return [0.5] * len(nodes)
+    powers = range(len(nodes))
+    right = [factorial(j + 1) * remainder(j + 1, -h) / expm1(-h) for j in powers]
+    return solved([[node**power for node in nodes] for power in powers], right)
+
+
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+"""Coefficients for even steps, by order, newest first."""
+
+
+def ipndm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: IpndmOrder) -> Tensor:
+    """iPNDM (Zhang & Chen 2023, "DEIS"): Adams-Bashforth on dx/dsigma = (x - D) / sigma, warmed up by lower orders.
+
+    Order 4: x' = x + (sigma' - sigma) (55 d_i - 59 d_{i-1} + 37 d_{i-2} - 9 d_{i-3}) / 24, d = (x - D) / sigma. These
+    are the coefficients of even steps although the steps are not even. The step to 0 is like the others.
+    """
+    slopes: list[Tensor] = []
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        slopes = [(x - denoise(x, sigmas[i])) / sigma, *slopes[: options.effective - 1]]
+        x = x + (sigma_next - sigma) * weighted(ADAMS_BASHFORTH[len(slopes) - 1], slopes)
+    return x
+
+
+def deis(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: DeisOrder) -> Tensor:
+    """DEIS, its variant rhoAB with ln sigma as rho (Zhang & Chen 2023, "DEIS"): x' = x + sum_j C_ij eps_{i-j}.
+
+    eps = (x - D) / sigma, and C_ij is the integral over d sigma, from sigma_i to sigma_{i+1}, of the Lagrange
+    polynomial in ln sigma that is 1 at level i - j and 0 at the other levels in use. The step to 0 gives D_i.
+    """
+    levels = sigmas.tolist()
+    slopes: list[Tensor] = []
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        denoised = denoise(x, sigmas[i])
+        if sigma_next == 0:
+            return denoised
+        slopes = [(x - denoised) / sigma, *slopes[: options.effective - 1]]
+        nodes = [log(levels[i - j] / sigma) for j in range(len(slopes))]
+        x = x + sigma * weighted(deis_weights(log(sigma_next / sigma), nodes), slopes)
+    return x
+
+
+POINTS, WEIGHTS = np.polynomial.legendre.leggauss(32)
+"""Of Gauss-Legendre quadrature on [-1, 1], exact to rounding for what deis integrates."""
+
+
+def deis_weights(end: float, nodes: Sequence[float]) -> list[float]:
+    """Integrals of e^v L_j(v) from 0 to `end`, L_j the Lagrange polynomials of the nodes."""
+    v = end / 2 * (POINTS + 1)
+    weights = []
+    for node in nodes:
+        basis = np.prod([(v - other) / (node - other) for other in nodes if other != node], axis=0)
+        weights.append(float(end / 2 * (WEIGHTS * np.exp(v) * basis).sum()))
+    return weights
+
+
+def remainder(j: int, z: float) -> float:
+    """phi_j(z) - 1 / j!, phi_j the functions of exponential integrators: the sum over m >= 1 of z^m / (m + j)!.
+
+    Its closed form begins (e^z - 1) / z - 1 and divides by z again for each j, which cancels where z is small.
+    """
+    if abs(z) < 1:
+        return sum(z**m / factorial(m + j) for m in range(1, 20))
+    value = expm1(z) / z - 1
+    for k in range(2, j + 1):
+        value = value / z - 1 / factorial(k)
+    return value
+
+
+def logarithms(levels: Sequence[float]) -> list[float]:
+    """lambda of each level, without that of 0."""
+    return [-log(level) for level in levels if level > 0]
+
+
+def solved(matrix: list[list[float]], right: list[float]) -> list[float]:
+    result: list[float] = np.linalg.solve(np.array(matrix), np.array(right)).tolist()
+    return result
+
+
+def weighted(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor | float:
+    """The sum of terms times weights; 0 where there is none."""
+    total: Tensor | float = 0.0
+    for weight, term in zip(weights, terms, strict=True):
+        total = total + weight * term
+    return total

@@ -1,0 +1,159 @@
+"""Which steps a run takes: flags that say so are checked against each other and settled for a solver."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from ray_sampler.errors import require
+from ray_sampler.options import flags_of, pick
+from ray_sampler.sampling.schedules import Schedule
+from ray_sampler.sampling.solvers import SOLVERS
+
+COUNTS = ("steps", "nfe", "sigmas")
+"""Flags that each say how many steps there are."""
+
+REPLACED = ("sigma_max", "schedule", "rho", "shift")
+"""Flags that say what --sigmas says outright."""
+
+OPTIONS = {name for solver in SOLVERS.values() for name, flag in flags_of(solver.options).items() if not flag.recorded}
+"""Options of solvers, but for those of version 1, which every solver accepts."""
+
+
+def check_counts(given: Mapping[str, Any]) -> None:
+    """Check that the given settings say only once which steps there are.
+
+    Raises:
+        RequestError: they say it twice.
+    """
+    counts = [name for name in COUNTS if name in given]
+    require(len(counts) < 2, f"--{' and --'.join(counts)} each say which steps there are; give only one of them")
+    for name in REPLACED if "sigmas" in given else ():
+        require(
+            name not in given,
+            f"--{name} is {given.get(name)!r}, but --sigmas gives the levels themselves; leave out one of the two",
+        )
+
+
+def check_options(sampler: str, given: Mapping[str, Any]) -> None:
+    """Check that the solver has the options that are given.
+
+    Raises:
+        RequestError: it has not.
+    """
+    for name in sorted(OPTIONS & given.keys() - names_of(sampler)):
+        takers = ", ".join(each for each in SOLVERS if name in names_of(each))
+        require(False, f"--{name} is {given[name]!r}, but --sampler {sampler} has no such option; it is for {takers}")
+
+
+def names_of(sampler: str) -> set[str]:
+    """Names of the options of a solver."""
+    return {f.name for f in fields(SOLVERS[sampler].options)}
+
+
+def still_brought(brought: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a model's or preset's settings is left beside the given ones.
+
+    A given number of steps replaces every other way to say it. Another solver than the one that was brought replaces
+    that one's options and schedule too.
+    """
+    gone: set[str] = set()
+    if given.keys() & set(COUNTS):
+        gone |= set(COUNTS)
+    if "sigmas" in given:
+        gone |= set(REPLACED)
+    if given.get("sampler", brought.get("sampler")) != brought.get("sampler"):
+        gone |= OPTIONS | {"schedule", "shift"}
+    return {name: value for name, value in brought.items() if name not in gone}
+
+
+def settle(
+    settings: Mapping[str, Any], given: Mapping[str, Any], read: Callable[[Any], tuple[float, ...]]
+) -> dict[str, Any]:
+    """The settings that follow from --nfe, --sigmas and --rho, by flag name.
+
+    Args:
+        settings: all of them, resolved but for these.
+        given: of the request.
+        read: gives the levels that --sigmas names.
+
+    Raises:
+        RequestError: the solver takes no such setting.
+    """
+    sampler, schedule = settings["sampler"], settings["schedule"]
+    solver = SOLVERS[sampler]
+    for name in ("schedule", "shift", "sigmas"):
+        require(
+            not solver.own_levels or settings[name] in (None, "karras", 1),
+            f"--{name} is {settings[name]!r}, but --sampler {sampler} has levels of its own; leave --{name} out",
+        )
+    if settings["sigmas"] is not None:
+        levels = read(settings["sigmas"])
+        return {"sigmas": ",".join(map(repr, levels)), "steps": len(levels) - 1, "sigma_max": levels[0]}
+    if "rho" in given:
+        require(
+            schedule in (None, "karras"), f"--rho is {given['rho']:g}, but --schedule {schedule} has none; leave it out"
+        )
+        schedule = "karras"
+    require(
+        "shift" not in given or schedule == "shifted",
+        f"--shift is {settings['shift']:g}, but only --schedule shifted has a shift; give both or leave --shift out",
+    )
+    settled = {"schedule": schedule}
+    return settled | fitting(settings) if settings["nfe"] is not None else settled
+
+
+def fitting(settings: Mapping[str, Any]) -> dict[str, int]:
+    """The steps that --nfe leaves room for, and the evaluations that they take.
+
+    Raises:
+        RequestError: none fits, or the solver takes as many evaluations whatever the steps.
+    """
+    sampler, nfe = settings["sampler"], settings["nfe"]
+    solver = SOLVERS[sampler]
+    options = pick(solver.options, settings)
+    require(nfe >= 1, f"--nfe is {nfe}; it must be at least 1")
+
+    def evaluations(steps: int) -> int:
+        return solver.evaluations(steps, options)
+
+    require(
+        evaluations(1) < evaluations(2),
+        f"--nfe is {nfe}, but the evaluations of --sampler {sampler} do not depend on steps; leave --nfe out",
+    )
+    steps = bisect_right(range(1, nfe + 1), nfe, key=evaluations)
+    require(steps >= 1, f"--nfe is {nfe}; --sampler {sampler} needs at least {evaluations(1)}")
+    return {"steps": steps, "nfe": evaluations(steps)}
+
+
+def check_levels(settings: Mapping[str, Any], schedule: Schedule, dtype: torch.dtype) -> None:
+    """Check that levels still fall after they are rounded to the dtype of the state: solvers divide by their distance.
+
+    The solvers of version 1 do not.
+
+    Raises:
+        RequestError: two are equal.
+    """
+    solver = SOLVERS[settings["sampler"]]
+    if "schedule" not in solver.uses:
+        return
+    levels = solver.levels(schedule, pick(solver.options, settings), dtype)
+    equal = levels[1:][levels.diff() >= 0]
+    flag = "steps" if schedule.sigmas is None else "sigmas"
+    require(
+        not len(equal),
+        f"--{flag} is {settings[flag]}; two levels beside each other are "
+        f"{float(equal.max()) if len(equal) else 0:g} in "
+        f"{settings['state']}, and --sampler {settings['sampler']} needs levels that fall: give fewer, or --state fp64",
+    )
+
+
+def schedule_of(settings: Mapping[str, Any]) -> Schedule:
+    """The schedule of settled settings: the one that was asked for, else the solver's own default."""
+    schedule: Schedule = pick(Schedule, settings)
+    default = SOLVERS[settings["sampler"]].default_schedule(schedule.steps)
+    return replace(schedule, schedule=schedule.schedule or default)
