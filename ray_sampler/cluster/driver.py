@@ -25,7 +25,7 @@ from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter, Snapshot, reporter
 from ray_sampler.reporting.sheet import PreviewKeeper
-from ray_sampler.sampling.engine import compiles
+from ray_sampler.sampling.numerics import compiles
 
 REPAIR_ROUNDS = 5
 """Times that the merge may find a damaged fragment and have it sampled again."""
@@ -92,6 +92,8 @@ def announce(job: Job, report: Reporter) -> None:
     for network in job.networks.values():
         if network.note:
             report.message(network.note)
+    for note in job.notes():
+        report.message(note)
     if not (job.local or job.gpus or job.run.request.gpus_per_actor == 0):
         report.message(
             "the cluster has no GPU now, so actors take CPUs; if GPU nodes come on demand, give --gpus_per_actor 1",
@@ -140,8 +142,7 @@ class Filling:
         Raises:
             RunError: one does not; those that can be finished are.
         """
-        request = self.jobs[0].run.request
-        if any(i.missing() for i in self.inventories) and compiles(request.compile, self.jobs[0].gpus > 0):
+        if any(i.missing() for i in self.inventories) and compiles(self.jobs[0].compile, self.jobs[0].gpus > 0):
             self.report.message("each actor compiles the network before its first shard, which takes a minute or more")
         results: dict[int, RunResult] = {}
         try:
@@ -187,6 +188,8 @@ class Filling:
         def finished(task: Task, result: TaskResult) -> None:
             if result.record is not None:
                 self.inventories[task.run].add(result.name, result.record)
+            tally = self.tallies[task.run]
+            tally.compute_s, tally.idle_s = tally.compute_s + result.compute_s, tally.idle_s + result.wait_s
 
         def background() -> list[Task] | None:
             for preview in self.previews:
@@ -197,9 +200,7 @@ class Filling:
         metrics = DriverMetrics(self.jobs[0].fingerprint[:8])
         min_actors = max(job.run.request.min_actors for job in self.jobs)
         try:
-            given_up = Dispatch(
-                pool, tasks, self.tallies, self.report, finished, background, min_actors, metrics
-            ).run()
+            given_up = Dispatch(pool, tasks, self.tallies, self.report, finished, background, min_actors, metrics).run()
         finally:
             metrics.fleet(0, 0, 0)  # the pool closes
         if not given_up:
@@ -216,7 +217,11 @@ class Filling:
         job = self.jobs[0]
         options = job.run.request.of(FleetOptions)
         fleet = plan_fleet(options, job.gpus, tasks, local=job.local)
-        self.shipped = self.shipped or {role: ship(net, job.precision) for role, net in job.networks.items()}
+        # Channels last costs a GPU two copies at every normalisation unless the compiler fuses them away.
+        contiguous = job.gpus > 0 and not compiles(job.compile, gpu=True)
+        self.shipped = self.shipped or {
+            role: ship(network, job.precision, contiguous) for role, network in job.networks.items()
+        }
         probe = f"driver-{secrets.token_hex(8)}"
         for each in self.jobs:
             each.run_dir.probe_write(probe)
@@ -231,7 +236,7 @@ class Filling:
     def _starter(self, fleet: Fleet, probe: str) -> Callable[[], Any]:
         job = self.jobs[0]
         request = job.run.request
-        loaded = Loaded(self.shipped, job.precision, request.batch_size, request.compile, fleet.cpus)
+        loaded = Loaded(self.shipped, job.precision, request.batch_size, job.compile, fleet.cpus, fleet.gpus)
         runs = [
             RunSpec(
                 each.output, each.fingerprint, each.run.plan, each.run.request.fragment_format, probe, each.products

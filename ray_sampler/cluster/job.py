@@ -17,6 +17,7 @@ from ray_sampler.networks.family import Network, NetworkSpec, Precision
 from ray_sampler.networks.opening import open_network
 from ray_sampler.presets import ModelOptions, settings_for
 from ray_sampler.sampling.conditions import LabelRule, listed_labels
+from ray_sampler.sampling.numerics import Compile
 from ray_sampler.sampling.plan import MAIN
 from ray_sampler.storage.label_file import read_labels
 from ray_sampler.storage.record import fingerprint
@@ -24,6 +25,10 @@ from ray_sampler.storage.run_dir import RunDir
 
 RUN_FORMAT = 1
 """Raised whenever run.json changes its meaning."""
+
+REPAID_CALLS = 1000
+"""Calls of the network, a batch each, below which compiling on a GPU takes longer than it saves, about: a minute or two
+against some tens of milliseconds a call. benchmarks/gpu.py measures both."""
 
 FRESH_SEED_BITS = 24
 """Of the seed that --generator dummy draws: small enough for num_samples * seed to fit in 64 bits."""
@@ -65,6 +70,18 @@ class Job:
         return self.run.plan.labels is not None
 
     @property
+    def compile(self) -> Compile:
+        """How the network is compiled: --compile, but not for a run on GPUs that is too short to repay auto.
+
+        What counts is the whole run, neither what is left of it nor the fleet, so that a resumed run computes the
+        same bytes as an undisturbed one, and many actors the same as one.
+        """
+        request = self.run.request
+        calls = -(-self.num_samples // request.batch_size) * self.run.plan.evaluations()
+        short = request.compile == "auto" and self.gpus > 0 and calls < REPAID_CALLS
+        return "off" if short else request.compile
+
+    @property
     def precision(self) -> Precision:
         assert self.run.precision != "auto", "the fleet is known"
         return self.run.precision
@@ -72,8 +89,25 @@ class Job:
     def loads(self) -> tuple[Any, ...]:
         """What its actors hold and take: jobs in which this is equal share a pool."""
         request = self.run.request
-        networks = tuple((role, net.spec.family, net.weights, str(net.spec.options)) for role, net in self.networks.items())
-        return networks, self.precision, request.batch_size, request.compile, self.gpus, self.local
+        networks = tuple(
+            (role, net.spec.family, net.weights, str(net.spec.options)) for role, net in self.networks.items()
+        )
+        return networks, self.precision, request.batch_size, self.compile, self.gpus, self.local
+
+    def notes(self) -> list[str]:
+        """What the user should know of what `auto` became."""
+        request, notes = self.run.request, []
+        if self.compile != request.compile:
+            notes.append(
+                "--compile auto does not compile this run: it calls the network too rarely to repay the minutes that "
+                "this takes; give --compile on to compile all the same"
+            )
+        if self.gpus and request.of(PrecisionOptions).resolved() == "auto" and self.precision == "fp32":
+            notes.append(
+                "--precision auto stays fp32, which an earlier start without GPUs chose for this run; fp16 is several "
+                "times as fast on a GPU: for that give --precision fp16 and another --output"
+            )
+        return notes
 
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
