@@ -143,7 +143,7 @@ def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def lay_out_contiguously(module: nn.Module) -> None:
-    """Lay tensors without memory out in the order of their dimensions; a user's, which have memory, stay as they are."""
+    """Lay out tensors without memory in the order of their dimensions; a user's, which have memory, stay."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             if parameter.is_meta and not parameter.is_contiguous():

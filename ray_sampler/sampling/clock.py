@@ -24,4 +24,5 @@ def seconds_between(begin: Mark, end: Mark) -> float:
     if isinstance(begin, float):
         assert isinstance(end, float), "marks are of one device"
         return end - begin
+    assert not isinstance(end, float), "marks are of one device"
     return float(begin.elapsed_time(end)) / 1e3
