@@ -118,10 +118,7 @@ class Worker:
         self.runs = runs
         self.run_dirs = [RunDir(run.output) for run in runs]
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-        # Whatever touches a GPU first finds torch set as it must be.
-        self.compute = ThreadPoolExecutor(
-            1, thread_name_prefix="compute", initializer=pin, initargs=(self.device, loaded.compile)
-        )
+        self.compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
 
     def start(self) -> WorkerInfo:
         """Prove access to the outputs and load the networks; to be called once, before anything else.
@@ -138,6 +135,7 @@ class Worker:
 
     def _build(self) -> Engine:
         loaded = self.loaded
+        pin(self.device, loaded.compile)  # before anything touches a GPU
         take_share(self.device, loaded.gpus)
         engine = Engine(
             self._load(),

@@ -50,7 +50,7 @@ def take_share(device: torch.device, gpus: float) -> None:
     """Keep this process's tensors within its share of a GPU, where it has only a fraction `gpus` of one."""
     if device.type == "cuda" and 0 < gpus < 1:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(share_of(gpus, total), device)
+        torch.cuda.set_per_process_memory_fraction(share_of(gpus, total))
 
 
 def share_of(gpus: float, total: int) -> float:
