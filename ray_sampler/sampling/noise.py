@@ -75,7 +75,8 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on `device`, without waiting for what is queued there."""
     if tensor.device.type == device.type:
         return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

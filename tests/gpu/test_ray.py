@@ -134,7 +134,7 @@ def test_weights_are_held_once_by_a_node(started_ray: None, device: torch.device
     )
     shipped = ship(network, "fp32", contiguous=True)
     kind = ray.remote(Mapped).options(num_cpus=0, num_gpus=0.1 if device.type == "cuda" else 0)
-    actors = [kind.remote() for _ in range(2)]
+    actors: list[Any] = [kind.remote() for _ in range(2)]
     try:
         own = ray.get([actor.own_bytes.remote(shipped) for actor in actors], timeout=120)
         assert max(own) < MAPPED_SHARE * size
