@@ -2,8 +2,8 @@
 
 The tests of tests/gpu and the cases of gpu_cases.py run as processes of their own, those of most worth first. What was
 found is written after every step, into $OUT if that is set and else into benchmarks/results, so a run that is cut short
-leaves its figures. Without a GPU nothing is measured; with --rehearse all steps run on the CPU then, with tiny networks,
-to prove that they work.
+leaves its figures. Without a GPU nothing is measured; with --rehearse all steps run on the CPU then, with tiny
+networks, to prove that they work.
 """
 
 from __future__ import annotations
@@ -188,35 +188,39 @@ def finished(process: subprocess.Popen[bytes], seconds: float) -> int | None:
         raise
 
 
+class Ahead:
+    """A process that fills Inductor's cache with what later steps need, while the tests run."""
+
+    def __init__(self, names: str, folder: Path, environment: dict[str, str]) -> None:
+        self.name = f"compile ahead: {names}"
+        self.rows, self.printed = folder / f"{names}.json", folder / f"{names}.output"
+        self.began = time.monotonic()
+        with self.printed.open("wb") as output:
+            command = [*case("ahead"), "--json", str(self.rows)]
+            self.process = begin(command, environment | {"GPU_AHEAD": names}, output)
+
+    def outcome(self, seconds: float) -> Outcome:
+        """What became of it, after waiting for it so long: figures need the device to themselves."""
+        code = finished(self.process, seconds)
+        outcome = Outcome(self.name, "ok", time.monotonic() - self.began)
+        if code == 0:
+            outcome.rows, outcome.notes = read_report(self.rows)
+        else:
+            outcome.status = "ran out of time" if code is None else "failed"
+            outcome.output = self.printed.read_text(errors="replace")[-TAIL:]
+        return outcome
+
+
 @contextmanager
-def compiled_ahead(environment: dict[str, str], rehearsal: bool) -> Iterator[list[tuple[Step, Any, Any]]]:
-    """Processes that fill Inductor's cache while the tests run, where there are cores for it."""
-    started = []
-    if rehearsal or (os.cpu_count() or 1) >= AHEAD_CORES:
-        for names in AHEAD:
-            output = tempfile.NamedTemporaryFile()  # noqa: SIM115  # lives as long as its process
-            process = begin(case("ahead"), environment | {"GPU_AHEAD": names}, output)
-            started.append((Step(f"compile ahead: {names}", (), 0), process, output))
+def compiled_ahead(folder: Path, environment: dict[str, str], rehearsal: bool) -> Iterator[list[Ahead]]:
+    """Processes that compile ahead, where there are cores for it; none outlives this."""
+    enough = rehearsal or (os.cpu_count() or 1) >= AHEAD_CORES
+    started = [Ahead(names, folder, environment) for names in AHEAD if enough]
     try:
         yield started
     finally:
-        for _, process, _ in started:
-            if process.poll() is None:
-                finished(process, 0)
-
-
-def await_ahead(started: list[tuple[Step, Any, Any]], began: dict[str, float], seconds: float) -> list[Outcome]:
-    """Wait for what is compiled ahead: figures need the device to themselves."""
-    outcomes = []
-    until = time.monotonic() + seconds
-    while started:
-        step, process, output = started.pop(0)
-        code = finished(process, until - time.monotonic())
-        status = "ok" if code == 0 else "ran out of time" if code is None else "failed"
-        text = Path(output.name).read_text(errors="replace")
-        tail = "" if code == 0 else text[-TAIL:]
-        outcomes.append(Outcome(step.name, status, time.monotonic() - began["ahead"], "", output=tail))
-    return outcomes
+        for each in started:
+            finished(each.process, 0)
 
 
 def go(results: Results, budget_s: float, rehearsal: bool) -> None:
@@ -229,12 +233,11 @@ def go(results: Results, budget_s: float, rehearsal: bool) -> None:
     }
     with tempfile.TemporaryDirectory() as cache:
         environment |= {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
-        began = {"ahead": time.monotonic()}
-        with compiled_ahead(environment, rehearsal) as ahead:
+        with compiled_ahead(Path(cache), environment, rehearsal) as ahead:
             for step in STEPS:
-                if step.figures and ahead:
-                    for outcome in await_ahead(ahead, began, min(120.0, end - time.monotonic() - 120)):
-                        results.add(outcome)
+                while step.figures and ahead:
+                    results.add(ahead[0].outcome(min(120.0, end - time.monotonic() - 120)))
+                    del ahead[0]
                 left = end - time.monotonic()
                 if left < step.least_s:
                     results.add(Outcome(step.name, "not begun", why=f"{left:.0f} s were left of {budget_s:.0f}"))
