@@ -9,7 +9,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ray_sampler.cluster.session import gpus_per_actor, in_submitted_job, joins_cluster
+import torch
+
+from ray_sampler.cluster.session import gpus_per_actor, in_submitted_job, joins_cluster, no_gpu
 from ray_sampler.cluster.worker import Product
 from ray_sampler.config import FleetOptions, PrecisionOptions, Run, RunConfig, resolve
 from ray_sampler.errors import RequestError, RunError, printable, require
@@ -137,7 +139,8 @@ def prepare(config: RunConfig, products: dict[str, Product] | None = None) -> Jo
     given = config.given()
     network = open_network(model, brought | given, frozenset(given))
     labels = label_rule(config.labels, network.spec)
-    gpus = gpus_per_actor(config.of(FleetOptions))
+    gpus, local = gpus_per_actor(config.of(FleetOptions)), not joins_cluster(config.address)
+    require(not (gpus and local) or torch.cuda.is_available(), no_gpu(gpus, "torch"))
     run_dir = RunDir(config.output) if config.output else None
     there = run_dir.read_run() if run_dir and not config.overwrite else None
     earlier = there.get("identity", {}) if there else {}
@@ -154,7 +157,7 @@ def prepare(config: RunConfig, products: dict[str, Product] | None = None) -> Jo
     output = config.output or default_output(model, fingerprint(identity))
     run_dir = run_dir or RunDir(output)
     output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
-    job = Job(run, output, run_dir, {MAIN: network}, gpus, not joins_cluster(config.address), identity, products or {})
+    job = Job(run, output, run_dir, {MAIN: network}, gpus, local, identity, products or {})
     if not config.overwrite:
         refuse_another(job, there if config.output else run_dir.read_run())
     return job

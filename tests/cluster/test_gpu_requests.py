@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+import torch
 
 from ray_sampler.cluster.job import REPAID_CALLS, Job, prepare
 from ray_sampler.cluster.session import Fleet, plan_fleet
@@ -42,6 +44,16 @@ def test_a_machine_without_a_gpu_is_not_waited_for(gpus: Callable[[float], None]
     with pytest.raises(RequestError, match=r"--gpus_per_actor is 0.5, but Ray finds no GPU on this machine"):
         plan_fleet(FleetOptions(), 0.5, 100, local=True)
     assert plan_fleet(FleetOptions(), 0.5, 100, local=False).max_actors == 100  # a cluster may grow
+
+
+def test_a_request_that_a_machine_without_a_gpu_cannot_serve_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("ray_sampler.cluster.job.joins_cluster", lambda address: False)
+    with pytest.raises(RequestError, match="--gpus_per_actor is 1, but torch finds no GPU on this machine"):
+        prepare(RunConfig(model="digits", gpus_per_actor=1.0, output=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def job(gpus: float, precision: Any = None, **flags: Any) -> Job:
