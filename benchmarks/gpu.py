@@ -65,11 +65,11 @@ STEPS = (
     Step("tests: whole runs on Ray", tests("test_ray"), 110),
     Step("tests: imagenet64 compiled in two processes", tests("test_processes", "-k", "published"), 160, 60),
     Step("imagenet64", case("imagenet64"), 150, 40, figures=True),
-    Step("price of determinism", case("price"), 120, 40, figures=True),
+    Step("price of determinism", case("price"), 150, 40, figures=True),
     Step("a whole run", case("job"), 80, 30, figures=True),
     Step("lsun256", case("lsun256"), 150, 40, figures=True),
     Step("layouts", case("layouts"), 60, 20, figures=True),
-    Step("small networks", case("small"), 90, 30, figures=True),
+    Step("small networks", case("small"), 110, 30, figures=True),
     Step("batch sizes", case("batches"), 90, 20, figures=True),
 )
 """In the order of their worth."""

@@ -10,6 +10,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -83,21 +84,23 @@ def rate(engine: Engine, plan: SamplePlan, batches: int) -> Callable[[], float]:
     return images_per_second
 
 
-def textbook_rate(of: Subject, batch: int, steps: int) -> Values:
-    """Images a second of the textbook loop; nothing where the batch does not fit."""
+def textbook(of: Subject) -> Values:
+    """Images a second of the textbook loop, with the batch that it is fastest with."""
     options = options_of(of.name)
-    try:
-        network = Textbook(random_network(options, of.precision, DEVICE))  # type: ignore[arg-type]  # a UNet
+    network = Textbook(random_network(options, of.precision, DEVICE))  # type: ignore[arg-type]  # a UNet
+
+    def rate(batch: int, steps: int) -> float:
         labels = torch.arange(batch, device=DEVICE) % options.num_classes if options.class_cond else None
-        rates = []
-        for repeat in range(REPEATS + 1):
-            began = time.perf_counter()
-            sample(network, labels, range(batch), options.image_size, steps, DEVICE)
-            if repeat:
-                rates.append(batch / (time.perf_counter() - began))
-        return tuple(rates)
-    except torch.OutOfMemoryError:
-        return ()
+        began = time.perf_counter()
+        sample(network, labels, range(batch), options.image_size, steps, DEVICE)
+        return batch / (time.perf_counter() - began)
+
+    found = {}
+    for batch in of.batches:
+        with suppress(torch.OutOfMemoryError):
+            found[batch] = [rate(batch, 2) for _ in range(2)][-1]  # the first takes memory and kernels
+    best = max(found, key=lambda batch: found[batch])
+    return tuple(rate(best, of.steps) for _ in range(REPEATS))
 
 
 def flops(of: Subject) -> int:
@@ -164,7 +167,7 @@ def published(name: str) -> Found:
     """A published network: compiled and pinned, against the textbook loop as people run it, and the card's ceiling."""
     of = subject(name)
     options = options_of(of.name)
-    theirs: Values = max((textbook_rate(of, batch, of.steps) for batch in of.batches), key=lambda r: median(r or [0]))
+    theirs = textbook(of)
     release(DEVICE)
     pinned("auto")
     ceiling, work = matmul_ceiling(of.precision), flops(of)
@@ -182,7 +185,13 @@ def published(name: str) -> Found:
         Row(f"{title}: share of the matmul ceiling", share, (), "%", Goal("at least", 45, "ours")),
         Row(f"{title}: heun {of.steps} steps", tuple(3600 * each for each in ours), (), "images/GPU-hour"),
         Row(f"{title}: one step", one_step, (), "images/s"),
-        Row(f"{title}: the device is idle", (idle_share(engine, long, 4),), (), "%", Goal("at most", 1, "ours")),
+        Row(
+            f"{title}: the device is idle",
+            (idle_share(engine, plan(of, steps=4), 6),),
+            (),
+            "%",
+            Goal("at most", 1, "ours"),
+        ),
         Row(f"{title}: first batch, with compiling or its cache", (compile_s,), (), "s"),
     ]
     notes = [f"{name}: {work / 1e9:.4g} GFLOP an image and evaluation; the ceiling is {ceiling / 1e12:.4g} TFLOP/s."]
@@ -228,6 +237,7 @@ def unpin() -> None:
     import torch._inductor.config as inductor
 
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # a module property
     torch.backends.cudnn.deterministic = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
