@@ -3,12 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+PY ?=
 
 # `make sample ARGS="--model ..."` is another run, so it gets its own folder, runs/<model>-<fingerprint>.
 OUTPUT := $(if $(filter --model% --preset%,$(ARGS)),,--output runs/digits)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv sample test chaos bench lint system chromium azurite clean
+.PHONY: help venv sample test chaos bench gpu lint system chromium azurite clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ chaos: venv ## runs that are killed and spoiled on purpose; ARGS="--rounds 50 --
 
 bench: venv ## every benchmark, with results in benchmarks/README.md; ARGS="engine noise" runs those two
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+gpu: $(if $(PY),,venv) ## what a GPU must show, in nine minutes; PY=python3 takes that interpreter as it is; without a GPU a rehearsal
+	$(or $(PY),$(BIN)/python) benchmarks/gpu.py --rehearse $(ARGS)
 
 lint: venv ## linter, formatter (as a check) and type checker
 	$(BIN)/ruff check .

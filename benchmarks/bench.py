@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results", HERE / "README.md"
 LATEST = RESULTS / "latest.json"
 BEGIN, END = "<!-- results: written by make bench -->", "<!-- end of results -->"
-NO_PROGRAMS = {"bench", "stub", "table", "textbook"}
+NO_PROGRAMS = {"bench", "gpu_cases", "stub", "table", "textbook"}
 PACKAGES = ("torch", "ray", "numpy", "pyarrow", "fsspec")
 
 

@@ -1,121 +1,279 @@
-"""How fast is the engine on a GPU, against the textbook loop in fp16, and against the GPU's own matmul?
+"""Everything that a GPU must show, within nine minutes: `make gpu`.
 
-The 296M-parameter network of imagenet64 with random weights, each side with the best batch of several. Without a GPU
-nothing is measured; --rehearse runs the same code on the CPU with a small network, to prove that it works.
+The tests of tests/gpu and the cases of gpu_cases.py run as processes of their own, those of most worth first. What was
+found is written after every step, into $OUT if that is set and else into benchmarks/results, so a run that is cut short
+leaves its figures. Without a GPU nothing is measured; with --rehearse all steps run on the CPU then, with tiny
+networks, to prove that they work.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from dataclasses import replace
-from statistics import median
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from engine import Case, architecture, random_weights
-from ray_sampler.config import Compile, Precision
-from ray_sampler.networks.weights import build, fit
-from ray_sampler.presets import IMAGENET64
-from table import Goal, Row, Values, in_turn, parser, report
-from textbook import Textbook
+from table import HEADINGS, Goal, Row, parser, read_report, report
 
-HEUN_STEPS = 40
-BATCHES = (32, 64, 128, 256, 512)
-IMAGES = 1024
-"""Computed in one repeat of one step, at least; of 79 evaluations, an eighth."""
-MODES: tuple[Compile, ...] = ("auto", "on")
-REPEATS = 5
-GOAL = Goal("at least", 3)
+HERE = Path(__file__).resolve().parent
+BUDGET_S = 530.0
+AHEAD_CORES = 8
+"""CPU cores from which on later cases are compiled while the tests run."""
+TAIL = 4000
+"""Characters of the output of a step that failed."""
 
 
-def case_of(steps: int, batch: int, compile: Compile, rehearse: bool) -> Case:
-    flags: dict[str, Any] = dict(IMAGENET64)
-    if rehearse:
-        flags |= {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "num_head_channels": 32}
-    arch = architecture(flags)
-    device: Literal["cpu", "cuda"] = "cpu" if rehearse else "cuda"
-    precision: Precision = "fp32" if rehearse else "fp16"
-    images = 2 * batch if rehearse else max(batch, IMAGES // (8 if steps > 1 else 1))
-    weights = random_weights(arch)
-    return Case(arch, weights, steps, batch, -(-images // batch), precision, compile, device)
+@dataclass(frozen=True)
+class Step:
+    """A process to run."""
+
+    name: str
+    command: tuple[str, ...]
+    """Of the interpreter."""
+    limit_s: float
+    least_s: float = 20.0
+    """With less time left it is not begun."""
+    figures: bool = False
+    """Whether it measures, and so must have the device to itself."""
 
 
-def best(cases: list[Case], side: Literal["ours", "theirs"]) -> Case:
-    """The case whose second repeat is the fastest; one that does not fit is left out."""
-    rates: dict[int, float] = {}
-    for i, case in enumerate(cases):
-        try:
-            measure = case.ours(1) if side == "ours" else case.theirs()
-            rates[i] = measure()
-        except RuntimeError as error:
-            if "memory" not in str(error):
-                raise
-    return cases[max(rates, key=lambda i: rates[i])]
+def tests(name: str, *chosen: str) -> tuple[str, ...]:
+    return ("-m", "pytest", f"tests/gpu/{name}.py", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider", *chosen)
 
 
-def flops(case: Case) -> int:
-    """Floating-point operations of one evaluation for one image, counted as its matmuls and convolutions."""
-    network = Textbook(build(case.arch, fit(case.weights, case.arch, case.precision), case.precision, case.device))
-    size = case.arch.image_size
-    x, times = torch.zeros(1, 3, size, size, device=case.device), torch.ones(1, device=case.device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(x, times, torch.zeros(1, dtype=torch.long, device=case.device))
-    return int(counter.get_total_flops())
+def case(name: str) -> tuple[str, ...]:
+    return (str(HERE / "gpu_cases.py"), name)
 
 
-def matmul_rate(case: Case, size: int) -> float:
-    """Floating-point operations a second of one large square matmul."""
-    dtype = torch.float16 if case.precision == "fp16" else torch.float32
-    a, b = (torch.randn(size, size, device=case.device, dtype=dtype) for _ in range(2))
+STEPS = (
+    Step("facts", case("facts"), 60),
+    Step("tests: one process", tests("test_engine"), 90),
+    Step("tests: two processes, not compiled", tests("test_processes", "-k", "eager"), 90),
+    Step("tests: two processes, compiled", tests("test_processes", "-k", "compiled and not published"), 120),
+    Step("tests: whole runs on Ray", tests("test_ray"), 110),
+    Step("tests: imagenet64 compiled in two processes", tests("test_processes", "-k", "published"), 160, 60),
+    Step("imagenet64", case("imagenet64"), 150, 40, figures=True),
+    Step("price of determinism", case("price"), 150, 40, figures=True),
+    Step("a whole run", case("job"), 80, 30, figures=True),
+    Step("lsun256", case("lsun256"), 150, 40, figures=True),
+    Step("layouts", case("layouts"), 60, 20, figures=True),
+    Step("small networks", case("small"), 110, 30, figures=True),
+    Step("batch sizes", case("batches"), 90, 20, figures=True),
+)
+"""In the order of their worth."""
 
-    def seconds() -> float:
-        began = time.perf_counter()
-        for _ in range(10):
-            c = a @ b
-        c[0, 0].item()
-        return (time.perf_counter() - began) / 10
-
-    seconds()
-    return 2 * size**3 / median(seconds() for _ in range(5))
+AHEAD = ("imagenet64,lsun256", "imagenet64:free")
+"""What is compiled ahead, by process: networks, `:free` without pinning."""
 
 
-def compare(steps: int, rehearse: bool) -> tuple[list[Row], list[str]]:
-    batches = (2, 4) if rehearse else BATCHES
-    modes: tuple[Compile, ...] = ("off",) if rehearse else MODES
-    cases = [case_of(steps, batch, "off", rehearse) for batch in batches]
-    their_case = best(cases, "theirs")
-    rows, notes = [], []
-    evaluations = 2 * steps - 1
-    ceiling = matmul_rate(their_case, 512 if rehearse else 8192)
-    for mode in modes:
-        our_case = best([replace(case, compile=mode) for case in cases], "ours")
-        ours, theirs = in_turn(REPEATS, our_case.ours(1), their_case.theirs())
-        name = f"GPU engine: {'heun ' + str(steps) + ' steps' if steps > 1 else 'one step'}, compile {mode}"
-        rows.append(Row(name, ours, theirs, "images/s", GOAL))
-        share: Values = tuple(100 * rate * flops(our_case) * evaluations / ceiling for rate in ours)
-        rows.append(Row(f"{name}: share of the matmul ceiling", share, (), "%"))
-        notes.append(
-            f"{name}: batch {our_case.batch}, theirs {their_case.batch}; the ceiling is {ceiling / 1e12:.3g} TFLOP/s."
+@dataclass
+class Outcome:
+    """What became of a step."""
+
+    name: str
+    status: str
+    """ok, failed, ran out of time, or not begun."""
+    seconds: float = 0.0
+    why: str = ""
+    tests: str = ""
+    """pytest's last line, and why it skipped what it did."""
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    output: str = ""
+    """The end of what it printed, where it failed."""
+
+
+@dataclass
+class Results:
+    """All outcomes, and where they are written."""
+
+    folder: Path
+    name: str
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def add(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        print(
+            f"== {outcome.name}: {outcome.status} in {outcome.seconds:.0f} s. {outcome.tests or outcome.why}",
+            flush=True,
         )
-    return rows, notes
+        if outcome.output:
+            print(outcome.output, flush=True)
+        self.write()
+
+    def write(self) -> None:
+        content = {
+            "machine": self.name,
+            "date": f"{date.today():%Y-%m-%d}",
+            "torch": torch.__version__,
+            "steps": [asdict(outcome) for outcome in self.outcomes],
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = re.sub(r"[^a-z0-9]+", "-", f"gpu {self.name}".lower()).strip("-")
+        (self.folder / f"{file}.json").write_text(json.dumps(content, indent=1) + "\n")
+        (self.folder / f"{file}.md").write_text(self.text())
+
+    def text(self) -> str:
+        """All of it for people."""
+        lines = [
+            f"# {self.name}, torch {torch.__version__}, {date.today():%Y-%m-%d}",
+            "",
+            "| step | | s | |",
+            "| --- |" * 4,
+        ]
+        lines[-1] = "| --- | --- | --- | --- |"
+        lines += [f"| {o.name} | {o.status} | {o.seconds:.0f} | {o.tests or o.why} |" for o in self.outcomes]
+        rows = [row.cells() for o in self.outcomes for row in o.rows]
+        if rows:
+            lines += ["", *(f"| {' | '.join(cells)} |" for cells in [HEADINGS, ("---",) * len(HEADINGS), *rows])]
+        notes = [note for o in self.outcomes for note in o.notes]
+        return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
-def main() -> None:
+def run(step: Step, seconds: float, environment: dict[str, str]) -> Outcome:
+    """Run a step for so many seconds at most."""
+    with tempfile.TemporaryDirectory() as folder:
+        found, printed = Path(folder) / "rows.json", Path(folder) / "output"
+        extra = () if "pytest" in step.command else ("--json", str(found))
+        began = time.monotonic()
+        with printed.open("wb") as output:
+            code = finished(begin([*step.command, *extra], environment, output), seconds)
+        outcome = Outcome(step.name, "ok", time.monotonic() - began)
+        text = printed.read_text(errors="replace")
+        if "pytest" in step.command:
+            lines = [line for line in text.splitlines() if line.startswith("SKIPPED")]
+            outcome.tests = "; ".join([*text.rstrip().splitlines()[-1:], *lines])
+        if found.exists():
+            outcome.rows, outcome.notes = read_report(found)
+        if code != 0:
+            outcome.status = "ran out of time" if code is None else "failed"
+            outcome.why = f"stopped after {seconds:.0f} s" if code is None else f"exit code {code}"
+            outcome.output = text[-TAIL:]
+        return outcome
+
+
+def begin(command: Sequence[str], environment: dict[str, str], output: Any) -> subprocess.Popen[bytes]:
+    """Start a Python process at the head of a group of its own."""
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=HERE.parent,
+        env=environment,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit code; None if the time was up, and the process and all that it started were ended."""
+    try:
+        return process.wait(timeout=max(0.0, seconds))
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None
+        raise
+
+
+class Ahead:
+    """A process that fills Inductor's cache with what later steps need, while the tests run."""
+
+    def __init__(self, names: str, folder: Path, environment: dict[str, str]) -> None:
+        self.name = f"compile ahead: {names}"
+        self.rows, self.printed = folder / f"{names}.json", folder / f"{names}.output"
+        self.began = time.monotonic()
+        with self.printed.open("wb") as output:
+            command = [*case("ahead"), "--json", str(self.rows)]
+            self.process = begin(command, environment | {"GPU_AHEAD": names}, output)
+
+    def outcome(self, seconds: float) -> Outcome:
+        """What became of it, after waiting for it so long: figures need the device to themselves."""
+        code = finished(self.process, seconds)
+        outcome = Outcome(self.name, "ok", time.monotonic() - self.began)
+        if code == 0:
+            outcome.rows, outcome.notes = read_report(self.rows)
+        else:
+            outcome.status = "ran out of time" if code is None else "failed"
+            outcome.output = self.printed.read_text(errors="replace")[-TAIL:]
+        return outcome
+
+
+@contextmanager
+def compiled_ahead(folder: Path, environment: dict[str, str], rehearsal: bool) -> Iterator[list[Ahead]]:
+    """Processes that compile ahead, where there are cores for it; none outlives this."""
+    enough = rehearsal or (os.cpu_count() or 1) >= AHEAD_CORES
+    started = [Ahead(names, folder, environment) for names in AHEAD if enough]
+    try:
+        yield started
+    finally:
+        for each in started:
+            finished(each.process, 0)
+
+
+def go(results: Results, budget_s: float, rehearsal: bool) -> None:
+    """Run the steps one after the other, as far as the time goes."""
+    end = time.monotonic() + budget_s
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+        "GPU_REHEARSAL": "1" if rehearsal else "0",
+    }
+    with tempfile.TemporaryDirectory() as cache:
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
+        with compiled_ahead(Path(cache), environment, rehearsal) as ahead:
+            for step in STEPS:
+                while step.figures and ahead:
+                    results.add(ahead[0].outcome(min(120.0, end - time.monotonic() - 120)))
+                    del ahead[0]
+                left = end - time.monotonic()
+                if left < step.least_s:
+                    results.add(Outcome(step.name, "not begun", why=f"{left:.0f} s were left of {budget_s:.0f}"))
+                else:
+                    results.add(run(step, min(step.limit_s * (3 if rehearsal else 1), left), environment))
+
+
+def machine() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "rehearsal on a CPU"
+
+
+def main() -> int:
     made = parser(__doc__)
-    made.add_argument("--rehearse", action="store_true", help="run on the CPU with a small network")
+    made.add_argument("--rehearse", action="store_true", help="where there is no GPU, run on the CPU")
+    made.add_argument("--seconds", type=float, default=BUDGET_S, help="time that all steps may take")
     arguments = made.parse_args()
-    if not (arguments.rehearse or torch.cuda.is_available()):
-        rows = [Row(f"GPU engine: {what}", (), (), "images/s", GOAL) for what in ("heun 40 steps", "one step")]
-        report(rows, ["This machine has no GPU: these rows are unmeasured."], arguments.json)
-        return
-    found = [compare(steps, arguments.rehearse) for steps in ((3, 1) if arguments.rehearse else (HEUN_STEPS, 1))]
-    notes = [note for _, of_case in found for note in of_case]
-    if not arguments.rehearse:
-        notes.append(f"On one {torch.cuda.get_device_name()}, torch {torch.__version__}.")
-    report([row for of_case, _ in found for row in of_case], notes, arguments.json)
+    gpu = torch.cuda.is_available()
+    if not gpu and not arguments.rehearse:
+        report(
+            [Row("imagenet64 on a GPU: heun 18 steps", (), (), "images/s", Goal("at least", 3))],
+            ["This machine has no GPU: nothing was measured. --rehearse runs the code on the CPU with tiny networks."],
+            arguments.json,
+        )
+        return 0
+    given = os.environ.get("OUT")
+    folder = Path(given) if given else HERE / "results" if gpu else Path(tempfile.mkdtemp(prefix="gpu-rehearsal-"))
+    results = Results(folder, machine())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    go(results, arguments.seconds, rehearsal=not gpu)
+    print(results.text())
+    print(f"Written to {folder}.")
+    if arguments.json:
+        rows = [row for outcome in results.outcomes for row in outcome.rows]
+        report(rows, [f"On one {machine()}, torch {torch.__version__}."], arguments.json)
+    return any(outcome.status == "failed" for outcome in results.outcomes)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,7 +1,8 @@
 """Does the accelerator wait? Idle share inside an actor, with shards of about 2 s and a store 100 ms away.
 
 The store is `rclone serve s3` behind a proxy that answers each request 100 ms late. The actor computes on one core, as
-on an accelerator: it waits whenever nothing is queued for it. The share counts from the first shard's end.
+on an accelerator: it waits whenever nothing is queued for it. The share counts from the first shard's end. gpu_cases.py
+asks the same of a GPU, by its own clock.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from ray_sampler import RunConfig
 from ray_sampler.cluster import driver
-from ray_sampler.cluster.inventory import Inventory
+from ray_sampler.cluster.dispatch import Dispatch
 from ray_sampler.cluster.session import connect
-from ray_sampler.cluster.worker import ShardResult
+from ray_sampler.cluster.worker import Task, TaskResult
 from table import Goal, Row, parser, report
 from tests.faults.proxy import Fault, FaultProxy
 from tests.faults.servers import BUCKET, environment, rclone_server
@@ -35,14 +37,16 @@ def request(output: str) -> RunConfig:
 
 def shares(output: str) -> tuple[float, float, float]:
     """Of a run: percent of the time that the actor waited, median seconds of a shard, and of its upload."""
-    results: list[ShardResult] = []
+    results: list[TaskResult] = []
 
-    def add(inventory: Inventory, result: ShardResult) -> None:
-        results.append(result)
-        original(inventory, result)
+    def watched(pool: Any, tasks: Any, tallies: Any, reporter: Any, finished: Any, *others: Any) -> Dispatch:
+        def also(task: Task, result: TaskResult) -> None:
+            results.append(result)
+            finished(task, result)
 
-    original = Inventory.add
-    with mock.patch.object(Inventory, "add", add):
+        return Dispatch(pool, tasks, tallies, reporter, also, *others)
+
+    with mock.patch.object(driver, "Dispatch", watched):
         driver.run(request(output))
     assert len(results) == SHARDS
     later = sorted(results, key=lambda result: result.name)[1:]
@@ -60,7 +64,7 @@ def main() -> None:
         FaultProxy(upstream) as proxy,
     ):
         os.environ |= environment(proxy.url)
-        with connect(request(folder)):
+        with connect(None):
             proxy.plan(Fault("slow", seconds=LATENCY_S))
             found = [shares(f"s3://{BUCKET}/{repeat}") for repeat in range(REPEATS)]
     shards = sorted(middle for _, middle, _ in found)[REPEATS // 2]

@@ -94,8 +94,8 @@ class FleetOptions:
         )
         gpus = self.gpus_per_actor
         require(
-            gpus is None or (0 <= gpus < math.inf and (gpus <= 1 or gpus == int(gpus))),
-            f"--gpus_per_actor is {gpus}; it must be 0, a fraction of 1, or a whole number",
+            gpus is None or 0 <= gpus <= 1,
+            f"--gpus_per_actor is {gpus}; it must be 0, a fraction of 1, or 1: an actor computes on one GPU",
         )
         require(
             0 < self.shard_timeout < math.inf, f"--shard_timeout is {self.shard_timeout}; it must be above 0 seconds"

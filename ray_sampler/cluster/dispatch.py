@@ -66,6 +66,10 @@ class Tally:
     failures: int = 0
     retries: int = 0
     max_actors: int = 0
+    compute_s: float = 0.0
+    """Seconds that devices computed finished shards."""
+    idle_s: float = 0.0
+    """Seconds that they had nothing to do between those."""
     first_shard: float | None = None
     """When the first shard was given out, on the monotonic clock."""
     last_sample: float | None = None
@@ -182,7 +186,9 @@ class Dispatch:
                     self.deaths.update(shards)
                 for shard in reversed(shards):
                     self._return(shard, front=True, give_up=self.deaths[shard] >= DEATHS and reason)
-            case StartFailed(reason, guilty):
+            case StartFailed(reason, guilty, hopeless):
+                if hopeless:
+                    raise RunError(reason)
                 self._count_failure(())
                 self.start_failures += guilty
                 self.reporter.message(f"an actor could not start: {reason}", "warning")

@@ -25,7 +25,7 @@ from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter, Snapshot, reporter
 from ray_sampler.reporting.sheet import PreviewKeeper
-from ray_sampler.sampling.engine import compiles
+from ray_sampler.sampling.numerics import compiles
 
 REPAIR_ROUNDS = 5
 """Times that the merge may find a damaged fragment and have it sampled again."""
@@ -95,6 +95,8 @@ def announce(job: Job, report: Reporter) -> None:
     plan = job.run.plan
     if plan.schedule.nfe is not None:
         report.message(f"--nfe: {plan.sampler} takes {plan.schedule.steps} steps, {plan.evaluations()} evaluations")
+    for note in job.notes():
+        report.message(note)
     if not (job.local or job.gpus or job.run.request.gpus_per_actor == 0):
         report.message(
             "the cluster has no GPU now, so actors take CPUs; if GPU nodes come on demand, give --gpus_per_actor 1",
@@ -143,8 +145,7 @@ class Filling:
         Raises:
             RunError: one does not; those that can be finished are.
         """
-        request = self.jobs[0].run.request
-        if any(i.missing() for i in self.inventories) and compiles(request.compile, self.jobs[0].gpus > 0):
+        if any(i.missing() for i in self.inventories) and compiles(self.jobs[0].compile, self.jobs[0].gpus > 0):
             self.report.message("each actor compiles the network before its first shard, which takes a minute or more")
         results: dict[int, RunResult] = {}
         try:
@@ -190,6 +191,8 @@ class Filling:
         def finished(task: Task, result: TaskResult) -> None:
             if result.record is not None:
                 self.inventories[task.run].add(result.name, result.record)
+            tally = self.tallies[task.run]
+            tally.compute_s, tally.idle_s = tally.compute_s + result.compute_s, tally.idle_s + result.wait_s
 
         def background() -> list[Task] | None:
             for preview in self.previews:
@@ -217,7 +220,11 @@ class Filling:
         job = self.jobs[0]
         options = job.run.request.of(FleetOptions)
         fleet = plan_fleet(options, job.gpus, tasks, local=job.local)
-        self.shipped = self.shipped or {role: ship(net, job.precision) for role, net in job.networks.items()}
+        # Channels last costs a GPU two copies at every normalisation unless the compiler fuses them away.
+        contiguous = job.gpus > 0 and not compiles(job.compile, gpu=True)
+        self.shipped = self.shipped or {
+            role: ship(network, job.precision, contiguous) for role, network in job.networks.items()
+        }
         probe = f"driver-{secrets.token_hex(8)}"
         for each in self.jobs:
             each.run_dir.probe_write(probe)
@@ -232,7 +239,7 @@ class Filling:
     def _starter(self, fleet: Fleet, probe: str) -> Callable[[], Any]:
         job = self.jobs[0]
         request = job.run.request
-        loaded = Loaded(self.shipped, job.precision, request.batch_size, request.compile, fleet.cpus)
+        loaded = Loaded(self.shipped, job.precision, request.batch_size, job.compile, fleet.cpus, fleet.gpus)
         runs = [
             RunSpec(
                 each.output, each.fingerprint, each.run.plan, each.run.request.fragment_format, probe, each.products

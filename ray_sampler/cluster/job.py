@@ -10,7 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ray_sampler.cluster.session import gpus_per_actor, in_submitted_job, joins_cluster
+import torch
+
+from ray_sampler.cluster.session import gpus_per_actor, in_submitted_job, joins_cluster, no_gpu
 from ray_sampler.cluster.worker import Product
 from ray_sampler.config import FleetOptions, PrecisionOptions, Run, RunConfig, resolve
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
@@ -20,6 +22,7 @@ from ray_sampler.options import pick
 from ray_sampler.presets import ModelOptions, settings_for
 from ray_sampler.sampling.conditions import LabelRule, listed_labels
 from ray_sampler.sampling.guidance import Guidance
+from ray_sampler.sampling.numerics import Compile
 from ray_sampler.sampling.plan import GUIDE, MAIN
 from ray_sampler.storage.label_file import read_labels
 from ray_sampler.storage.record import fingerprint
@@ -27,6 +30,10 @@ from ray_sampler.storage.run_dir import RunDir
 
 RUN_FORMAT = 1
 """Raised whenever run.json changes its meaning."""
+
+REPAID_CALLS = 1000
+"""Calls of the network, a batch each, below which compiling on a GPU takes longer than it saves, about: a minute or two
+against some tens of milliseconds a call. benchmarks/gpu.py measures both."""
 
 FRESH_SEED_BITS = 24
 """Of the seed that --generator dummy draws: small enough for num_samples * seed to fit in 64 bits."""
@@ -68,6 +75,18 @@ class Job:
         return self.run.plan.labels is not None
 
     @property
+    def compile(self) -> Compile:
+        """How the network is compiled: --compile, but not for a run on GPUs that is too short to repay auto.
+
+        What counts is the whole run, neither what is left of it nor the fleet, so that a resumed run computes the
+        same bytes as an undisturbed one, and many actors the same as one.
+        """
+        request = self.run.request
+        calls = -(-self.num_samples // request.batch_size) * self.run.plan.evaluations()
+        short = request.compile == "auto" and self.gpus > 0 and calls < REPAID_CALLS
+        return "off" if short else request.compile
+
+    @property
     def precision(self) -> Precision:
         assert self.run.precision != "auto", "the fleet is known"
         return self.run.precision
@@ -78,7 +97,22 @@ class Job:
         networks = tuple(
             (role, net.spec.family, net.weights, str(net.spec.options)) for role, net in self.networks.items()
         )
-        return networks, self.precision, request.batch_size, request.compile, self.gpus, self.local
+        return networks, self.precision, request.batch_size, self.compile, self.gpus, self.local
+
+    def notes(self) -> list[str]:
+        """What the user should know of what `auto` became."""
+        request, notes = self.run.request, []
+        if self.compile != request.compile:
+            notes.append(
+                "--compile auto does not compile this run: it calls the network too rarely to repay the minutes that "
+                "this takes; give --compile on to compile all the same"
+            )
+        if self.gpus and request.of(PrecisionOptions).resolved() == "auto" and self.precision == "fp32":
+            notes.append(
+                "--precision auto stays fp32, which an earlier start without GPUs chose for this run; fp16 is several "
+                "times as fast on a GPU: for that give --precision fp16 and another --output"
+            )
+        return notes
 
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
@@ -110,7 +144,8 @@ def prepare(config: RunConfig, products: dict[str, Product] | None = None) -> Jo
     network = open_network(model, settings, frozenset(settings))
     guide = open_guide(network, settings)
     labels = label_rule(config.labels, network.spec)
-    gpus = gpus_per_actor(config.of(FleetOptions))
+    gpus, local = gpus_per_actor(config.of(FleetOptions)), not joins_cluster(config.address)
+    require(not (gpus and local) or torch.cuda.is_available(), no_gpu(gpus, "torch"))
     run_dir = RunDir(config.output) if config.output else None
     there = run_dir.read_run() if run_dir and not config.overwrite else None
     earlier = there.get("identity", {}) if there else {}
@@ -129,7 +164,7 @@ def prepare(config: RunConfig, products: dict[str, Product] | None = None) -> Jo
     run_dir = run_dir or RunDir(output)
     output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
     networks = {MAIN: network} | ({GUIDE: guide} if guide else {})
-    job = Job(run, output, run_dir, networks, gpus, not joins_cluster(config.address), identity, products or {})
+    job = Job(run, output, run_dir, networks, gpus, local, identity, products or {})
     if not config.overwrite:
         refuse_another(job, there if config.output else run_dir.read_run())
     return job

@@ -44,6 +44,7 @@ def write_outcome(
         start_s=first - began if first else 0.0,
         sampling_s=last - first if first and last else 0.0,
         merge_s=merge_s,
+        device_s=(tally.compute_s, tally.idle_s) if job.gpus else None,
         max_actors=tally.max_actors,
         failures=tally.failures,
         retries=tally.retries,

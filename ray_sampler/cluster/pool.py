@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from ray_sampler.cluster.session import Fleet
 from ray_sampler.cluster.worker import Task, TaskResult, WorkerInfo
-from ray_sampler.sampling.engine import NonFiniteError
+from ray_sampler.sampling.engine import NonFiniteError, OutOfDeviceMemoryError
 
 MOST_IN_FLIGHT = 8
 """Shards of one actor at once, however slow its uploads are: this bounds its memory."""
@@ -87,6 +87,8 @@ class StartFailed(NamedTuple):
     reason: str
     guilty: bool
     """Whether it may be its own fault: its node lives."""
+    hopeless: bool = False
+    """Whether every other actor would fail as well: the run does not fit on its device."""
 
 
 Event = Finished | Failed | Lost | Ready | StartFailed
@@ -267,7 +269,8 @@ class Pool:
         except RayError as error:
             self.remove(member)
             self.start_failed = time.monotonic()
-            return StartFailed(reason_of(error), guilty=not went_with_its_node(error, member))
+            too_large = isinstance(error, RayTaskError) and isinstance(error.cause, OutOfDeviceMemoryError)
+            return StartFailed(reason_of(error), not went_with_its_node(error, member), hopeless=too_large)
         member.node_id = member.info.node_id
         return Ready(member.info)
 

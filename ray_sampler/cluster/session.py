@@ -143,10 +143,24 @@ def gpus_per_actor(options: FleetOptions) -> float:
     return 1.0 if torch.cuda.is_available() else 0.0
 
 
+def no_gpu(gpus: float, who: str) -> str:
+    """What to do where GPUs are asked of a machine that has none: no other machine can come."""
+    return (
+        f"--gpus_per_actor is {gpus:g}, but {who} finds no GPU on this machine; give --gpus_per_actor 0 to compute on "
+        "CPUs, or --address of a cluster that has GPUs"
+    )
+
+
 def plan_fleet(options: FleetOptions, gpus: float, shards: int, local: bool) -> Fleet:
-    """What each actor takes of a connected Ray. CPU actors split a machine's cores fairly."""
+    """What each actor takes of a connected Ray. CPU actors split a machine's cores fairly.
+
+    Raises:
+        RequestError: GPUs are asked of a machine that has none, and no other one can come.
+    """
     if gpus:
-        room = math.floor(ray.cluster_resources().get("GPU", 0) / gpus) if local else shards
+        there = int(ray.cluster_resources().get("GPU", 0))
+        room = there * math.floor(1 / gpus) if local else shards  # an actor's share is of one GPU
+        require(room > 0, no_gpu(gpus, "Ray"))
         return Fleet(gpus, 1, max(1, min(options.max_actors or shards, room, shards)))
     cores = max(1, min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]))
     per_node = min(options.max_actors or cores, cores, LOCAL_ACTORS)

@@ -21,7 +21,7 @@ import torch
 from ray import cloudpickle
 from torch import Tensor, nn
 
-from ray_sampler.networks.family import Network, Precision
+from ray_sampler.networks.family import Network, Precision, lay_out_contiguously
 
 CHUNK_BYTES = 64 * 2**20
 """Tensors are put into the object store in groups of about this size."""
@@ -53,11 +53,17 @@ class Shipped:
     precision: Precision
 
 
-def ship(network: Network, precision: Precision) -> Shipped:
-    """Put a network into the object store; its tensors are taken out of it on the way."""
+def ship(network: Network, precision: Precision, contiguous: bool = False) -> Shipped:
+    """Put a network into the object store; its tensors are taken out of it on the way.
+
+    Args:
+        contiguous: lay filters out in the order of their dimensions, whatever the family prefers.
+    """
     for name in network.by_value:
         cloudpickle.register_pickle_by_value(sys.modules[name])
     module = network.build(precision)
+    if contiguous:
+        lay_out_contiguously(module)
     names = {id(tensor): name for name, tensor in module.state_dict(keep_vars=True).items()}
     loader = _Loader(network.tensors, names, network.as_stored)
     pickled = io.BytesIO()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -13,13 +13,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import ray
 import torch
+from torch import nn
 
 from ray_sampler.cluster import shipping
 from ray_sampler.cluster.metrics import ActorMetrics
 from ray_sampler.cluster.shipping import Shipped
 from ray_sampler.errors import RunError
 from ray_sampler.networks.family import Precision
-from ray_sampler.sampling.engine import Compile, Engine, Pictures, numerics_key
+from ray_sampler.sampling.engine import Engine, Pictures
+from ray_sampler.sampling.memory import OutOfDeviceMemoryError, ran_out_of_memory, take_share
+from ray_sampler.sampling.numerics import Compile, numerics_key, pin
 from ray_sampler.sampling.plan import SamplePlan
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import FragmentFormat, FragmentName, Record, Samples
@@ -53,6 +56,8 @@ class Loaded:
     compile: Compile
     cores: int
     """CPU cores of an actor without a GPU."""
+    gpus: float = 0.0
+    """GPUs of an actor: at most one, or a share of one."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class TaskResult:
     """Of the fragment; None for another product."""
     compute_s: float
     wait_s: float
-    """Time the device had nothing to do before this task."""
+    """Time the device had nothing to do before this task, from the end of the one before."""
     upload_s: float
     """Encoding and writing."""
 
@@ -114,13 +119,13 @@ class Worker:
         self.run_dirs = [RunDir(run.output) for run in runs]
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
-        self.computed_until: float | None = None
 
     def start(self) -> WorkerInfo:
         """Prove access to the outputs and load the networks; to be called once, before anything else.
 
         Raises:
             RunError: this node does not share an output.
+            OutOfDeviceMemoryError: the networks, or a batch, do not fit on the device.
         """
         for run, run_dir in zip(self.runs, self.run_dirs, strict=True):
             prove_access(run_dir, run.probe)
@@ -130,11 +135,10 @@ class Worker:
 
     def _build(self) -> Engine:
         loaded = self.loaded
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.benchmark = False
+        pin(self.device, loaded.compile)  # before anything touches a GPU
+        take_share(self.device, loaded.gpus)
         engine = Engine(
-            {role: shipping.load(network, self.device) for role, network in loaded.networks.items()},
+            self._load(),
             batch_size=loaded.batch_size,
             device=self.device,
             compile=loaded.compile,
@@ -142,6 +146,17 @@ class Worker:
         )
         engine.warm_up(self.runs[0].plan)
         return engine
+
+    def _load(self) -> dict[str, nn.Module]:
+        try:
+            return {role: shipping.load(network, self.device) for role, network in self.loaded.networks.items()}
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+        raise OutOfDeviceMemoryError(
+            f"the network's weights do not fit in the memory of {self.device}; try --precision fp16 if this is fp32, "
+            "fewer actors on a GPU (a larger --gpus_per_actor), or a device with more memory"
+        )
 
     def info(self) -> WorkerInfo:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
@@ -166,7 +181,8 @@ class Worker:
 
     def _sample(self, run: int, start: int, stop: int) -> TaskResult:
         spec, run_dir = self.runs[run], self.run_dirs[run]
-        pictures, wait_s = self._compute(spec.plan, start, stop)
+        # On a GPU the compute thread only queues a shard; it is awaited here, while the next one is queued.
+        pictures: Pictures = self.compute.submit(self.engine.sample, spec.plan, start, stop).result()()
         began = time.perf_counter()
         samples = Samples(start, pictures.images, pictures.labels)
         name = FragmentName(start, stop, spec.fragment_format)
@@ -175,8 +191,8 @@ class Worker:
         for made in spec.products.values():
             run_dir.ranges(made.folder).write(name, made.encode(samples, spec.fingerprint))
         upload_s = time.perf_counter() - began
-        self.metrics[run].count(stop - start, pictures.seconds, wait_s, upload_s)
-        return TaskResult(name, record, pictures.seconds, wait_s, upload_s)
+        self.metrics[run].count(stop - start, pictures.seconds, pictures.idle_s, upload_s)
+        return TaskResult(name, record, pictures.seconds, pictures.idle_s, upload_s)
 
     def _derive(self, run: int, start: int, stop: int, product: str) -> TaskResult:
         """Make a product of pictures that an earlier start left."""
@@ -186,16 +202,6 @@ class Worker:
         name = FragmentName(start, stop, spec.fragment_format)
         run_dir.ranges(made.folder).write(name, made.encode(samples, spec.fingerprint))
         return TaskResult(name, None, 0.0, 0.0, time.perf_counter() - began)
-
-    def _compute(self, plan: SamplePlan, start: int, stop: int) -> tuple[Pictures, float]:
-        def on_compute_thread() -> tuple[Callable[[], Pictures], float]:
-            wait = 0.0 if self.computed_until is None else time.perf_counter() - self.computed_until
-            finish = self.engine.sample(plan, start, stop)
-            self.computed_until = time.perf_counter()
-            return finish, wait
-
-        finish, wait_s = self.compute.submit(on_compute_thread).result()
-        return finish(), wait_s
 
     def _computed_by(self, seconds: float) -> dict[str, Any]:
         info = self.info()

@@ -168,6 +168,14 @@ def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
+def lay_out_contiguously(module: nn.Module) -> None:
+    """Lay out tensors without memory in the order of their dimensions; a user's, which have memory, stay."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter.is_meta and not parameter.is_contiguous():
+                setattr(owner, name, nn.Parameter(parameter.contiguous(), requires_grad=False))
+
+
 class _Uninitialised(TorchFunctionMode):
     """Layers are made without their first random weights: those of a network without memory take a second."""
 

@@ -124,11 +124,18 @@ class Summary:
     """Samples of each label; None for an unconditional model."""
     pixels: PixelStatistics | None = None
     timeline: Timeline | None = None
+    device_s: tuple[float, float] | None = None
+    """Seconds that GPUs computed, and that they had nothing to do between two shards; None for CPUs."""
 
     @property
     def samples_per_second(self) -> float:
         """Samples that this run computed, a second of sampling."""
         return self.computed / self.sampling_s if self.sampling_s > 0 else 0.0
+
+    def _of_gpus(self) -> dict[str, float]:
+        if self.device_s is None:
+            return {}
+        return {"gpu_computing": round(self.device_s[0], 3), "gpu_idle": round(self.device_s[1], 3)}
 
     def as_json(self) -> dict[str, Any]:
         """The content of summary.json: plain JSON values, finite numbers only."""
@@ -147,6 +154,7 @@ class Summary:
                 "start": round(self.start_s, 3),
                 "sampling": round(self.sampling_s, 3),
                 "merge": round(self.merge_s, 3),
+                **self._of_gpus(),
             },
             "samples_per_second": round(self.samples_per_second, 4),
             "max_actors": self.max_actors,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ray_sampler.errors import require
 from ray_sampler.options import option
-from ray_sampler.sampling.noise import Draws
+from ray_sampler.sampling.noise import Draws, on_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,17 @@ class LabelRule:
     values: np.ndarray | None = None
     """(n,) int64, for listed labels."""
 
-    def labels(self, draws: Draws, indices: Tensor) -> Tensor:
-        """Labels of the samples `indices`, (B,) int64, beside them: (B,) int64 in [0, num_classes)."""
+    def labels(self, draws: Draws, indices: Tensor, device: torch.device | None = None) -> Tensor:
+        """Labels of the samples `indices`, (B,) int64: (B,) int64 in [0, num_classes), on `device` or beside them.
+
+        They are looked up on the host, so that none waits for the device where `indices` are there.
+        """
         if self.kind == "random":
             return draws.labels(self.num_classes)
+        device = device or indices.device
         if self.values is None:
-            return indices % self.num_classes
-        return torch.from_numpy(self.values)[(indices % len(self.values)).cpu()].to(indices.device)
+            return on_device(indices % self.num_classes, device)
+        return on_device(torch.from_numpy(self.values)[(indices % len(self.values)).cpu()], device)
 
     def identity(self) -> dict[str, Any]:
         """The rule and the values used, for the fingerprint."""

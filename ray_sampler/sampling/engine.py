@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,10 +13,16 @@ from torch import Tensor, nn
 
 from ray_sampler.errors import require
 from ray_sampler.options import option
+from ray_sampler.sampling.clock import Mark, mark, seconds_between
+from ray_sampler.sampling.memory import OutOfDeviceMemoryError, keep_freed_memory, ran_out_of_memory, release
+from ray_sampler.sampling.numerics import Compile, compiles
 from ray_sampler.sampling.parameterisation import Network
 from ray_sampler.sampling.plan import SamplePlan, sample_block
 
-Compile = Literal["auto", "on", "off"]
+__all__ = ["Compile", "Engine", "EngineOptions", "NonFiniteError", "OutOfDeviceMemoryError", "Pictures", "compiled"]
+
+PROBED_CALLS = 2
+"""Calls of the network after which a batch that is tried for its memory is known to fit: no later one takes more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,9 @@ class EngineOptions:
 
     batch_size: int = option(16, "Images that one actor computes at once.")
     compile: Compile = option(
-        "auto", "torch.compile: off, on (kernels chosen by timing), or auto (on a GPU, without timing)."
+        "auto",
+        "torch.compile: off, on (kernels chosen by timing, so bytes may differ from process to process), or auto (on a "
+        "GPU, without timing, where the run is long enough to repay it).",
     )
 
     def validate(self) -> None:
@@ -41,10 +45,6 @@ class NonFiniteError(RuntimeError):
     """The network gave infinities or NaN for some samples."""
 
 
-class OutOfDeviceMemoryError(RuntimeError):
-    """A batch does not fit on the device."""
-
-
 @dataclass(frozen=True)
 class Pictures:
     """Samples [start, stop) and what it took to compute them."""
@@ -54,24 +54,17 @@ class Pictures:
     labels: np.ndarray | None
     """(n,) int32; None for an unconditional model."""
     seconds: float
+    """That the device computed them."""
+    idle_s: float = 0.0
+    """Seconds that the device had nothing to do before; 0 for the first."""
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-"""Parameters of glibc's mallopt, from its malloc.h."""
-KEPT_BYTES = 2**30
-"""Freed memory that a process keeps, and the largest block that is taken from it."""
+class _Enough(Exception):
+    """A batch that was tried has been computed as far as was wanted."""
 
 
-def keep_freed_memory() -> None:
-    """Let this process reuse the memory of activations, where the C library is glibc.
-
-    It gives large blocks back to the kernel as soon as they are freed, so every layer would wait for fresh pages to
-    be mapped and cleared: up to a sixth of a forward pass. Threads share one heap, as one of their own holds 64 MiB.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_ARENA_MAX, 1)
-        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray]
+"""Images, labels, and whether all values were finite."""
 
 
 class Engine:
@@ -92,61 +85,65 @@ class Engine:
         cores: int = 1,
     ) -> None:
         self.compiles = compiles(compile, device.type == "cuda")
-        self.networks: dict[str, Network] = {
-            role: compiled(network, compile) if self.compiles else network for role, network in networks.items()
-        }
+        self.plain: Mapping[str, Network] = networks
+        self.networks: Mapping[str, Network] = (
+            {role: compiled(network, compile) for role, network in networks.items()} if self.compiles else networks
+        )
+        # CUDA graphs, which chosen kernels come with, are recorded at the second call.
+        self.warm_ups = 2 if compile == "on" and device.type == "cuda" else 1
         self.batch_size = batch_size
         self.device = device
         self.evaluations = 0
         """Calls of the network so far, about: several threads count. A number that rises shows that work goes on."""
+        self.ended: Mark | None = None
+        """When the device is done with what was queued last; None before that."""
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Splitting an operation among threads changes its last bits (seen in convolution, GroupNorm and SiLU), so
-        # a CPU's cores work on a block each. A GPU has one thread: grad mode and CUDA graph pools are per thread.
+        # a CPU's cores work on a block each. A GPU's work is queued by the one thread that calls `sample`: grad mode
+        # and CUDA graph pools are per thread.
+        self.workers: ThreadPoolExecutor | None = None
         if device.type == "cpu":
             keep_freed_memory()
-        self.workers = (
-            ThreadPoolExecutor(1, "compute")
-            if self.copies
-            else ThreadPoolExecutor(cores, "compute", initializer=torch.set_num_threads, initargs=(1,))
-        )
+            self.workers = ThreadPoolExecutor(cores, "compute", initializer=torch.set_num_threads, initargs=(1,))
 
     def sample(self, plan: SamplePlan, start: int, stop: int) -> Callable[[], Pictures]:
         """Begin to compute the samples [start, stop) of a plan; the returned function waits for them.
 
         On a GPU the work is only queued here, so the next call can queue more while an earlier result is
-        awaited on another thread. Blocks that stick out of the range are computed whole and cut.
+        awaited on another thread; all calls must come from one thread. Blocks that stick out of the range are
+        computed whole and cut.
 
         Raises:
-            OutOfDeviceMemoryError: names the batch size and what to do.
+            OutOfDeviceMemoryError: names the batch size and one that fits.
             NonFiniteError: names the samples; from the returned function.
         """
-        began = time.perf_counter()
         size = self.batch_size
         try:
-            numbers = range(start // size, -(-stop // size))
-            blocks = list(self.workers.map(lambda block: self._block(plan, block), numbers))
-        except torch.OutOfMemoryError as error:
-            raise OutOfDeviceMemoryError(
-                f"{self.device} ran out of memory with --batch_size {size}; "
-                + (f"try --batch_size {size // 2}, or " if size > 1 else "try ")
-                + "--precision fp16 if this is fp32"
-            ) from error
+            before, began = self.ended, mark(self.device)
+            arrive = self._compute(plan, range(start // size, -(-stop // size)))
+            self.ended = ended = mark(self.device)
+        except Exception as error:
+            self.ended = None
+            if not ran_out_of_memory(error):
+                raise
+            # What is raised below must not hold this error: its frames hold the tensors that took the memory.
+            arrive = None
+        if arrive is None:
+            raise OutOfDeviceMemoryError(self._advice(plan))
         first = start // size * size
-        images, labels, finite = (
-            None if parts[0] is None else torch.cat(parts)[start - first : stop - first]
-            for parts in zip(*blocks, strict=True)
-        )
-        on_host = self._copy(images, labels, finite)
 
         def finish() -> Pictures:
-            images, labels, finite = on_host()
+            images, labels, finite = arrive()
+            images, finite = images[start - first : stop - first], finite[start - first : stop - first]
+            labels = None if labels is None else labels[start - first : stop - first]
             if not finite.all():
                 wrong = start + np.flatnonzero(~finite)
                 shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
                 raise NonFiniteError(
                     f"the network gave non-finite values for {len(wrong)} of the samples {start} to {stop - 1}: {shown}"
                 )
-            return Pictures(images, None if labels is None else labels, time.perf_counter() - began)
+            idle_s = 0.0 if before is None else seconds_between(before, began)
+            return Pictures(images, labels, seconds_between(began, ended), idle_s)
 
         return finish
 
@@ -154,17 +151,65 @@ class Engine:
         """Compute a batch for nothing where networks are compiled, so that they are when this returns.
 
         Raises:
-            OutOfDeviceMemoryError: names the batch size and what to do.
+            OutOfDeviceMemoryError: names the batch size and one that fits.
         """
         if self.compiles:
-            with suppress(NonFiniteError):
-                self.sample(plan, 0, self.batch_size)()
+            for _ in range(self.warm_ups):
+                with suppress(NonFiniteError):
+                    self.sample(plan, 0, self.batch_size)()
+            self.ended = None
+
+    def _compute(self, plan: SamplePlan, blocks: Sequence[int]) -> Callable[[], Arrays]:
+        """Compute blocks, or queue them on a GPU; the returned function waits for them, padding and all."""
+        if self.workers is None:
+            return self._queue(plan, blocks)
+        parts = self.workers.map(lambda block: self._block(plan, block), blocks)
+        joined = [None if tensors[0] is None else torch.cat(tensors).numpy() for tensors in zip(*parts, strict=True)]
+        return lambda: tuple(joined)  # type: ignore[return-value]
+
+    def _queue(self, plan: SamplePlan, blocks: Sequence[int]) -> Callable[[], Arrays]:
+        """Queue blocks on a GPU; each comes back on a stream of its own while the next is computed."""
+        assert self.copies is not None
+        size, host = self.batch_size, list[Tensor | None]()
+        for place, block in enumerate(blocks):
+            tensors = self._block(plan, block)
+            if not host:
+                host = [
+                    None
+                    if t is None
+                    else torch.empty((size * len(blocks), *t.shape[1:]), dtype=t.dtype, pin_memory=True)
+                    for t in tensors
+                ]
+            self.copies.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.copies):
+                for source, target in zip(tensors, host, strict=True):
+                    if source is not None and target is not None:
+                        target[place * size : (place + 1) * size].copy_(source, non_blocking=True)
+                        source.record_stream(self.copies)
+        arrived = torch.cuda.Event(blocking=True)  # so that a thread that waits for it leaves its core to others
+        arrived.record(self.copies)
+
+        def wait() -> Arrays:
+            arrived.synchronize()
+            return tuple(None if t is None else t.numpy() for t in host)  # type: ignore[return-value]
+
+        return wait
 
     @torch.inference_mode()
-    def _block(self, plan: SamplePlan, block: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Images (B, H, W, C), labels (B,) int32 and whether all values were finite (B,), of one block."""
-        indices = torch.arange(block * self.batch_size, (block + 1) * self.batch_size, device=self.device)
-        finite = torch.ones(len(indices), dtype=torch.bool, device=self.device)
+    def _block(self, plan: SamplePlan, block: int, probe: int | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Images (B, H, W, C), labels (B,) int32 and whether all values were finite (B,), of one block.
+
+        Args:
+            probe: try this batch size instead, without compiling, as far as memory is concerned.
+
+        Raises:
+            _Enough: that fits.
+        """
+        size = probe or self.batch_size
+        indices = torch.arange(block * size, (block + 1) * size)
+        finite = torch.ones(size, dtype=torch.bool, device=self.device)
+        # Where only some levels are guided, the doubled batch may come late.
+        enough = self.evaluations + PROBED_CALLS if probe and not plan.guidance.active else None
 
         def watched(network: Network) -> Network:
             def watch(x: Tensor, times: Tensor, y: Tensor | None) -> Tensor:
@@ -172,51 +217,45 @@ class Engine:
                 self.evaluations += 1
                 # A doubled batch, for guidance, holds every sample twice.
                 finite.logical_and_(output.isfinite().flatten(1).all(dim=1).view(-1, len(finite)).all(dim=0))
+                if enough is not None and self.evaluations >= enough:
+                    raise _Enough
                 return output
 
             return watch
 
-        x, labels = sample_block({role: watched(network) for role, network in self.networks.items()}, plan, indices)
+        networks = self.plain if probe else self.networks
+        watches = {role: watched(network) for role, network in networks.items()}
+        x, labels = sample_block(watches, plan, indices, self.device)
         finite.logical_and_(x.isfinite().flatten(1).all(dim=1))
         return plan.decoder.decode(x), None if labels is None else labels.int(), finite
 
-    def _copy(self, *tensors: Tensor | None) -> Callable[[], tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
-        """Bring results to the host without holding up what is queued next; the returned function waits for them."""
-        if self.copies is None:
-            arrays = tuple(None if t is None else t.numpy() for t in tensors)
-            return lambda: arrays  # type: ignore[return-value]
-        self.copies.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.copies):
-            host = [None if t is None else torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
-            for source, target in zip(tensors, host, strict=True):
-                if source is not None and target is not None:
-                    target.copy_(source, non_blocking=True)
-                    source.record_stream(self.copies)
-            arrived = self.copies.record_event()
+    def _advice(self, plan: SamplePlan) -> str:
+        """What to do about a batch that does not fit."""
+        size = self.batch_size
+        said = f"{self.device} ran out of memory with --batch_size {size}"
+        fits = size // 2
+        while fits and not self._fits(plan, fits):
+            fits //= 2
+        if fits:
+            return f"{said}; try --batch_size {fits}, which fits, or --precision fp16 if this is fp32"
+        smaller = ", and with every smaller one that was tried" if size > 1 else ""
+        return f"{said}{smaller}; try --precision fp16 if this is fp32, or a device with more memory"
 
-        def wait() -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-            arrived.synchronize()
-            return tuple(None if t is None else t.numpy() for t in host)  # type: ignore[return-value]
-
-        return wait
-
-
-def compiles(mode: Compile, gpu: bool) -> bool:
-    """Whether the network is compiled on a device of this kind."""
-    return mode == "on" or (mode == "auto" and gpu)
+    def _fits(self, plan: SamplePlan, size: int) -> bool:
+        """Whether a batch of this size fits; it is tried."""
+        release(self.device)
+        try:
+            self._block(plan, 0, size)
+            release(self.device)  # what was only queued has run
+        except _Enough:
+            pass
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            return False
+        return True
 
 
 def compiled(network: nn.Module, mode: Compile) -> Network:
     """The network under torch.compile: with kernels chosen by timing (on), or without (auto)."""
     return torch.compile(network, mode="max-autotune" if mode == "on" else "default", dynamic=False)
-
-
-def numerics_key(device: torch.device, batch_size: int, precision: str, compile: Compile) -> str:
-    """What decides a sample's last bits: runs under one key give equal bytes."""
-    if device.type == "cuda":
-        hardware = (
-            f"{torch.cuda.get_device_name(device)}, cuda {torch.version.cuda}, cudnn {torch.backends.cudnn.version()}"
-        )
-    else:
-        hardware = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    return f"{hardware}, torch {torch.__version__}, batch {batch_size}, {precision}, compile {compile}"

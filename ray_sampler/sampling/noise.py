@@ -71,6 +71,14 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`, without waiting for what is queued there."""
+    if tensor.device.type == device.type:
+        return tensor
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
+
+
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of broadcastable int64 counter words in [0, 2^32), keyed by a seed of 64 bits, low word first.
 
@@ -118,20 +126,22 @@ def random_labels(seed: int, indices: Tensor, num_classes: int) -> Tensor:
     return words(seed, indices, LABEL_DRAW, 1)[0][:, 0] * num_classes >> 32
 
 
-def individual_normals(seed: int, num_samples: int, indices: Tensor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+def individual_normals(
+    seed: int, num_samples: int, indices: Tensor, shape: tuple[int, ...], device: torch.device
+) -> Callable[[], Tensor]:
     """The original's determ-indiv: sample i has its own torch generator, seeded i + num_samples * seed."""
-    device = indices.device
     generators = [
         torch.Generator(device).manual_seed(min(i, num_samples - 1) + num_samples * seed) for i in indices.tolist()
     ]
     return lambda: torch.cat([torch.randn(1, *shape, generator=g, device=device) for g in generators])
 
 
-def joint_normals(seed: int, num_samples: int, indices: Tensor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+def joint_normals(
+    seed: int, num_samples: int, indices: Tensor, shape: tuple[int, ...], device: torch.device
+) -> Callable[[], Tensor]:
     """The original's determ: one torch generator that draws for all num_samples each time; rows `indices` are ours."""
-    device = indices.device
     generator = torch.Generator(device).manual_seed(seed)
-    rows = indices.clamp(max=num_samples - 1)
+    rows = on_device(indices.clamp(max=num_samples - 1), device)
     return lambda: torch.randn(num_samples, *shape, generator=generator, device=device)[rows]
 
 
@@ -152,14 +162,19 @@ def in_order(draw_next: Callable[[], Tensor]) -> Noise:
 
 
 def edm_draws(
-    seed: int, indices: Tensor, shape: tuple[int, ...], dtype: torch.dtype, num_classes: int, every_step: bool
+    seed: int,
+    indices: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    num_classes: int,
+    every_step: bool,
+    device: torch.device,
 ) -> Draws:
     """The streams of EDM's and EDM2's scripts: sample i has a torch generator seeded (seed + i) mod 2^32.
 
     It draws x_T in float32, then one label where the network has classes, then churn noise in the state's `dtype`: at
     every step, used or not (EDM), or only where a solver asks for it (EDM2).
     """
-    device = indices.device
     generators = [torch.Generator(device).manual_seed((seed + i) % 2**32) for i in indices.tolist()]
 
     def draw(dtype: torch.dtype) -> Tensor:
@@ -180,26 +195,29 @@ def make_draws(
     dtype: torch.dtype = torch.float32,
     num_classes: int = 0,
     every_step: bool = False,
+    device: torch.device | None = None,
 ) -> Draws:
     """The random numbers of a batch.
 
     Args:
         num_samples: of the whole run; the generators of the consistency-models script depend on it.
-        indices: (B,) int64 global sample indices, on the device where the numbers are wanted. Those at or past
+        indices: (B,) int64 global sample indices, on the host, or where the numbers are wanted. Those at or past
             num_samples pad a batch: philox and edm continue, the other generators repeat the last sample.
         shape: (C, H, W).
         dtype: of the solver's state; the churn noise of the generator edm has it.
         num_classes: of the network; 0 for an unconditional one.
         every_step: whether the generator edm draws churn noise at every step, used or not.
+        device: where the numbers are wanted; that of `indices` unless given.
     """
-    seed = options.seed
+    seed, device = options.seed, device or indices.device
     if options.generator == "edm":
-        return edm_draws(seed, indices, shape, dtype, num_classes, every_step)
+        return edm_draws(seed, indices, shape, dtype, num_classes, every_step, device)
+    places = on_device(indices, device)
 
     def labels(classes: int) -> Tensor:
-        return random_labels(seed, indices, classes)
+        return random_labels(seed, places, classes)
 
     if options.generator == "philox":
-        return Draws(lambda draw: philox_normals(seed, indices, draw, shape), labels)
+        return Draws(lambda draw: philox_normals(seed, places, draw, shape), labels)
     streams = joint_normals if options.generator == "determ" else individual_normals
-    return Draws(in_order(streams(seed, num_samples, indices, shape)), labels)
+    return Draws(in_order(streams(seed, num_samples, indices, shape, device)), labels)

@@ -99,12 +99,15 @@ class SamplePlan:
         return levels[self.solver.visited].tolist()
 
 
-def sample_block(networks: Mapping[str, Network], plan: SamplePlan, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+def sample_block(
+    networks: Mapping[str, Network], plan: SamplePlan, indices: Tensor, device: torch.device | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The solver's results x_0 for the samples `indices`, and their labels.
 
     Args:
         networks: by role; each F is called as F(x, t, y).
-        indices: (B,) int64 global sample indices, on the networks' device.
+        indices: (B,) int64 global sample indices, best on the host: then nothing in here waits for the device.
+        device: the networks'; that of `indices` unless given.
 
     Returns:
         (B, C, H, W) in the dtype of the state, before decoding; (B,) int64 or None.
@@ -119,8 +122,9 @@ def sample_block(networks: Mapping[str, Network], plan: SamplePlan, indices: Ten
         dtype=dtype,
         num_classes=classes,
         every_step=plan.script == "edm",
+        device=device,
     )
-    labels = plan.labels.labels(draws, indices) if plan.labels else None
+    labels = plan.labels.labels(draws, indices, device) if plan.labels else None
     denoise = make_denoiser(networks, plan, labels)
     sigmas = plan.solver.levels(plan.schedule, plan.solver_options, dtype)
     x = draws.noise(0).to(dtype) * (plan.schedule.sigma_max if plan.script == "consistency-models" else sigmas[0])

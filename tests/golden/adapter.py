@@ -25,7 +25,7 @@ from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.opening import open_network
 from ray_sampler.options import pick
 from ray_sampler.presets import ModelOptions, settings_for
-from ray_sampler.sampling import engine
+from ray_sampler.sampling import numerics
 from ray_sampler.sampling.plan import MAIN, sample_block
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import Samples
@@ -79,9 +79,17 @@ def dry_run_of(arguments: list[str]) -> dict[str, Any]:
 
 
 def run(flags: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Fill the archive of a request, on whatever Ray there is: the archive's path and the summary."""
+    """Fill the archive of a request, on whatever Ray there is: the archive's path and the summary.
+
+    The summary names this machine's CPU as version 1 did: numerics keys hold more now, and no pixel depends on them.
+    """
     result = ray_sampler.run(ray_sampler.RunConfig(**flags))
-    return Path(result.archive), result.summary
+    here = numerics.numerics_key(torch.device("cpu"), flags["batch_size"], "fp32", "auto")
+    makers = [
+        maker | {"key": numerics_key(flags["batch_size"])} if maker["key"] == here else maker
+        for maker in result.summary["computed_by"]
+    ]
+    return Path(result.archive), result.summary | {"computed_by": makers}
 
 
 def merge(folder: Path) -> None:
@@ -129,8 +137,9 @@ def floats_of(flags: Mapping[str, Any], count: int) -> np.ndarray:
 
 
 def numerics_key(batch_size: int) -> str:
-    """The numerics key of this machine's CPU for float32 and --compile auto."""
-    return engine.numerics_key(torch.device("cpu"), batch_size, "fp32", "auto")
+    """The numerics key that version 1 gave to this machine's CPU for float32 and --compile auto."""
+    kernels = torch.backends.cpu.get_cpu_capability()
+    return f"cpu {kernels}, torch {torch.__version__}, batch {batch_size}, fp32, compile auto"
 
 
 def weights_of_tiny(architecture: Mapping[str, Any]) -> dict[str, torch.Tensor]:
