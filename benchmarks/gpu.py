@@ -15,9 +15,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine import Case, architecture, random_weights
-from ray_sampler.config import Compile, Precision
-from ray_sampler.networks.weights import build, fit
+from ray_sampler.networks.family import Precision
 from ray_sampler.presets import IMAGENET64
+from ray_sampler.sampling.engine import Compile
 from table import Goal, Row, Values, in_turn, parser, report
 from textbook import Textbook
 
@@ -57,7 +57,7 @@ def best(cases: list[Case], side: Literal["ours", "theirs"]) -> Case:
 
 def flops(case: Case) -> int:
     """Floating-point operations of one evaluation for one image, counted as its matmuls and convolutions."""
-    network = Textbook(build(case.arch, fit(case.weights, case.arch, case.precision), case.precision, case.device))
+    network = Textbook(case.network())
     size = case.arch.image_size
     x, times = torch.zeros(1, 3, size, size, device=case.device), torch.ones(1, device=case.device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

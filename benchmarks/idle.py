@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from ray_sampler import RunConfig
 from ray_sampler.cluster import driver
-from ray_sampler.cluster.worker import ShardResult
-from ray_sampler.cluster.inventory import Inventory
+from ray_sampler.cluster.dispatch import Dispatch
 from ray_sampler.cluster.session import connect
+from ray_sampler.cluster.worker import Task, TaskResult
 from table import Goal, Row, parser, report
 from tests.faults.proxy import Fault, FaultProxy
 from tests.faults.servers import BUCKET, environment, rclone_server
@@ -35,14 +36,22 @@ def request(output: str) -> RunConfig:
 
 def shares(output: str) -> tuple[float, float, float]:
     """Of a run: percent of the time that the actor waited, median seconds of a shard, and of its upload."""
-    results: list[ShardResult] = []
+    results: list[TaskResult] = []
 
-    def add(inventory: Inventory, result: ShardResult) -> None:
-        results.append(result)
-        original(inventory, result)
+    class Listening(Dispatch):
+        """A dispatch whose results are kept."""
 
-    original = Inventory.add
-    with mock.patch.object(Inventory, "add", add):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            finished = self.finished
+
+            def keep(task: Task, result: TaskResult) -> None:
+                results.append(result)
+                finished(task, result)
+
+            self.finished = keep
+
+    with mock.patch.object(driver, "Dispatch", Listening):
         driver.run(request(output))
     assert len(results) == SHARDS
     later = sorted(results, key=lambda result: result.name)[1:]
@@ -60,7 +69,7 @@ def main() -> None:
         FaultProxy(upstream) as proxy,
     ):
         os.environ |= environment(proxy.url)
-        with connect(request(folder)):
+        with connect(None):
             proxy.plan(Fault("slow", seconds=LATENCY_S))
             found = [shares(f"s3://{BUCKET}/{repeat}") for repeat in range(REPEATS)]
     shards = sorted(middle for _, middle, _ in found)[REPEATS // 2]

@@ -22,8 +22,8 @@ import psutil
 
 from ray_sampler.cluster.tasks import Merged, merge_fragments, pack_pieces
 from ray_sampler.storage.archive import Content, content_of
-from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.fragment import encode
+from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.record import FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
 from table import Goal, Row, in_turn, parser, report

@@ -254,9 +254,7 @@ def declare_folder(parser: argparse.ArgumentParser) -> None:
 def declare_status(parser: argparse.ArgumentParser) -> None:
     declare_folder(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--watch", action="store_true", help="print again every 10 seconds, until the run is complete"
-    )
+    parser.add_argument("--watch", action="store_true", help="print again every 10 seconds, until the run is complete")
 
 
 def folder_of(command: str, arguments: argparse.Namespace) -> str:

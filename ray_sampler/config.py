@@ -68,9 +68,7 @@ class FleetOptions:
         1, "Actors kept until the last shard is done; idle ones above it are released as the queue empties."
     )
     max_actors: int | None = option(None, "Actors at most (as many as the queue can use).")
-    gpus_per_actor: float | None = option(
-        None, "GPUs of an actor; 0 means CPUs (1 where there are GPUs, else 0)."
-    )
+    gpus_per_actor: float | None = option(None, "GPUs of an actor; 0 means CPUs (1 where there are GPUs, else 0).")
     shard_timeout: float = option(
         600.0,
         "Seconds without a sign of progress after which an actor is replaced, at least; where shards take long, a "
@@ -340,15 +338,16 @@ def decoder_of(settings: Mapping[str, Any], spec: NetworkSpec) -> Decoder:
     if options.decoder is not None:
         require(
             options.decoder in DECODERS,
-            f"--decoder is {options.decoder!r}; it must be one of {', '.join(DECODERS)}, where none writes the solver's "
-            "result as it is, float32 (N, H, W, C)",
+            f"--decoder is {options.decoder!r}; it must be one of {', '.join(DECODERS)}; none writes the solver's result "
+            "as it is, float32 (N, H, W, C)",
         )
         return DECODERS[options.decoder](options)
     channels = spec.shape[0]
     require(
         spec.latent is None and channels in (1, 3),
         f"--decoder is missing: the network makes latents of {channels} channels, no pictures; give --decoder DIR, the "
-        "directory of an autoencoder, or --decoder none, which writes the solver's result as it is, float32 (N, H, W, C)",
+        "directory of an autoencoder, or --decoder none, which writes the solver's result as it is, float32 "
+        "(N, H, W, C)",
     )
     return Pixels(options.rounding)
 

@@ -21,8 +21,8 @@ class ModelOptions:
 
     model: str | None = option(
         None,
-        "Weights: a bundled model's name (digits, digits-cd), which brings its settings, or a checkpoint: a local path or "
-        "any fsspec URL. Without one the bundled digits model runs.",
+        "Weights: a bundled model's name (digits, digits-cd), which brings its settings, or a checkpoint: a local path "
+        "or any fsspec URL. Without one the bundled digits model runs.",
     )
     model_path: str = option("", "The same as --model.")
     preset: str | None = option(

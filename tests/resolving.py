@@ -28,9 +28,7 @@ def resolve(brought: Mapping[str, Any] | None = None, **flags: Any) -> Run:
     return resolved(RunConfig(**flags), "digits", SMALL if brought is None else brought)
 
 
-def resolved(
-    request: RunConfig, model: str, brought: Mapping[str, Any], labels: LabelRule | None = None
-) -> Run:
+def resolved(request: RunConfig, model: str, brought: Mapping[str, Any], labels: LabelRule | None = None) -> Run:
     settings = dict(brought) | request.given()
     options = pick(AdmOptions, settings)
     options.validate()

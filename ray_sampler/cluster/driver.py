@@ -1,4 +1,4 @@
-"""The driver: plan what is missing, dispatch it to actors, reduce the fragments to the archive; for one run or several."""
+"""The driver: plan what is missing, dispatch it to actors, reduce the fragments to the archive; of one run or more."""
 
 from __future__ import annotations
 
@@ -197,9 +197,7 @@ class Filling:
         metrics = DriverMetrics(self.jobs[0].fingerprint[:8])
         min_actors = max(job.run.request.min_actors for job in self.jobs)
         try:
-            given_up = Dispatch(
-                pool, tasks, self.tallies, self.report, finished, background, min_actors, metrics
-            ).run()
+            given_up = Dispatch(pool, tasks, self.tallies, self.report, finished, background, min_actors, metrics).run()
         finally:
             metrics.fleet(0, 0, 0)  # the pool closes
         if not given_up:
@@ -212,7 +210,7 @@ class Filling:
 
     @contextmanager
     def _pool(self, tasks: int) -> Iterator[Pool]:
-        """A pool whose actors share one copy of the networks per node; they are gone at the end, so that nodes can go."""
+        """A pool whose actors share a node's one copy of the networks; they are gone at the end, so that nodes can go."""
         job = self.jobs[0]
         options = job.run.request.of(FleetOptions)
         fleet = plan_fleet(options, job.gpus, tasks, local=job.local)

@@ -15,7 +15,7 @@ from ray_sampler.cluster.job import Job
 from ray_sampler.cluster.pool import reason_of
 from ray_sampler.cluster.session import beside_driver
 from ray_sampler.cluster.tasks import Checked, Damage, check_task
-from ray_sampler.cluster.worker import Task, TaskResult
+from ray_sampler.cluster.worker import Task
 from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter
 from ray_sampler.reporting.summary import Part

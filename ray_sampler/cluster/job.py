@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,7 +45,7 @@ class Job:
     local: bool
     """Whether a Ray of our own, on this machine alone, computes the run."""
     identity: dict[str, Any]
-    products: dict[str, Product]
+    products: Mapping[str, Product]
     """What is made of the pictures beside them, by name."""
 
     @property
@@ -72,7 +73,9 @@ class Job:
     def loads(self) -> tuple[Any, ...]:
         """What its actors hold and take: jobs in which this is equal share a pool."""
         request = self.run.request
-        networks = tuple((role, net.spec.family, net.weights, str(net.spec.options)) for role, net in self.networks.items())
+        networks = tuple(
+            (role, net.spec.family, net.weights, str(net.spec.options)) for role, net in self.networks.items()
+        )
         return networks, self.precision, request.batch_size, request.compile, self.gpus, self.local
 
     def record(self) -> dict[str, Any]:
@@ -89,7 +92,7 @@ class Job:
         }
 
 
-def prepare(config: RunConfig, products: dict[str, Product] | None = None) -> Job:
+def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) -> Job:
     """Read the request, load what it names, resolve defaults against that, and find or choose the run directory.
 
     Ray matters where one is joined. Nothing is written.

@@ -1,7 +1,7 @@
 """How networks travel: the module without its tensors, and the tensors once per node in Ray's object store.
 
-The driver takes the tensors out of a network one by one, so that what is in the store need not be in its own memory too.
-A worker maps them from the node's one copy.
+The driver takes the tensors out of a network one by one, so that what is in the store need not be in its own memory
+too. A worker maps them from the node's one copy.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def ship(network: Network, precision: Precision) -> Shipped:
     names = {id(tensor): name for name, tensor in module.state_dict(keep_vars=True).items()}
     loader = _Loader(network.tensors, names)
     pickled = io.BytesIO()
-    _TensorPickler(pickled, loader.take).dump(module)
+    _TensorPickler(pickled, loader.take).dump(module)  # type: ignore[no-untyped-call]  # Ray's
     loader.flush()
     return Shipped(pickled.getvalue(), tuple(loader.stored), tuple(loader.chunks), network.prepare, precision)
 
@@ -117,11 +117,11 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.numel() > 0
 
 
-class _TensorPickler(cloudpickle.Pickler):  # type: ignore[misc]  # Ray ships no types for it
+class _TensorPickler(cloudpickle.Pickler):
     """A pickler that takes every tensor out."""
 
     def __init__(self, file: io.BytesIO, take: Callable[[Tensor], int]) -> None:
-        super().__init__(file)
+        super().__init__(file)  # type: ignore[no-untyped-call]  # Ray's
         self.take = take
 
     def persistent_id(self, obj: Any) -> int | None:

@@ -29,7 +29,9 @@ class AdmOptions:
     num_classes: int = option(1000, "Classes of a class-conditional model.")
     use_scale_shift_norm: bool = option(True, "Whether the embedding scales as well as shifts.")
     resblock_updown: bool = option(False, "Whether residual blocks change the resolution.")
-    learn_sigma: bool = option(False, "Whether the network has a variance half, which is dropped: no sampler here uses it.")
+    learn_sigma: bool = option(
+        False, "Whether the network has a variance half, which is dropped: no sampler here uses it."
+    )
     dropout: float = option(0.0, "Inert in sampling.")
     in_channels: int = 3
     """Of x; the weights tell."""
@@ -148,7 +150,5 @@ class TrainingOptions:
         "edm", 'How the model was trained: any with "consistency" takes that preconditioning.'
     )
     use_checkpoint: bool = option(False, "Gradient checkpointing; inert in sampling.")
-    use_new_attention_order: bool = option(
-        False, "Inert in the original too: its attention has one order of channels."
-    )
+    use_new_attention_order: bool = option(False, "Inert in the original too: its attention has one order of channels.")
     weight_schedule: str = option("karras", "Weighting of the training loss; inert in sampling.")

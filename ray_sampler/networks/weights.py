@@ -115,7 +115,7 @@ def _unpickle(path: Path) -> Any:
         mappable = file.read(4) == b"PK\x03\x04"  # checkpoints of before PyTorch 1.6 are not
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it warns of, it refuses
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
 
 
 def _state_dict(content: Any, shown: str) -> State:

@@ -1,6 +1,7 @@
 """Guidance: D = D_ref + w (D - D_ref), towards a network's own unconditional answer or another network's.
 
-Ho & Salimans 2022 (classifier-free), Karras et al. 2024 (autoguidance), Kynkaanniemi et al. 2024 (an interval of levels).
+Ho & Salimans 2022 (classifier-free), Karras et al. 2024 (autoguidance), Kynkaanniemi et al. 2024 (an interval of
+levels).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Guidance:
     guidance: float = option(1.0, "Weight w of guidance, D_ref + w (D - D_ref); 1 is none.", recorded=False)
     guide: str | None = option(
         None,
-        "What guides: null (the network without a label; the default where it knows that) or a second network, given as "
-        "for --model.",
+        "What guides: null (the network without a label; the default where it knows that) or a second network, given "
+        "as for --model.",
         recorded=False,
     )
     guidance_interval: str | None = option(
@@ -67,10 +68,12 @@ class Guidance:
             f"--guidance_channels is {self.guidance_channels}; the network has {channels} channels, so it must be from "
             f"1 to {channels}",
         )
-        low, high = self.interval
+        self.interval  # noqa: B018  # raises where it is none
         if not self.active:
             for flag, given in (("guide", self.guide), ("guidance_interval", self.guidance_interval)):
-                require(given is None, f"--{flag} is {given!r}, but --guidance is 1, which is none; give --guidance too")
+                require(
+                    given is None, f"--{flag} is {given!r}, but --guidance is 1, which is none; give --guidance too"
+                )
 
     def identity(self, guide: str) -> dict[str, Any]:
         """What decides a sample, by effective value; `guide` is "null" or the guide network's hash."""

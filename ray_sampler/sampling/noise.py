@@ -61,6 +61,7 @@ class NoiseOptions:
         result: dict[str, Any] = {"generator": self.generator, "seed": self.seed}
         return result | ({"num_samples": num_samples} if self.generator in GENERATORS_OF_N else {})
 
+
 LABEL_DRAW = 0xFFFFFFFF
 """The draw that random labels come from."""
 

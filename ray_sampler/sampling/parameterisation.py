@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -105,7 +106,9 @@ def _of_batch(value: Tensor, x: Tensor) -> Tensor:
     return value if value.ndim else x.new_full((len(x),), value.item())
 
 
-def preconditioned(network: Network, labels: Tensor | None, scalings: Callable[[Tensor], Scalings], c_noise: Time) -> Denoiser:
+def preconditioned(
+    network: Network, labels: Tensor | None, scalings: Callable[[Tensor], Scalings], c_noise: Time
+) -> Denoiser:
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise(sigma), y), in float32 (Karras et al. 2022, eq. 7)."""
 
     def denoise(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
@@ -195,9 +198,9 @@ def linear_alphas(steps: int = 1000) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """A network of a variance-preserving path with a table of alphas: x_t = sqrt(alpha_j) x_0 + sqrt(1 - alpha_j) noise.
+    """A network of a variance-preserving path with a table of alphas.
 
-    The network gets x_t and the time j, an index into the table. Between two levels of the table j is interpolated
+    x_t = sqrt(alpha_j) x_0 + sqrt(1 - alpha_j) noise. The network gets x_t and the time j, an index into the table. Between two levels of the table j is interpolated
     linearly in ln sigma, so it may have a fraction; beyond the table's ends it is the end's.
     """
 
@@ -291,8 +294,8 @@ PARAMETERISATIONS: dict[str, Callable[..., Parameterisation]] = {
     "vp": Vp,
     "ve": Ve,
     "denoiser": Direct,
-    "eps": lambda alphas=linear_alphas(): Diffusion("eps", alphas),
-    "v": lambda alphas=linear_alphas(): Diffusion("v", alphas),
+    "eps": partial(Diffusion, "eps"),
+    "v": partial(Diffusion, "v"),
     "x0": _x0,
     "velocity": Flow,
 }

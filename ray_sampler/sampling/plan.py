@@ -31,7 +31,9 @@ class PlanOptions:
     """How many samples, and how the solver works on them."""
 
     num_samples: int = option(10000, "How many samples the archive holds.")
-    clip_denoised: bool = option(True, "Whether every denoiser output is clamped to [-1, 1]; a model may bring another default.")
+    clip_denoised: bool = option(
+        True, "Whether every denoiser output is clamped to [-1, 1]; a model may bring another default."
+    )
     state: StateType = option(
         "fp32", "Precision of the solver's state; a model may bring another default.", recorded=False
     )
@@ -126,7 +128,8 @@ def make_denoiser(networks: Mapping[str, Network], plan: SamplePlan, labels: Ten
             reference = plan.guide.denoiser(networks[GUIDE], labels if plan.guide_labelled else None)
             pair = of_two(denoise, reference)
         else:
-            assert labels is not None and plan.null_label is not None
+            assert labels is not None
+            assert plan.null_label is not None
             both = torch.cat([labels, torch.full_like(labels, plan.null_label)])
             pair = of_doubled(plan.parameterisation.denoiser(networks[MAIN], both))
         denoise = guided(denoise, pair, plan.guidance)

@@ -22,7 +22,9 @@ class Schedule:
     steps: int = option(40, "Points of the noise schedule.")
     sigma_min: float = option(0.002, "Smallest noise level.")
     sigma_max: float = option(80.0, "Largest noise level.")
-    rho: float = option(RHO, "Exponent of the Karras schedule: the higher, the more levels near sigma_min.", recorded=False)
+    rho: float = option(
+        RHO, "Exponent of the Karras schedule: the higher, the more levels near sigma_min.", recorded=False
+    )
 
     def validate(self) -> None:
         """Raises RequestError: a value is wrong, by itself or beside another."""

@@ -1,8 +1,8 @@
 """Solvers: from x_T to x_0, each a plain function of (denoise, x, sigmas, noise, options).
 
-`denoise(x, sigma, step)` is D of a batch x, (B, C, H, W); `sigmas` are levels on the host, in the dtype of x, so that no
-step waits for the device; `step` is the level at which the step began. `noise(1 + i)` is the noise of step i, which a
-solver asks for only where it uses it. Symbols are those of Karras et al. 2022 ("Elucidating the design space of
+`denoise(x, sigma, step)` is D of a batch x, (B, C, H, W); `sigmas` are levels on the host, in the dtype of x, so that
+no step waits for the device; `step` is the level at which the step began. `noise(1 + i)` is the noise of step i, which
+a solver asks for only where it uses it. Symbols are those of Karras et al. 2022 ("Elucidating the design space of
 diffusion-based generative models").
 """
 
@@ -81,9 +81,7 @@ class Indices(Plain):
 
     def validate(self, schedule: Schedule) -> None:
         require(schedule.steps >= 2, f"--steps is {schedule.steps}; --sampler multistep needs at least 2")
-        require(
-            len(self.indices) >= 2, f"--ts is {self.ts!r}; --sampler multistep needs two or more, as in 0,22,39"
-        )
+        require(len(self.indices) >= 2, f"--ts is {self.ts!r}; --sampler multistep needs two or more, as in 0,22,39")
         for t in self.indices:
             require(
                 0 <= t < schedule.steps,

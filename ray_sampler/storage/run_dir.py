@@ -269,7 +269,9 @@ class RunDir:
                 f"{self.url} holds files but no {RUN}, so it is no run's; --overwrite deletes nothing there"
             )
         # run.json goes last: while it stands, the same request can be made again.
-        for name in [n for n in names if n in (FRAGMENTS, FEATURES, REJECTED, PROBE, *PICTURES) or ARCHIVE.fullmatch(n)]:
+        for name in [
+            n for n in names if n in (FRAGMENTS, FEATURES, REJECTED, PROBE, *PICTURES) or ARCHIVE.fullmatch(n)
+        ]:
             self._store.remove(name)
         if RUN in names:
             self._store.clear_abandoned("", seconds=0)

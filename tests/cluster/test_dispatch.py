@@ -240,5 +240,7 @@ RANGES = st.lists(st.integers(0, 300), max_size=10, unique=True).map(
 @given(RANGES, st.integers(1, 20))
 def test_shards_make_up_the_missing_ranges_and_never_cross_a_multiple_of_the_shard_size(ranges, size):
     shards = list(tasks_of(ranges, size))
-    assert [i for shard in shards for i in range(shard.start, shard.stop)] == [i for start, stop in ranges for i in range(start, stop)]
+    assert [i for shard in shards for i in range(shard.start, shard.stop)] == [
+        i for start, stop in ranges for i in range(start, stop)
+    ]
     assert all(shard.start // size == (shard.stop - 1) // size for shard in shards)

@@ -6,7 +6,7 @@ Each is registered as its author would do it; whole jobs then run on Ray, and en
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from ray_sampler.cluster.driver import RunResult, drive
 from ray_sampler.cluster.job import Job, prepare
-from ray_sampler.cluster.worker import Product
 from ray_sampler.config import RunConfig
 from ray_sampler.errors import RequestError
 from ray_sampler.networks.opening import FAMILIES
@@ -49,7 +48,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def request_for(tmp_path: Path) -> Iterator[Request]:
+def request_for(tmp_path: Path) -> Request:
     """A request for a run of ours into a folder of tmp_path."""
     save_file({"colours": torch.from_numpy(PALETTE)}, tmp_path / "colours.safetensors")
 
@@ -68,7 +67,7 @@ def request_for(tmp_path: Path) -> Iterator[Request]:
         }
         return RunConfig(**given | flags)
 
-    yield request
+    return request
 
 
 def driven(jobs: Sequence[Job]) -> list[RunResult]:

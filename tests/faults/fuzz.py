@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_sampler.storage.record import FragmentFormat
 from ray_sampler.storage.fragment import Fragment, decode, encode
-from ray_sampler.storage.record import DamagedFragment, FragmentName
+from ray_sampler.storage.record import DamagedFragment, FragmentFormat, FragmentName
 from tests.storage.fill import FINGERPRINT, make_samples
 
 ROOM_BYTES = 512 * 2**20

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from ray_sampler.presets import BUNDLED, PRESETS
 from ray_sampler.networks.adm_unet import Convolution, GroupNorm, UNet
-from tests.networks.golden import options_of, golden_flags, golden_folder, golden_state
+from ray_sampler.presets import BUNDLED, PRESETS
+from tests.networks.golden import golden_flags, golden_folder, golden_state, options_of
 
 ORIGINAL_DEFAULTS: dict[str, Any] = {
     "num_channels": 128,

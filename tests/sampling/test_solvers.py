@@ -287,9 +287,7 @@ def test_churn_is_bounded() -> None:
 def test_results_are_float32_and_become_pixels_whatever_they_are(case: str) -> None:
     planned = plan(**CASES[case])
     sigmas = planned.solver.levels(planned.schedule, planned.solver_options, torch.float32)
-    x = planned.solver.run(
-        lambda x, sigma, step=None: x, philox()(0) * 80, sigmas, philox(), planned.solver_options
-    )
+    x = planned.solver.run(lambda x, sigma, step=None: x, philox()(0) * 80, sigmas, philox(), planned.solver_options)
     assert x.dtype == torch.float32
     assert x.shape == (4, 3, 4, 4)
     assert x.abs().max() > 1
