@@ -338,8 +338,8 @@ def decoder_of(settings: Mapping[str, Any], spec: NetworkSpec) -> Decoder:
     if options.decoder is not None:
         require(
             options.decoder in DECODERS,
-            f"--decoder is {options.decoder!r}; it must be one of {', '.join(DECODERS)}; none writes the solver's result "
-            "as it is, float32 (N, H, W, C)",
+            f"--decoder is {options.decoder!r}; it must be one of {', '.join(DECODERS)}; none writes the solver's "
+            "result as it is, float32 (N, H, W, C)",
         )
         return DECODERS[options.decoder](options)
     channels = spec.shape[0]

@@ -210,7 +210,7 @@ class Filling:
 
     @contextmanager
     def _pool(self, tasks: int) -> Iterator[Pool]:
-        """A pool whose actors share a node's one copy of the networks; they are gone at the end, so that nodes can go."""
+        """A pool whose actors share a node's copy of the networks; they are gone at the end, so that nodes can go."""
         job = self.jobs[0]
         options = job.run.request.of(FleetOptions)
         fleet = plan_fleet(options, job.gpus, tasks, local=job.local)

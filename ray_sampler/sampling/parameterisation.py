@@ -200,8 +200,9 @@ def linear_alphas(steps: int = 1000) -> tuple[float, ...]:
 class Diffusion:
     """A network of a variance-preserving path with a table of alphas.
 
-    x_t = sqrt(alpha_j) x_0 + sqrt(1 - alpha_j) noise. The network gets x_t and the time j, an index into the table. Between two levels of the table j is interpolated
-    linearly in ln sigma, so it may have a fraction; beyond the table's ends it is the end's.
+    x_t = sqrt(alpha_j) x_0 + sqrt(1 - alpha_j) noise. The network gets x_t and the time j, an index into the table.
+    Between two levels of the table j is interpolated linearly in ln sigma, so it may have a fraction; beyond the
+    table's ends it is the end's.
     """
 
     predicts: str
