@@ -9,7 +9,7 @@ PY ?=
 OUTPUT := $(if $(filter --model% --preset%,$(ARGS)),,--output runs/digits)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv sample test chaos bench gpu lint system chromium azurite clean
+.PHONY: help venv sample test accidents chaos bench gpu lint system chromium azurite clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,8 +25,11 @@ venv: .venv/installed ## .venv, with the packages that constraints.txt pins
 sample: venv ## 1,000 handwritten digits into runs/digits; ARGS="--num_samples 2000" passes flags on
 	$(BIN)/python jobs/sample.py $(OUTPUT) --num_samples 1000 --batch_size 50 --shard_size 50 $(ARGS)
 
-test: lint ## linter, type checker and all tests
-	$(BIN)/python -m pytest
+test: lint ## linter, type checker and all tests but those of `make accidents`
+	$(BIN)/python -m pytest $(ARGS)
+
+accidents: venv ## tests that kill, freeze and submit whole processes and clusters
+	$(BIN)/python -m pytest -m accidents $(ARGS)
 
 chaos: venv ## runs that are killed and spoiled on purpose; ARGS="--rounds 50 --seed 1" or ARGS="--minutes 30"
 	$(BIN)/python -m tests.chaos $(ARGS)

@@ -20,13 +20,13 @@ from typing import Any
 
 import ray
 
-from ray_sampler.cluster.dispatch import Dispatch, Tally, shards_of
+from ray_sampler.cluster.dispatch import Dispatch, Tally, tasks_of
 from ray_sampler.cluster.inventory import Inventory
 from ray_sampler.cluster.metrics import DriverMetrics
-from ray_sampler.cluster.pool import Finished, Pool, Shard
+from ray_sampler.cluster.pool import Finished, Pool
 from ray_sampler.cluster.session import Fleet
 from ray_sampler.cluster.tasks import pack_pieces
-from ray_sampler.cluster.worker import CONCURRENCY, ActorInfo, ShardResult
+from ray_sampler.cluster.worker import CONCURRENCY, Task, TaskResult, WorkerInfo
 from ray_sampler.reporting.progress import Snapshot
 from ray_sampler.reporting.sheet import PreviewKeeper
 from ray_sampler.storage.record import FragmentName, Record
@@ -40,21 +40,21 @@ MILLION, LEFT = 1_000_000, 10_000
 FINGERPRINT = "ab" * 32
 
 
-def result_of(start: int, stop: int) -> ShardResult:
+def result_of(start: int, stop: int) -> TaskResult:
     """What an actor says of a shard of labelled images."""
     crc32 = {column: start * 7919 % 2**32 + i for i, column in enumerate(("image", "index", "label", "label_int64"))}
     made = {"numerics_key": "a CPU, torch, batch 64, fp32", "device": "a CPU", "host": "here", "seconds": 0.0}
     record = Record(FINGERPRINT, start, stop, (64, 64, 3), True, crc32, made)
-    return ShardResult(FragmentName(start, stop, "parquet"), record, 0.0, 0.0, 0.0)
+    return TaskResult(FragmentName(start, stop, "parquet"), record, 0.0, 0.0, 0.0)
 
 
 class NullActor:
-    """As SamplerActor, without an engine or a store."""
+    """As Worker, without an engine or a store."""
 
-    def start(self) -> ActorInfo:
-        return ActorInfo(ray.get_runtime_context().get_node_id(), 0, "a CPU", "a key")
+    def start(self) -> WorkerInfo:
+        return WorkerInfo(ray.get_runtime_context().get_node_id(), 0, "a CPU", "a key")
 
-    def sample(self, start: int, stop: int) -> ShardResult:
+    def work(self, run: int, start: int, stop: int, product: str) -> TaskResult:
         return result_of(start, stop)
 
 
@@ -72,7 +72,8 @@ def job_in(folder: Path, shards: int) -> Any:
     """As much of a job as its bookkeeping reads."""
     request = SimpleNamespace(num_samples=shards * SHARD, min_actors=ACTORS)
     run = SimpleNamespace(request=request, shard_size=SHARD)
-    return SimpleNamespace(run_dir=RunDir(str(folder)), output=str(folder), fingerprint=FINGERPRINT, run=run)
+    named = {"run_dir": RunDir(str(folder)), "output": str(folder), "fingerprint": FINGERPRINT}
+    return SimpleNamespace(**named, run=run, num_samples=shards * SHARD, products={})
 
 
 class Bookkeeping:
@@ -84,13 +85,18 @@ class Bookkeeping:
         self.inventory = Inventory(job, Silent())
         self.tally = Tally(num_samples, reused=num_samples - self.inventory.missing_samples())
         self.preview = PreviewKeeper(job.run_dir, FINGERPRINT, num_samples, "a run", self.inventory.names)
-        self.shards = list(shards_of(self.inventory.missing(), SHARD))
+        self.shards = list(tasks_of(self.inventory.missing(), SHARD))
 
     def dispatch(self, pool: Any) -> float:
         """Shards a second, from the first one given out to the last one back."""
         metrics = DriverMetrics("benchmark")
         background = self.inventory.check_some
-        Dispatch(pool, self.shards, self.tally, Silent(), self.inventory.add, background, ACTORS, metrics).run()
+
+        def finished(task: Task, result: TaskResult) -> None:
+            assert result.record
+            self.inventory.add(result.name, result.record)
+
+        Dispatch(pool, self.shards, [self.tally], Silent(), finished, background, ACTORS, metrics).run()
         first, last = self.tally.first_shard, self.tally.last_sample
         assert first
         assert last
@@ -107,16 +113,16 @@ def ours(handles: list[Any]) -> float:
 
 
 def theirs(handles: list[Any]) -> float:
-    queue = deque(Shard(i * SHARD, (i + 1) * SHARD) for i in range(SHARDS))
+    queue = deque(Task(0, i * SHARD, (i + 1) * SHARD) for i in range(SHARDS))
     began = time.perf_counter()
-    owners = {handle.sample.remote(*queue.popleft()): handle for handle in handles for _ in range(IN_FLIGHT)}
+    owners = {handle.work.remote(*queue.popleft()): handle for handle in handles for _ in range(IN_FLIGHT)}
     results = 0
     while owners:
         (ref,), _ = ray.wait(list(owners), num_returns=1)
         handle = owners.pop(ref)
-        results += isinstance(ray.get(ref), ShardResult)
+        results += isinstance(ray.get(ref), TaskResult)
         if queue:
-            owners[handle.sample.remote(*queue.popleft())] = handle
+            owners[handle.work.remote(*queue.popleft())] = handle
     assert results == SHARDS
     return SHARDS / (time.perf_counter() - began)
 
@@ -127,15 +133,15 @@ class ScriptedPool:
     def __init__(self) -> None:
         self.fleet = Fleet(0, 1, ACTORS)
         self.ready = self.members = [None] * ACTORS
-        self.given: deque[Shard] = deque()
+        self.given: deque[Task] = deque()
 
-    def assign(self, queue: deque[Shard], alone: object) -> list[Shard]:
+    def assign(self, queue: deque[Task], alone: object) -> list[Task]:
         given = [queue.popleft() for _ in range(min(len(queue), ACTORS * IN_FLIGHT - len(self.given)))]
         self.given += given
         return given
 
     def wait(self, timeout: float) -> list[Finished]:
-        return [Finished(shard, result_of(*shard)) for shard in (self.given.popleft(),)]
+        return [Finished(shard, result_of(shard.start, shard.stop)) for shard in (self.given.popleft(),)]
 
     def idle(self) -> list[None]:
         return []
@@ -171,7 +177,9 @@ def drive_here(folder: Path) -> None:
     # Checking a million fragments is the cluster's work; what is known of them afterwards is the driver's.
     names, inventory.to_check = inventory.to_check, []
     for name in names:
-        inventory.add(result_of(name.start, name.stop))
+        record = result_of(name.start, name.stop).record
+        assert record
+        inventory.add(name, record)
     checked = time.perf_counter()
     books.dispatch(ScriptedPool())
     assert not inventory.unchecked()

@@ -10,30 +10,43 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from typing import Any, Literal
 
 import torch
 
-from ray_sampler.config import Architecture, Compile, Precision, Sampling
+from ray_sampler.networks.adm import ADM, spec_of
+from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.networks.weights import build, fit, open_weights
-from ray_sampler.presets import BUNDLED, IMAGENET64
+from ray_sampler.networks.family import Network, Precision
+from ray_sampler.networks.opening import built, open_network
+from ray_sampler.options import pick
+from ray_sampler.published import BUNDLED, IMAGENET64
 from ray_sampler.sampling.conditions import LabelRule
-from ray_sampler.sampling.engine import Engine
+from ray_sampler.sampling.engine import Compile, Engine
+from ray_sampler.sampling.plan import MAIN
 from table import Goal, Row, Values, in_turn, parser, report
+from tests.loading import loaded
+from tests.sampling.plans import plan
 from textbook import Textbook, sample
 
 GOAL = Goal("at least", 1.5)
 REPEATS = 7
 
 
-def architecture(flags: dict[str, Any]) -> Architecture:
-    return Architecture(**{f.name: flags[f.name] for f in fields(Architecture) if f.name in flags})
+def architecture(flags: dict[str, Any]) -> AdmOptions:
+    return pick(AdmOptions, flags)
 
 
-def random_weights(arch: Architecture) -> dict[str, torch.Tensor]:
+def network_of(arch: AdmOptions, weights: dict[str, torch.Tensor]) -> Network:
+    """A network with weights that are in no file."""
+    spec = spec_of(arch, {})
+    return Network(spec, partial(built, ADM, spec), ADM.prepare, dict(weights), "", 0)
+
+
+def random_weights(arch: AdmOptions) -> dict[str, torch.Tensor]:
     """Random weights that keep activations of about one, as trained ones do."""
     random = torch.Generator().manual_seed(0)
     with torch.device("meta"):
@@ -48,7 +61,7 @@ def random_weights(arch: Architecture) -> dict[str, torch.Tensor]:
 class Case:
     """One model, solver and batch on one device."""
 
-    arch: Architecture
+    arch: AdmOptions
     weights: dict[str, torch.Tensor]
     steps: int
     """Of Heun's method; 1: one evaluation."""
@@ -63,23 +76,31 @@ class Case:
     def device(self) -> torch.device:
         return torch.device(self.device_type)
 
+    def network(self) -> UNet:
+        network = loaded(network_of(self.arch, self.weights), self.precision, self.device_type)
+        assert isinstance(network, UNet)
+        return network
+
     def ours(self, cores: int) -> Callable[[], float]:
         """A function that gives images a second."""
         engine = Engine(
-            build(self.arch, fit(self.weights, self.arch, self.precision), self.precision, self.device),
-            self.arch,
-            Sampling(sampler="heun" if self.steps > 1 else "onestep", steps=self.steps if self.steps > 1 else 40),
-            LabelRule("random", self.arch.num_classes),
-            num_samples=self.batch * self.batches,
+            {MAIN: self.network()},
             batch_size=self.batch,
             device=self.device,
             compile=self.compile,
             cores=cores,
         )
-        return self.rate(lambda: engine.sample(0, self.batch * self.batches)())
+        planned = plan(
+            LabelRule("random", self.arch.num_classes),
+            image_size=self.arch.image_size,
+            num_samples=self.batch * self.batches,
+            sampler="heun" if self.steps > 1 else "onestep",
+            steps=self.steps if self.steps > 1 else 40,
+        )
+        return self.rate(lambda: engine.sample(planned, 0, self.batch * self.batches)())
 
     def theirs(self) -> Callable[[], float]:
-        network = Textbook(build(self.arch, fit(self.weights, self.arch, self.precision), self.precision, self.device))
+        network = Textbook(self.network())
         labels = torch.arange(self.batch, device=self.device) % self.arch.num_classes
 
         def run() -> None:
@@ -101,7 +122,8 @@ class Case:
 
 def digits(batch: int, batches: int) -> Case:
     """The bundled model with its own solver."""
-    return Case(architecture(dict(BUNDLED["digits"].settings)), open_weights("digits"), 18, batch, batches)
+    settings = dict(BUNDLED["digits"].settings)
+    return Case(architecture(settings), open_network("digits", settings).tensors, 18, batch, batches)
 
 
 rate: Callable[[], float]

@@ -39,14 +39,20 @@ def shares(output: str) -> tuple[float, float, float]:
     """Of a run: percent of the time that the actor waited, median seconds of a shard, and of its upload."""
     results: list[TaskResult] = []
 
-    def watched(pool: Any, tasks: Any, tallies: Any, reporter: Any, finished: Any, *others: Any) -> Dispatch:
-        def also(task: Task, result: TaskResult) -> None:
-            results.append(result)
-            finished(task, result)
+    class Listening(Dispatch):
+        """A dispatch whose results are kept."""
 
-        return Dispatch(pool, tasks, tallies, reporter, also, *others)
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            finished = self.finished
 
-    with mock.patch.object(driver, "Dispatch", watched):
+            def keep(task: Task, result: TaskResult) -> None:
+                results.append(result)
+                finished(task, result)
+
+            self.finished = keep
+
+    with mock.patch.object(driver, "Dispatch", Listening):
         driver.run(request(output))
     assert len(results) == SHARDS
     later = sorted(results, key=lambda result: result.name)[1:]

@@ -18,15 +18,15 @@ import ray
 import ray.data
 import torch
 
-from engine import architecture
 from ray_sampler import RunConfig, run
-from ray_sampler.cluster.worker import PackedWeights, pack, unpack
-from ray_sampler.config import Architecture, Sampling
-from ray_sampler.networks.weights import build, fit, open_weights
+from ray_sampler.cluster.shipping import Shipped, load, ship
+from ray_sampler.networks.opening import open_network
 from ray_sampler.presets import BUNDLED
 from ray_sampler.sampling.conditions import LabelRule
 from ray_sampler.sampling.engine import Engine
+from ray_sampler.sampling.plan import MAIN, SamplePlan
 from table import Goal, Row, in_turn, parser, report
+from tests.sampling.plans import plan
 
 ACTORS, SAMPLES, BATCH, SHARD = 2, 8_000, 50, 500
 REPEATS = 3
@@ -47,33 +47,26 @@ def ours(folder: Path) -> float:
 class Mapper:
     """An engine that maps batches of indices to batches of images."""
 
-    def __init__(self, arch: Architecture, packed: ray.ObjectRef[PackedWeights]) -> None:
-        self.engine = Engine(
-            build(arch, unpack(ray.get(packed)), "fp32", "cpu"),
-            arch,
-            Sampling(**{name: SETTINGS[name] for name in ("training_mode", "sampler", "steps")}),
-            LabelRule("random", arch.num_classes),
-            num_samples=SAMPLES,
-            batch_size=BATCH,
-            device=torch.device("cpu"),
-            compile="off",
-        )
+    def __init__(self, plan: SamplePlan, shipped: Shipped) -> None:
+        self.plan = plan
+        network = load(shipped, torch.device("cpu"))
+        self.engine = Engine({MAIN: network}, batch_size=BATCH, device=torch.device("cpu"), compile="off")
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         began = time.time()
         indices = batch["id"]
         assert (indices[0] % BATCH, len(indices)) == (0, BATCH)  # or the engine would compute more than it is asked for
-        pictures = self.engine.sample(int(indices[0]), int(indices[-1]) + 1)()
+        pictures = self.engine.sample(self.plan, int(indices[0]), int(indices[-1]) + 1)()
         return {"index": indices, "label": pictures.labels, "image": pictures.images, "began": [began] * len(indices)}
 
 
-def theirs(folder: Path, arch: Architecture, packed: ray.ObjectRef[PackedWeights]) -> float:
+def theirs(folder: Path, plan: SamplePlan, shipped: Shipped) -> float:
     with tempfile.TemporaryDirectory(dir=folder) as output:
-        parts, side = Path(output) / "parts", arch.image_size
+        parts, side = Path(output) / "parts", plan.shape[1]
         (
             ray.data.range(SAMPLES, override_num_blocks=SAMPLES // SHARD)
             .map_batches(
-                Mapper, batch_size=BATCH, fn_constructor_args=(arch, packed),
+                Mapper, batch_size=BATCH, fn_constructor_args=(plan, shipped),
                 num_cpus=0.5,  # its tasks that read and write need a whole one
                 compute=ray.data.ActorPoolStrategy(size=ACTORS),
             )
@@ -92,17 +85,17 @@ def theirs(folder: Path, arch: Architecture, packed: ray.ObjectRef[PackedWeights
 class Alone:
     """An engine that keeps its images to itself."""
 
-    def __init__(self, arch: Architecture, packed: list[ray.ObjectRef[PackedWeights]]) -> None:
-        self.mapper = Mapper(arch, *packed)
+    def __init__(self, plan: SamplePlan, shipped: Shipped) -> None:
+        self.mapper = Mapper(plan, shipped)
 
     def sample(self, start: int, stop: int) -> None:
         for first in range(start, stop, BATCH):
             self.mapper({"id": np.arange(first, first + BATCH)})
 
 
-def engine_alone(arch: Architecture, packed: ray.ObjectRef[PackedWeights]) -> float:
+def engine_alone(plan: SamplePlan, shipped: Shipped) -> float:
     """Seconds that two actors take for the same batches, whose images they keep to themselves."""
-    actors: list[Any] = [ray.remote(Alone).remote(arch, [packed]) for _ in range(ACTORS)]
+    actors: list[Any] = [ray.remote(Alone).remote(plan, shipped) for _ in range(ACTORS)]
     ray.get([actor.sample.remote(0, BATCH) for actor in actors])  # the first call takes memory
     began, share = time.time(), SAMPLES // ACTORS
     ray.get([actor.sample.remote(i * share, (i + 1) * share) for i, actor in enumerate(actors)])
@@ -114,14 +107,18 @@ def main() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.init("local", num_cpus=ACTORS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    arch = architecture(dict(SETTINGS))
-    packed = ray.put(pack(fit(open_weights("digits-cd"), arch, "fp32")))
+    known = {name: SETTINGS[name] for name in ("training_mode", "sampler", "steps")}
+    planned = plan(LabelRule("random", 10), image_size=32, num_samples=SAMPLES, **known)
+    shipped = ship(open_network("digits-cd", SETTINGS), "fp32")
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         folder = Path(name)
-        theirs(folder, arch, packed)  # the first run of each starts Ray's workers
+        theirs(folder, planned, shipped)  # the first run of each starts Ray's workers
         ours(folder)
         mine, data, least = in_turn(
-            REPEATS, lambda: ours(folder), lambda: theirs(folder, arch, packed), lambda: engine_alone(arch, packed)
+            REPEATS,
+            lambda: ours(folder),
+            lambda: theirs(folder, planned, shipped),
+            lambda: engine_alone(planned, shipped),
         )
     ray.shutdown()
     rows = [

@@ -26,7 +26,7 @@ FLAGS = " ".join(f"--{name} {value}" for name, value in settings(ARCHITECTURE).i
 )
 SMALL, LARGE = 20_000, 60_000
 GOAL = Goal("at most", 1.1)
-PARTS = {"driver": "jobs/sample.py", "actor": "ray::SamplerActor", "merge": "ray::merge_fragments"}
+PARTS = {"driver": "jobs/sample.py", "actor": "ray::Worker", "merge": "ray::merge_fragments"}
 
 
 def peak_mib(pid: int) -> float:

@@ -12,8 +12,7 @@ from statistics import median
 import torch
 
 from engine import digits
-from ray_sampler.config import Generator
-from ray_sampler.sampling.noise import make_noise
+from ray_sampler.sampling.noise import Generator, NoiseOptions, make_draws
 from table import Goal, Row, in_turn, parser, report
 
 REPEATS = 9
@@ -36,7 +35,8 @@ def main() -> None:
 
     def cost(generator: Generator) -> Callable[[], float]:
         """Nanoseconds for each normal of x_T that a batch gets."""
-        return lambda: seconds(lambda: make_noise(generator, 42, DETERM_SAMPLES, indices, SHAPE)(0)) / normals * 1e9
+        options = NoiseOptions(generator=generator)
+        return lambda: seconds(lambda: make_draws(options, DETERM_SAMPLES, indices, SHAPE).noise(0)) / normals * 1e9
 
     def plain() -> float:
         return seconds(lambda: torch.randn(BATCH, *SHAPE)) / normals * 1e9

@@ -39,7 +39,7 @@ def write_snapshot(file: Path) -> None:
     from ray_sampler.networks.edm2 import Edm2UNet, options_from
     from ray_sampler.networks.family import without_memory
     from ray_sampler.networks.nvidia import SavedNetwork
-    from tests.networks.nvidia_files import dumped, snapshot
+    from tests.networks.nvidia_files import snapshot
 
     options = options_from(SavedNetwork("Precond", dict(ARGUMENTS), {}, 0))
     random = torch.Generator().manual_seed(0)
@@ -119,7 +119,8 @@ def main() -> None:
         Row("snapshot: the driver's peak memory", peaks, (1.0,) * len(peaks), "files", Goal("at most", 2.5)),
     ]
     opened = sorted(answer["opened"] for answer in answers)[len(answers) // 2]
-    report(rows, [f"Of the seconds to the object store, {opened:.1f} s are reading, checking and hashing."], arguments.json)
+    notes = [f"Of the seconds to the object store, {opened:.1f} s are reading, checking and hashing."]
+    report(rows, notes, arguments.json)
 
 
 if __name__ == "__main__":

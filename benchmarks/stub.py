@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ray_sampler.config import Architecture
+from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
 
 
-def one_block(image_size: int) -> Architecture:
-    return Architecture(
+def one_block(image_size: int) -> AdmOptions:
+    return AdmOptions(
         image_size=image_size, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="4"
     )
 
 
-def settings(arch: Architecture) -> dict[str, Any]:
+def settings(arch: AdmOptions) -> dict[str, Any]:
     """What describes the architecture to a run."""
-    plain = asdict(Architecture())
+    plain = asdict(AdmOptions())
     return {name: value for name, value in asdict(arch).items() if value != plain[name]}
 
 
-def save_random(arch: Architecture, path: Path) -> Path:
+def save_random(arch: AdmOptions, path: Path) -> Path:
     """Write small random weights as a checkpoint; returns its path."""
     torch.manual_seed(0)
     save_file({name: torch.randn_like(w) * 0.02 for name, w in UNet(arch).state_dict().items()}, path)

@@ -16,12 +16,11 @@ import psutil
 import ray
 import torch
 
-from engine import architecture, random_weights
-from ray_sampler.cluster.worker import PackedWeights, pack, unpack
-from ray_sampler.config import Architecture
+from engine import architecture, network_of, random_weights
+from ray_sampler.cluster.shipping import Shipped, load, ship, unpack
+from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.networks.weights import build, fit
-from ray_sampler.presets import IMAGENET64
+from ray_sampler.published import IMAGENET64
 from table import Goal, Row, in_turn, parser, report
 
 ACTORS, REPEATS = 8, 3
@@ -39,11 +38,11 @@ class NewActor:
     def imported(self) -> str:
         return torch.__version__
 
-    def map(self, packed: PackedWeights) -> int:
+    def map(self, shipped: Shipped) -> int:
         """Bytes that the weights take in this actor, read through once."""
         before = own_bytes()
-        weights = unpack(packed)
-        for tensor in weights.values():
+        network = unpack(shipped)
+        for tensor in network.state_dict().values():
             tensor.sum()
         return own_bytes() - before
 
@@ -54,10 +53,10 @@ class NewActor:
             tensor.sum()
         return own_bytes() - before
 
-    def build_from_store(self, arch: Architecture, packed: PackedWeights) -> None:
-        self.network = build(arch, unpack(packed), "fp32", "cpu")
+    def build_from_store(self, shipped: Shipped) -> None:
+        self.network = load(shipped, torch.device("cpu"))
 
-    def build_from_file(self, arch: Architecture, file: str) -> None:
+    def build_from_file(self, arch: AdmOptions, file: str) -> None:
         network = UNet(arch)
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.network = network.eval()
@@ -77,7 +76,7 @@ def of_new_actors(method: str, *arguments: Any) -> tuple[float, list[Any]]:
 
 def main() -> None:
     arguments = parser(__doc__).parse_args()
-    state = fit(random_weights(ARCH), ARCH, "fp32")
+    state = random_weights(ARCH)
     size = sum(tensor.nbytes for tensor in state.values())
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "weights.pt")
@@ -90,15 +89,15 @@ def main() -> None:
             object_store_memory=2 * 2**30,
         )
         began = time.perf_counter()
-        packed = ray.put(pack(state))
+        shipped = ship(network_of(ARCH, state), "fp32")
         put_s = time.perf_counter() - began
         del state
         ours, theirs = in_turn(
             REPEATS,
-            lambda: of_new_actors("build_from_store", ARCH, packed)[0],
+            lambda: of_new_actors("build_from_store", shipped)[0],
             lambda: of_new_actors("build_from_file", ARCH, file)[0],
         )
-        mapped, read = of_new_actors("map", packed)[1], of_new_actors("read", file)[1]
+        mapped, read = of_new_actors("map", shipped)[1], of_new_actors("read", file)[1]
         ray.shutdown()
     copies, copies_read = 1 + sum(mapped) / size, sum(read) / size
     subject = f"{size / 1e6:.0f} MB, {ACTORS} new actors"

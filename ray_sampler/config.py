@@ -20,7 +20,7 @@ from ray_sampler.options import Flag, check_choices, flags_of, option, pick
 from ray_sampler.presets import BUNDLED, ModelOptions, settings_for
 from ray_sampler.reporting.progress import ReportingOptions
 from ray_sampler.sampling.conditions import ConditionOptions, LabelRule
-from ray_sampler.sampling.decoding import AsItIs, Decoder, DecoderOptions, Pixels
+from ray_sampler.sampling.decoding import DECODERS, Decoder, DecoderOptions, Pixels
 from ray_sampler.sampling.engine import EngineOptions
 from ray_sampler.sampling.guidance import Guidance
 from ray_sampler.sampling.noise import NoiseOptions
@@ -350,14 +350,14 @@ def decoder_of(settings: Mapping[str, Any], spec: NetworkSpec) -> Decoder:
     Raises:
         RequestError: the network makes latents, and nothing says what to do with them.
     """
-    decoder = settings["decoder"]
-    require(
-        decoder in (None, "none"),
-        f"--decoder is {decoder!r}; this version decodes no latents: give --decoder none, which writes the solver's "
-        "result as it is, float32 (N, H, W, C)",
-    )
-    if decoder == "none":
-        return AsItIs()
+    options = pick(DecoderOptions, settings)
+    if options.decoder is not None:
+        require(
+            options.decoder in DECODERS,
+            f"--decoder is {options.decoder!r}; it must be one of {', '.join(DECODERS)}; none writes the solver's "
+            "result as it is, float32 (N, H, W, C)",
+        )
+        return DECODERS[options.decoder](options)
     channels = spec.shape[0]
     require(
         spec.latent is None and channels in (1, 3),
@@ -365,7 +365,7 @@ def decoder_of(settings: Mapping[str, Any], spec: NetworkSpec) -> Decoder:
         "the directory of an autoencoder, or --decoder none, which writes the solver's result as it is, "
         "float32 (N, H, W, C)",
     )
-    return Pixels(settings["rounding"])
+    return Pixels(options.rounding)
 
 
 def dry_run(config: RunConfig) -> dict[str, Any]:

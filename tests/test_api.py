@@ -122,9 +122,9 @@ def test_a_request_is_one_value_with_one_field_for_each_flag(configure: Configur
     assert configure() == configure()
     assert hash(configure()) == hash(configure())
     with pytest.raises(AttributeError):
-        configure().seed = 3  # type: ignore[misc]
+        configure().seed = 3
     with pytest.raises(TypeError):
-        RunConfig(num_sample=3)  # type: ignore[call-arg]
+        RunConfig(num_sample=3)
 
 
 @pytest.mark.parametrize("fragment_format", ["parquet", "npz"])

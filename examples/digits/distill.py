@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import load_digits
 from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.sampling.parameterisation import Denoiser, make_denoiser
+from ray_sampler.sampling.parameterisation import Consistency, Denoiser, Edm, clipped
 from ray_sampler.sampling.schedules import karras_sigmas
+from recipe import recipe_of
 from train import ARCHITECTURE, channels_last, learning_rate, save_checkpoint
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
@@ -105,10 +105,10 @@ def distil(recipe: Recipe) -> None:
         x = clean + sigma[:, None, None, None] * torch.randn(clean.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                teach = make_denoiser(teacher, y, consistency=False, sigma_min=SIGMA_MIN, clip=True)
+                teach = clipped(Edm("250log").denoiser(teacher, y))
                 x_next = heun_step(teach, x, sigma, sigma_next)
-                aim = make_denoiser(target, y, consistency=True, sigma_min=SIGMA_MIN, clip=True)(x_next, sigma_next)
-            guess = make_denoiser(student, y, consistency=True, sigma_min=SIGMA_MIN, clip=False)(x, sigma)
+                aim = clipped(Consistency(SIGMA_MIN).denoiser(target, y))(x_next, sigma_next)
+            guess = Consistency(SIGMA_MIN).denoiser(student, y)(x, sigma)
             loss = pseudo_huber(guess - aim, recipe.huber).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -142,4 +142,4 @@ def distil(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    distil(tyro.cli(Recipe))
+    distil(recipe_of(Recipe, __doc__))

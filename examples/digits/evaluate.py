@@ -6,6 +6,7 @@ distribution of its features on samples from that on real digits?
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -18,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,16 +33,6 @@ FEATURES = 64
 SPLITS = 20
 """Random halvings of the real digits over which Frechet distances are averaged."""
 SEED = 0
-
-
-@dataclass(frozen=True)
-class Request:
-    archive: tyro.conf.Positional[Path]
-    """An .npz of 32x32 digits: arr_0 (N, 32, 32, 3) uint8 and arr_1 (N,) labels."""
-    json: bool = False
-    """Print JSON instead of a table."""
-    cache: Path | None = None
-    """Folder where the trained classifier is kept for the next time."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +233,10 @@ Both distances: {m.compared} images to {m.reference} real digits, {FEATURES} fea
 
 
 if __name__ == "__main__":
-    request = tyro.cli(Request, description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("archive", type=Path, help="an .npz of digits: arr_0 (N, 32, 32, 3) uint8, arr_1 (N,) labels")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--cache", type=Path, help="folder where the trained classifier is kept for the next time")
+    request = parser.parse_args()
     result = measure(load_archive(request.archive), request.cache)
     print(json.dumps(asdict(result), indent=2) if request.json else table(result))

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
 from data import load_digits
-from ray_sampler.config import Architecture
+from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.sampling.parameterisation import edm_scalings, make_denoiser
+from ray_sampler.sampling.parameterisation import Edm, edm_scalings
+from recipe import recipe_of
 
-ARCHITECTURE = Architecture(
+ARCHITECTURE = AdmOptions(
     image_size=32,
     num_channels=32,
     num_res_blocks=1,
@@ -63,7 +63,7 @@ class Recipe:
 
 def edm_loss(network: UNet, images: Tensor, labels: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """Mean of lambda(sigma) |D(y + n, sigma) - y|^2, lambda = 1 / c_out^2 (Karras et al. 2022, eq. 2 and table 1)."""
-    denoise = make_denoiser(network, labels, consistency=False, sigma_min=0.0, clip=False)
+    denoise = Edm("250log").denoiser(network, labels)
     noisy = images + sigma[:, None, None, None] * noise
     _, c_out, _ = edm_scalings(sigma)
     return ((denoise(noisy, sigma) - images) / c_out[:, None, None, None]).square().mean()
@@ -158,4 +158,4 @@ def train(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Recipe))
+    train(recipe_of(Recipe, __doc__))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ray
 
 from ray_sampler.cluster.dispatch import Dispatch, Tally
-from ray_sampler.cluster.inventory import Inventory
+from ray_sampler.cluster.inventory import Inventory, products_to_make
 from ray_sampler.cluster.job import Job, claim, prepare, still_ours
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.outcome import already_done, write_outcome
@@ -72,7 +72,7 @@ def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> 
     for number, job in enumerate(jobs):
         claim(job)
         announce(job, report)
-        if (summary := already_done(job)) is not None:
+        if (summary := already_done(job)) is not None and not products_to_make(job):
             report.message("the archive is complete already")
             results[number] = result_of(job, summary)
     groups: dict[Any, list[int]] = {}

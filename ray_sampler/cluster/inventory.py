@@ -87,12 +87,7 @@ class Inventory:
 
     def products_to_make(self) -> list[Task]:
         """What the job's other products lack, once every picture is there."""
-        tasks: list[Task] = []
-        for name, product in self.job.products.items():
-            there = self.job.run_dir.ranges(product.folder).list().fragments
-            gaps = missing(cover(there, self.num_samples), self.num_samples)
-            tasks += tasks_of(gaps, self.job.run.shard_size, self.run, name)
-        return tasks
+        return products_to_make(self.job, self.run)
 
     def missing_samples(self) -> int:
         return sum(stop - start for start, stop in self.missing())
@@ -197,6 +192,16 @@ class Inventory:
         by_maker = groupby(self.cover(), lambda piece: self.makers[piece.fragment])
         runs = ((maker, list(pieces)) for maker, pieces in by_maker)
         return tuple(Part(pieces[0].start, pieces[-1].stop, maker.numerics, maker.device) for maker, pieces in runs)
+
+
+def products_to_make(job: Job, run: int = 0) -> list[Task]:
+    """What a job's products lack beside its pictures, from the names in their folders."""
+    tasks: list[Task] = []
+    for name, product in job.products.items():
+        there = job.run_dir.ranges(product.folder).list().fragments
+        gaps = missing(cover(there, job.num_samples), job.num_samples)
+        tasks += tasks_of(gaps, job.run.shard_size, run, name)
+    return tasks
 
 
 def newly(now: Iterable[tuple[int, int]], before: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

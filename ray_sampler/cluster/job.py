@@ -54,7 +54,7 @@ class Job:
     local: bool
     """Whether a Ray of our own, on this machine alone, computes the run."""
     identity: dict[str, Any]
-    products: dict[str, Product]
+    products: Mapping[str, Product]
     """What is made of the pictures beside them, by name."""
 
     @property
@@ -128,7 +128,7 @@ class Job:
         }
 
 
-def prepare(config: RunConfig, products: dict[str, Product] | None = None) -> Job:
+def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) -> Job:
     """Read the request, load what it names, resolve defaults against that, and find or choose the run directory.
 
     Ray matters where one is joined. Nothing is written.

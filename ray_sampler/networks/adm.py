@@ -43,8 +43,7 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     options.validate()
     advice = (told and explain_misfit(checkpoint.tensors, asdict(options))) or "it is damaged, or of another network"
     check_fit(without_memory(lambda: UNet(options)), checkpoint.tensors, advice)
-    parameters = sum(tensor.numel() for tensor in checkpoint.tensors.values())
-    return Opened(spec_of(options, settings), dict(checkpoint.tensors), parameters)
+    return Opened(spec_of(options, settings), dict(checkpoint.tensors))
 
 
 def described(told: Mapping[str, Any], settings: Mapping[str, Any], given: frozenset[str]) -> AdmOptions:

@@ -203,7 +203,7 @@ class Block(nn.Sequential):
 class UNet(nn.Module):
     """F(x, time, y): (B, C, H, W) float32, (B,) times, (B,) int64 labels or None -> (B, C, H, W) float32.
 
-    Where the network has a variance half (learn_sigma), that is computed and dropped.
+    The output is float32. Where the network has a variance half (learn_sigma), that is computed and dropped.
     """
 
     def __init__(self, arch: AdmOptions) -> None:

@@ -76,8 +76,8 @@ class Opened(NamedTuple):
     spec: NetworkSpec
     tensors: dict[str, Tensor]
     """By the module's names, as stored, all of them fitting."""
-    parameters: int
-    """Of the file's network, used in sampling or not."""
+    parameters: int | None = None
+    """Of the file's network, used in sampling or not; None: all of `tensors`."""
 
 
 def as_it_is(module: nn.Module, precision: Precision) -> nn.Module:

@@ -50,7 +50,7 @@ def open_network(
         as_stored=family.as_stored,
         tensors=opened.tensors,
         weights=weights_hash(opened.tensors),
-        parameters=opened.parameters,
+        parameters=sum(t.numel() for t in opened.tensors.values()) if opened.parameters is None else opened.parameters,
         key=checkpoint.key,
         note=checkpoint.note,
         sha256=checkpoint.sha256,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import json
 import re
 import struct
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ray_sampler.errors import RequestError, redact
+from ray_sampler.networks import nvidia
 from ray_sampler.networks.choose import Part, WrongKey, choose, listed
 from ray_sampler.networks.kinds import foreign_kind
 from ray_sampler.networks.pickles import Refused
@@ -35,7 +35,6 @@ MAX_INDEX = 2**25
 MAX_PARTS = 500
 PART = re.compile(r"(\d{5})-of-(\d{5})\.\w+$")
 INDEX = ".index.json"
-NVIDIA = "ray_sampler.networks.nvidia"
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,7 @@ def _file(source: Source, head: bytes, key: str | None, shown: str) -> Checkpoin
             "name the folder that holds all parts and their index (*.index.json)"
         )
     digest = source.sha256()
-    nvidia = _nvidia()
-    if nvidia is not None and nvidia.looks_like_nvidia(head):
+    if nvidia.looks_like_nvidia(head):
         source.file.seek(0)
         try:
             saved = nvidia.read_pickle(source.file)
@@ -120,16 +118,6 @@ def _file(source: Source, head: bytes, key: str | None, shown: str) -> Checkpoin
     chosen = choose(_content(source, head), key)
     notes = [note for note in (_note(chosen) if key is None else None, source.note) if note]
     return Checkpoint(_loaded(chosen.tensors), chosen.key, "; ".join(notes) or None, shown, digest)
-
-
-def _nvidia() -> Any:
-    """The reader of NVIDIA's snapshots."""
-    try:
-        return importlib.import_module(NVIDIA)
-    except ModuleNotFoundError as error:
-        if error.name != NVIDIA:
-            raise
-        return None
 
 
 def _content(source: Source, head: bytes) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -83,3 +84,7 @@ class AsItIs:
 
     def identity(self) -> dict[str, Any]:
         return {"decoder": "none"}
+
+
+DECODERS: dict[str, Callable[[DecoderOptions], Decoder]] = {"none": lambda options: AsItIs()}
+"""By the value of --decoder; another decoder is one entry more here."""

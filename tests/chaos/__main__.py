@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -75,4 +75,8 @@ def main(request: Request) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Request)))
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=Request.rounds)
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes, whatever the rounds")
+    parser.add_argument("--seed", type=int, default=Request.seed)
+    sys.exit(main(Request(**vars(parser.parse_args()))))

@@ -13,7 +13,7 @@ from tests.faults.sweep import faulty_bucket
 SEED = 5
 
 
-@pytest.mark.slow
+@pytest.mark.accidents
 @pytest.mark.skipif(rclone() is None, reason="rclone is not installed")
 def test_runs_that_are_killed_and_spoiled_end_in_the_bytes_of_an_undisturbed_one(checkpoint: Path, tmp_path: Path):
     with faulty_bucket(tmp_path / "bucket", tmp_path / "aws") as proxy:

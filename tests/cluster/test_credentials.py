@@ -48,7 +48,7 @@ def served(checkpoint: Path) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.accidents
 def test_a_run_into_a_bucket_shows_no_credential_anywhere(configure: Configure, tmp_path, bucket, served, samples):
     endpoint, client = bucket
     config = configure(

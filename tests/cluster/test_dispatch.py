@@ -59,7 +59,7 @@ def scripted_actor(folder: Path, script: Script, starts: Sequence[str], seconds:
                 case "hang":
                     time.sleep(60)
                 case "slow":
-                    time.sleep(3)
+                    time.sleep(1.5)
 
         def start(self) -> Any:
             from types import SimpleNamespace
@@ -225,7 +225,7 @@ def test_shards_that_turn_up_while_sampling_runs_are_computed_too(tmp_path):
 
 
 def test_more_actors_than_there_is_room_for_are_asked_for_and_pend(tmp_path):
-    story = Story(tmp_path, {}, max_actors=3, seconds=2.5)
+    story = Story(tmp_path, {}, max_actors=3, seconds=1.2)
     assert story.run() == {}
     assert sorted(story.results) == [shard.start for shard in SHARDS]
     assert any(s.actors_pending == 1 and s.actors_ready == 2 for s in story.listener.snapshots)

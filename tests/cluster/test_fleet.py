@@ -18,7 +18,7 @@ from tests.cluster.fleets import OPEN, Fleet, autoscaling, send
 from tests.cluster.processes import claimed, started, wait_for, written
 from tests.cluster.runs import fragments, sampled, savez
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.accidents
 
 SEVERAL = {"num_samples": 240, "shard_size": 4, "steps": 40, "max_actors": 2, "progress": "log"}
 """Sixty shards, which take two actors on this machine long enough to have nodes come and go."""

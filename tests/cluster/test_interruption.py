@@ -12,7 +12,7 @@ from tests.cluster.processes import Moment, claimed, group_is_gone, kill_group, 
 from tests.cluster.runs import LONGER, savez
 from tests.conftest import Configure
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.accidents
 
 LONG_ARCHIVE = "samples_48x8x8x3.npz"
 

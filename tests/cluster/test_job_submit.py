@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent.parent
 STOPPABLE_S = 20.0
 """Seconds of a run that goes on for longer after its first fragments than `ray job stop` takes to begin."""
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.accidents
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("format", "seed"), [("parquet", 0), ("parquet", 1), ("npz", 0), ("npz", 1)])
+@pytest.mark.parametrize(("format", "seed"), [("parquet", 0), ("npz", 1)])
 def test_every_flipped_byte_every_length_and_much_by_chance(format, seed):
     command = [sys.executable, "-X", "faulthandler", "-m", "tests.faults.fuzz", format, str(seed), "150"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

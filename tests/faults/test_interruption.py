@@ -16,7 +16,7 @@ from tests.conftest import Configure
 from tests.faults.proxy import Fault, FaultProxy
 from tests.faults.servers import BUCKET, environment, rclone, rclone_server
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(rclone() is None, reason="rclone is not installed")]
+pytestmark = [pytest.mark.accidents, pytest.mark.skipif(rclone() is None, reason="rclone is not installed")]
 
 
 @pytest.mark.parametrize("signals", [1, 2])

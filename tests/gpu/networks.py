@@ -13,7 +13,7 @@ from ray_sampler import config
 from ray_sampler.networks.adm import ADM, spec_of
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.family import Precision, lay_out_contiguously, without_memory
-from ray_sampler.presets import BUNDLED, IMAGENET64, LSUN256
+from ray_sampler.published import BUNDLED, IMAGENET64, LSUN256
 from ray_sampler.sampling.conditions import LabelRule
 from ray_sampler.sampling.plan import SamplePlan
 

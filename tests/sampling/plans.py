@@ -20,7 +20,7 @@ DEFAULTS = {name: composed.flag.default for name, composed in FLAGS.items()}
 
 def plan(labels: LabelRule | None = None, *, image_size: int = 8, **flags: Any) -> SamplePlan:
     """The plan of an ADM network with the classes of `labels`; unconditional without."""
-    classes = {"class_cond": True, "num_classes": labels.num_classes} if labels else {}
+    classes: dict[str, Any] = {"class_cond": True, "num_classes": labels.num_classes} if labels else {}
     spec = adm.spec_of(AdmOptions(image_size=image_size, **classes), flags)
     return plan_of(DEFAULTS | flags, spec, None, labels)
 

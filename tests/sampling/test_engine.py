@@ -20,9 +20,9 @@ from ray_sampler.sampling.engine import (
     NonFiniteError,
     OutOfDeviceMemoryError,
     Pictures,
-    numerics_key,
 )
 from ray_sampler.sampling.noise import NoiseOptions, make_draws
+from ray_sampler.sampling.numerics import numerics_key
 from ray_sampler.sampling.parameterisation import Consistency, Edm, clipped
 from ray_sampler.sampling.plan import MAIN, SamplePlan
 from tests.sampling.plans import plan, solve
@@ -160,7 +160,13 @@ def test_neither_cores_nor_the_callers_threads_change_a_bit(cores: int, whole: d
 @pytest.mark.parametrize("sampler", ["heun", "onestep", "multistep"])
 @pytest.mark.parametrize("training_mode", ["edm", "consistency_training"])
 def test_pictures_are_those_of_the_solver(training_mode: TrainingMode, sampler: str) -> None:
-    flags = {"training_mode": training_mode, "sampler": sampler, "ts": "0,1,2", "seed": 7, "s_churn": 0.0}
+    flags: dict[str, Any] = {
+        "training_mode": training_mode,
+        "sampler": sampler,
+        "ts": "0,1,2",
+        "seed": 7,
+        "s_churn": 0.0,
+    }
     indices = torch.arange(4, 8)
     draws = make_draws(NoiseOptions(seed=7), N, indices, (3, SIZE, SIZE))
     kind = Edm("250log") if training_mode == "edm" else Consistency(0.002)

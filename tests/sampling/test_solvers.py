@@ -19,6 +19,7 @@ from ray_sampler.sampling.conditions import listed_labels
 from ray_sampler.sampling.noise import Generator, Noise, NoiseOptions, make_draws, philox_normals
 from ray_sampler.sampling.plan import MAIN, SamplePlan, sample_block
 from ray_sampler.sampling.schedules import karras_sigmas
+from ray_sampler.sampling.solver_options import Plain
 from ray_sampler.sampling.solvers import (
     Churn,
     Plain,
