@@ -22,7 +22,6 @@ from ray_sampler.sampling.schedules import karras_sigmas
 from ray_sampler.sampling.solver_options import Plain
 from ray_sampler.sampling.solvers import (
     Churn,
-    Plain,
     ancestral,
     dpm,
     euler,
