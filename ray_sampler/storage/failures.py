@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ray_sampler.config import RequestError, RunError
+from ray_sampler.storage.store import UnreadableFile
 
 FAMILIES = (
     ("botocore.exceptions", "BotoCoreError"),
@@ -105,10 +106,6 @@ CAUSES = (
     Cause(
         "this machine's clock differs from the store's by more than the store allows; set it, as by NTP",
         words=frozenset({"RequestTimeTooSkewed", "RequestInTheFuture"}),
-    ),
-    Cause(
-        "it lies in an archive class of the store (Glacier or the like), where it cannot be read; restore it first",
-        words=frozenset(COLD_WORDS),
     ),
     Cause(
         f"the bucket is full or its quota is used up; make room and {AGAIN}",
@@ -240,6 +237,12 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
         hint: what helps where the store refused the request itself, and for no reason that is known here.
     """
     word, number = code(error), status(error)
+    if word in COLD_WORDS:
+        return UnreadableFile(
+            f"cannot {action} {url}: it lies in an archive class of the store, as Glacier ({word}), where it cannot be "
+            f"read; restore it and {AGAIN}",
+            cold=True,
+        )
     for cause in CAUSES:
         seen = kinds(error) if cause.kinds.isdisjoint(LASTING_KINDS) else set().union(*map(kinds, chain(error)))
         if (
