@@ -22,6 +22,7 @@ from ray_sampler.sampling.engine import Engine, Pictures, numerics_key
 from ray_sampler.sampling.labels import LabelRule
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import Record, Samples
+from ray_sampler.storage.retry import HIDDEN_S
 from ray_sampler.storage.run_dir import FragmentName, RunDir
 
 PackedWeights = dict[str, tuple[np.ndarray, str, tuple[int, ...]]]
@@ -198,9 +199,9 @@ def prove_access(run_dir: RunDir, probe: str) -> None:
         RunError: it does not; says where and what to do.
     """
     where = f"node {socket.gethostname()}"
-    if not run_dir.probe_seen(probe):
+    if not run_dir.probe_seen(probe, HIDDEN_S):
         raise RunError(
-            f"{where} does not see what the driver wrote to {run_dir.url}; "
+            f"{where} does not see what the driver wrote to {run_dir.url}, though it looked for {HIDDEN_S:.0f} s; "
             "give an --output that every node shares, such as a bucket"
         )
     try:

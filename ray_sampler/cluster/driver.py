@@ -118,6 +118,7 @@ def open_pool(job: Job, shards: int) -> Iterator[Pool]:
     fleet = plan_fleet(config, job.gpus, shards, local=job.local)
     weights = ray.put(pack(job.weights))
     probe = f"driver-{secrets.token_hex(8)}"
+    job.run_dir.prove_rights()
     job.run_dir.probe_write(probe)
     pool = Pool(starter(job, fleet, weights, probe), fleet, config.shard_timeout)
     try:
