@@ -29,6 +29,9 @@ READERS = 4
 FRAGMENT_MEMORY = 128 * 2**20
 """Bytes of fragments that are held at once; fragments beyond a quarter of it have fewer readers, but at least one."""
 
+COMMITS = 3
+"""Times that an archive is written, at most, because a disk could not say that it keeps it."""
+
 CHUNK_BYTES = 8 * 2**20
 
 
@@ -175,11 +178,16 @@ def merge(
         RunError: the pieces leave samples out, or the store failed. No archive was written.
     """
     layout = lay_out(run_dir, pieces, contents, num_samples, image_shape, labelled, fingerprint)
-    try:
-        write_archive(run_dir, layout, pieces, contents, fingerprint, on_samples)
-    except NotCommitted as error:
-        logger.warning("%s; the archive is written anew", error)
-        write_archive(run_dir, layout, pieces, contents, fingerprint, None)  # all samples were shown already
+    show = on_samples
+    for left in reversed(range(COMMITS)):
+        try:
+            write_archive(run_dir, layout, pieces, contents, fingerprint, show)
+            break
+        except NotCommitted as error:
+            if not left:
+                raise
+            logger.warning("%s; the archive is written anew", error)
+            show = None  # all samples were shown already
     return layout
 
 

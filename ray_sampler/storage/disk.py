@@ -38,11 +38,6 @@ def said(error: BaseException) -> str:
 
 def retried(request: Callable[[], Result], where: str) -> Result:
     """What `request` gives, tried again while the disk fails in a way that passes."""
-    try:
-        return request()  # the retrying costs more than a small write
-    except OSError as error:
-        if not is_passing(error):
-            raise
     return persist(request, is_passing, said, f"the disk of {where}")
 
 

@@ -253,6 +253,11 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
         ):
             shown = f" ({word})" if word in cause.words or number in cause.statuses else ""
             return cause.error(f"cannot {action} {url}: {cause.sentence}{shown}")
+    if number == 405 or word == "MethodNotAllowed":
+        return RequestError(
+            f"cannot {action} {url}: permission denied ({word}); the store does not allow that there, or what answers "
+            "is no store: check the endpoint, as AWS_ENDPOINT_URL"
+        )
     if number == 403 or isinstance(error, PermissionError) or word in ("AccessDenied", "AllAccessDisabled"):
         return RequestError(
             f"cannot {action} {url}: permission denied ({word or number or 'EACCES'}); these credentials may not "
@@ -262,8 +267,6 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
         return RequestError(
             f"cannot {action} {url}: no credentials were found; set them in the environment or a profile"
         )
-    if number == 405 or word == "MethodNotAllowed":
-        return RequestError(f"cannot {action} {url}: permission denied ({word}); the store does not allow that there")
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         return RequestError(f"cannot {action} {url}: the store is read-only; choose another output")
     if hint:
