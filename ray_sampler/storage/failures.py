@@ -261,7 +261,7 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
     if number == 403 or isinstance(error, PermissionError) or word in ("AccessDenied", "AllAccessDisabled"):
         return RequestError(
             f"cannot {action} {url}: permission denied ({word or number or 'EACCES'}); these credentials may not "
-            f"{action} there, or a firewall of the store does not let this machine in"
+            f"{action} there or have expired, or a firewall of the store does not let this machine in"
         )
     if number is None and kinds(error) & NO_KEY_KINDS:
         return RequestError(

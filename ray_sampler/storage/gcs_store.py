@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import secrets
+import threading
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -18,6 +19,7 @@ import aiohttp
 import fsspec
 import google.auth
 import google.auth.exceptions
+import google.auth.transport.requests
 import yarl
 from fsspec.asyn import sync
 
@@ -27,6 +29,9 @@ from ray_sampler.storage.failures import StoreError, failure, status
 
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=20)
 """Seconds; large parts over slow lines take as long as they take, as long as they move."""
+
+LOOKS_S = 15.0
+"""How long credentials are looked for: a metadata server that does not answer would hold a run for minutes."""
 
 SCOPE = "https://www.googleapis.com/auth/devstorage.full_control"
 
@@ -82,6 +87,8 @@ class GcsStore(BucketStore):
 
         async def made() -> Answer:
             await filesystem._set_session()
+            # Of a connection that was used before, aiohttp sends a request twice by itself, and a part must not be.
+            filesystem.session._retry_connection = False
             address = path if path.startswith("http") else f"{filesystem._location}{path}"
             parameters = urllib.parse.urlencode(filesystem._get_params(dict(query or {})))
             joined = f"{address}{'&' if '?' in address else '?'}{parameters}" if parameters else address
@@ -241,8 +248,32 @@ def credential_option() -> dict[str, Any]:
         return {}
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         return {"token": "anon"}
-    try:
-        google.auth.default(scopes=[SCOPE])
+    found = found_credentials()
+    if found is None:
+        raise RequestError(
+            f"no credentials were found for Google Cloud Storage within {LOOKS_S:.0f} s; log in with "
+            "`gcloud auth application-default login`, or name a key file in GOOGLE_APPLICATION_CREDENTIALS"
+        )
+    if found:
         return {"token": "google_default"}
-    except google.auth.exceptions.GoogleAuthError:
-        return {"token": "cache" if os.path.exists(os.path.expanduser("~/.gcs_tokens")) else "anon"}
+    return {"token": "cache" if os.path.exists(os.path.expanduser("~/.gcs_tokens")) else "anon"}
+
+
+def found_credentials() -> bool | None:
+    """Whether Google's library finds credentials that give access; None where it is still looking after LOOKS_S."""
+    results: list[bool] = []
+
+    def look() -> None:
+        try:
+            credentials, _ = google.auth.default(scopes=[SCOPE])
+            if not credentials.valid:
+                credentials.refresh(google.auth.transport.requests.Request())  # type: ignore[no-untyped-call]
+        except google.auth.exceptions.GoogleAuthError:
+            results.append(False)
+        else:
+            results.append(True)
+
+    looking = threading.Thread(target=look, name="credentials", daemon=True)
+    looking.start()
+    looking.join(LOOKS_S)
+    return results[0] if results else None

@@ -269,7 +269,12 @@ class _Handler(BaseHTTPRequestHandler):
                 connection.putheader("Content-Length", str(len(body)))
             connection.endheaders(body)
             response = connection.getresponse()
-            return response.status, response.getheaders(), response.read()
+            # Where to go on with an upload is said as an address, which must be this proxy's.
+            there, here = upstream.geturl(), self.server.proxy.url
+            headers = [(n, v.replace(there, here) if n.lower() == "location" else v) for n, v in response.getheaders()]
+            # An emulator says so of an upload of which it has nothing; the store itself says nothing then.
+            headers = [each for each in headers if each != ("Range", "bytes=0-0")]
+            return response.status, headers, response.read()
         finally:
             connection.close()
 
