@@ -9,7 +9,7 @@ PY ?=
 OUTPUT := $(if $(filter --model% --preset%,$(ARGS)),,--output runs/digits)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv sample test accidents chaos bench gpu lint system chromium azurite clean
+.PHONY: help venv sample test accidents chaos bench gpu lint system chromium azurite fuse clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ venv: .venv/installed ## .venv, with the packages that constraints.txt pins
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("the pinned packages need Python 3.11 or newer, and $(PYTHON) is %d.%d; name another, as in make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,examples,s3,azure]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,examples,s3,gcs,azure]"
 	@touch $@
 
 sample: venv ## 1,000 handwritten digits into runs/digits; ARGS="--num_samples 2000" passes flags on
@@ -45,7 +45,7 @@ lint: venv ## linter, formatter (as a check) and type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-system: chromium azurite ## what the tests can use beside Python packages; does nothing where that cannot be installed
+system: chromium azurite fuse ## what the tests can use beside Python packages; does nothing where that cannot be installed
 
 chromium:
 	@if command -v chromium >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ]; then exit 0; fi; \
@@ -56,6 +56,11 @@ azurite:
 	@if [ -d .emulators ] || ! command -v npm >/dev/null; then exit 0; fi; \
 	npm install --silent --no-audit --no-fund --prefix .emulators azurite@3 \
 		|| echo "make system: Azurite was not installed; the tests of Azure Blob Storage will be skipped"
+
+fuse:
+	@if command -v fusermount3 >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ]; then exit 0; fi; \
+	apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y fuse3 libfuse3-3 \
+		|| echo "make system: FUSE was not installed; the tests of disks that fail will be skipped"
 
 clean: ## remove the environment and caches, but no runs
 	rm -rf .venv .emulators build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -227,6 +227,7 @@ class Filling:
         }
         probe = f"driver-{secrets.token_hex(8)}"
         for each in self.jobs:
+            each.run_dir.prove_rights()
             each.run_dir.probe_write(probe)
         pool = Pool(self._starter(fleet, probe), fleet, options.shard_timeout)
         try:

@@ -26,6 +26,7 @@ from ray_sampler.sampling.numerics import Compile, numerics_key, pin
 from ray_sampler.sampling.plan import SamplePlan
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import FragmentFormat, FragmentName, Record, Samples
+from ray_sampler.storage.retry import HIDDEN_S
 from ray_sampler.storage.run_dir import RunDir
 
 CONCURRENCY = 10
@@ -222,9 +223,9 @@ def prove_access(run_dir: RunDir, probe: str) -> None:
         RunError: it does not; says where and what to do.
     """
     where = f"node {socket.gethostname()}"
-    if not run_dir.probe_seen(probe):
+    if not run_dir.probe_seen(probe, HIDDEN_S):
         raise RunError(
-            f"{where} does not see what the driver wrote to {run_dir.url}; "
+            f"{where} does not see what the driver wrote to {run_dir.url}, though it looked for {HIDDEN_S:.0f} s; "
             "give an --output that every node shares, such as a bucket"
         )
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
@@ -18,13 +19,18 @@ from ray_sampler.storage.archive_layout import ArchiveLayout, Member, crc32_comb
 from ray_sampler.storage.ranges import Piece, missing
 from ray_sampler.storage.record import DamagedFragment, FragmentName, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
-from ray_sampler.storage.store import Readable, StagedFile
+from ray_sampler.storage.store import NotCommitted, Readable, StagedFile, UnreadableFile
+
+logger = logging.getLogger(__name__)
 
 READERS = 4
 """Threads that read fragments, at most; where the archive is written at any place, no more than there are cores."""
 
 FRAGMENT_MEMORY = 128 * 2**20
 """Bytes of fragments that are held at once; fragments beyond a quarter of it have fewer readers, but at least one."""
+
+COMMITS = 3
+"""Times that an archive is written, at most, because a disk could not say that it keeps it."""
 
 CHUNK_BYTES = 8 * 2**20
 
@@ -179,7 +185,30 @@ def merge(
         RunError: the pieces leave samples out, or the store failed. No archive was written.
     """
     layout = lay_out(run_dir, pieces, contents, num_samples, image_shape, labelled, fingerprint)
-    name = run_dir.archive_name(num_samples, image_shape)
+    show = on_samples
+    for left in reversed(range(COMMITS)):
+        try:
+            write_archive(run_dir, layout, pieces, contents, fingerprint, show)
+            break
+        except NotCommitted as error:
+            if not left:
+                raise
+            logger.warning("%s; the archive is written anew", error)
+            show = None  # all samples were shown already
+    return layout
+
+
+def write_archive(
+    run_dir: RunDir,
+    layout: ArchiveLayout,
+    pieces: Sequence[Piece],
+    contents: Mapping[FragmentName, Content],
+    fingerprint: str | None,
+    on_samples: Callable[[Samples], None] | None,
+) -> None:
+    """Write the archive that `layout` describes; as `merge`, whose arguments these are."""
+    image_shape = layout.image_shape
+    name = run_dir.archive_name(layout.num_samples, image_shape)
     images_member, *labels_members = layout.members
     image_bytes, looking = bytes_per_image(image_shape, layout.dtype), threading.Lock()
     with tempfile.TemporaryFile() as spool, run_dir.stage_archive(name, layout.size) as file:
@@ -214,7 +243,6 @@ def merge(
                 crc32 = isal_zlib.crc32(chunk, crc32)
             require_crc32(crc32, labels_member)
         write(end, layout.directory)
-    return layout
 
 
 def in_order(file: StagedFile) -> Callable[[int, bytes | memoryview], None]:
@@ -273,7 +301,11 @@ def require_crc32(crc32: int, member: Member) -> None:
 
 
 def archive_intact(run_dir: RunDir, layout: ArchiveLayout) -> bool:
-    """Whether the archive is there, whole and the one that `layout` describes; every byte is read."""
+    """Whether the archive is there, whole and the one that `layout` describes; every byte is read.
+
+    Raises:
+        RequestError, RunError: it cannot be read now, and is not lost; says why.
+    """
     try:
         with run_dir.open_file(run_dir.archive_name(layout.num_samples, layout.image_shape)) as file:
             for member in layout.members:
@@ -283,6 +315,11 @@ def archive_intact(run_dir: RunDir, layout: ArchiveLayout) -> bool:
                     return False
             return file.read(len(layout.directory) + 1) == layout.directory
     except FileNotFoundError:
+        return False
+    except UnreadableFile as error:
+        if error.cold:
+            raise
+        logger.warning("%s; it counts as lost, and is written again", error)
         return False
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from ray_sampler.errors import RequestError, redact
+from ray_sampler.storage.failures import failure, families
 from ray_sampler.storage.local_store import LocalStore
 from ray_sampler.storage.object_store import ObjectStore
 
@@ -20,7 +23,6 @@ EXTRAS = {
     "abfs": "azure",
     "abfss": "azure",
     "az": "azure",
-    "adl": "azure",
 }
 """The extra of this package that a protocol needs."""
 
@@ -28,14 +30,12 @@ READ_TIMEOUT_S = 20
 """Silence, after all of a request was sent and between two pieces of its answer, that counts as a failure."""
 
 S3_OPTIONS: dict[str, Any] = {
-    # One attempt: ObjectStore makes the next ones.
+    # One attempt: the store's own retries make the next ones.
     "config_kwargs": {
         "retries": {"mode": "standard", "total_max_attempts": 1},
         "connect_timeout": 10,
         "read_timeout": READ_TIMEOUT_S,
     },
-    # With more, a long object is read in several ranges at once, which may belong to two versions of it.
-    "max_concurrency": 1,
 }
 
 
@@ -43,30 +43,98 @@ def open_store(url: str) -> LocalStore | ObjectStore:
     """The folder at a local path or any fsspec URL; nothing is read or written yet.
 
     Raises:
-        RequestError: its protocol is unknown, or needs a package that is not installed.
+        RequestError: its protocol is unknown, needs a package that is not installed, or its path is none that every
+            store takes the same way.
     """
     protocol, _ = fsspec.core.split_protocol(url)
     if "::" in url:
         raise RequestError(f"{redact(url)} chains filesystems; give the URL of one folder")
     if protocol in (None, "file", "local"):
         return LocalStore(Path(os.path.abspath(os.path.expanduser(url.partition("://")[2] if protocol else url))))
+    shown = shown_url(url).rstrip("/")
+    if protocol in EXTRAS:
+        require_plain_path(url, shown)
     try:
-        filesystem, root = fsspec.core.url_to_fs(
-            url, use_listings_cache=False, **(S3_OPTIONS if protocol in ("s3", "s3a") else {})
-        )
+        return bucket_store(protocol, url, shown)
     except ImportError:
         extra = EXTRAS.get(protocol)
         remedy = f"pip install 'ray-sampler[{extra}]'" if extra else f"install fsspec's package for {protocol}"
-        raise RequestError(f"{redact(url)} needs a package that is not installed: {remedy}") from None
+        raise RequestError(f"{shown} needs a package that is not installed: {remedy}") from None
     except ValueError as error:
         if protocol in fsspec.available_protocols():
-            raise RequestError(f"{redact(url)} cannot be opened ({type(error).__name__}); check the URL") from None
-        raise RequestError(
-            f"{redact(url)} has an unknown protocol; use a local path, s3://, gs:// or abfs://"
-        ) from None
-    shown = str(redact(url)).rstrip("/")
+            raise RequestError(
+                f"{shown} cannot be opened ({type(error).__name__}); check the URL and the credentials"
+            ) from None
+        raise RequestError(f"{shown} has an unknown protocol; use a local path, s3://, gs:// or abfs://") from None
+    except families() as error:
+        raise failure(error, "open", shown) from None
+
+
+def bucket_store(protocol: str, url: str, shown: str) -> ObjectStore:
+    """The store of a URL that is no local path."""
     if protocol in ("s3", "s3a"):
         from ray_sampler.storage.s3_store import S3Store
 
-        return S3Store(filesystem, root.rstrip("/"), shown)
+        return S3Store(connected(url, s3_options()), path_of(url), shown)
+    if protocol in ("gs", "gcs"):
+        from ray_sampler.storage.gcs_store import GcsStore, credential_option
+
+        # A name may hold "#", which gcsfs would take for the number of a version.
+        return GcsStore(connected(url.partition("#")[0], credential_option()), path_of(url), shown)
+    if protocol in ("abfs", "abfss", "az"):
+        from ray_sampler.storage.azure_store import AzureStore
+
+        head, tail = split_tail(url)
+        filesystem = connected(head, {})
+        return AzureStore(filesystem, (filesystem._strip_protocol(head) + tail).rstrip("/"), shown)
+    filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return ObjectStore(filesystem, root.rstrip("/"), shown)
+
+
+def connected(url: str, options: dict[str, Any]) -> fsspec.AbstractFileSystem:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # gcsfs's of a project, which only making a bucket needs
+        filesystem, _ = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+    return filesystem
+
+
+def s3_options() -> dict[str, Any]:
+    """Ours, with those of fsspec's configuration for S3 beneath: FSSPEC_S3, or its files."""
+    merged = dict(S3_OPTIONS)
+    for protocol in ("s3", "s3a"):
+        theirs = fsspec.config.conf.get(protocol, {}).get("config_kwargs")
+        if isinstance(theirs, dict):
+            merged["config_kwargs"] = theirs | merged["config_kwargs"]
+    return merged
+
+
+def path_of(url: str) -> str:
+    """A bucket's name and what follows it, as they are."""
+    return url.partition("://")[2].rstrip("/")
+
+
+def require_plain_path(url: str, shown: str) -> None:
+    """Refuse a path that means one thing to one request and another to the next.
+
+    Raises:
+        RequestError: a step of it is empty, or a dot or two.
+    """
+    steps = path_of(url).split("/")
+    if any(step in ("", ".", "..") for step in steps):
+        raise RequestError(
+            f"{shown} has an empty step, '.' or '..' in its path, which stores read differently; "
+            "give a path with one '/' between two names"
+        )
+
+
+def split_tail(url: str) -> tuple[str, str]:
+    """A URL up to its first "?" or "#", and the rest."""
+    found = re.search(r"[?#]", url)
+    return (url[: found.start()], url[found.start() :]) if found else (url, "")
+
+
+def shown_url(url: str) -> str:
+    """`url` as it is, "#", "?" and all, unless something in it may be a credential."""
+    tail = split_tail(url)[1]
+    safe = str(redact(url))
+    return safe if not tail or re.search("[=@&]", tail) else str(redact(split_tail(url)[0])) + tail

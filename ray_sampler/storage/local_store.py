@@ -5,34 +5,40 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import TypeVar
 
-from ray_sampler.errors import RequestError, RunError
-from ray_sampler.storage.store import ABANDONED_SECONDS, Entry, StagedFile, is_unfinished, unfinished_name
+from ray_sampler.errors import RequestError
+from ray_sampler.storage.disk import failure, is_passing, rename, rename_again, retried, sync_folder, write_all
+from ray_sampler.storage.store import (
+    ABANDONED_SECONDS,
+    Entry,
+    NotCommitted,
+    OpenFile,
+    StagedFile,
+    is_leftover,
+    is_unfinished,
+    unfinished_name,
+)
+
+logger = logging.getLogger(__name__)
 
 QUIET_SECONDS = 30.0
 """Age of the last write to an unfinished file at which its lock is asked whether somebody is still at it: some mounts
 do not show one machine's locks to another."""
 
+Result = TypeVar("Result")
 
-def local_failure(error: OSError, action: str, path: str) -> RequestError | RunError:
-    """One sentence for what the operating system said."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"cannot {action} {path}: the disk is full; free some space and run the same command again")
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return RequestError(f"cannot {action} {path}: permission denied; choose an output that you may write")
-    if error.errno == errno.EROFS:
-        return RequestError(f"cannot {action} {path}: the file system is read-only; choose another output")
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return RequestError(f"cannot {action} {path}: a file stands where a folder must be; choose another output")
-    return RunError(f"cannot {action} {path}: {error.strerror or type(error).__name__}; run the same command again")
+
+class LinkRefused(RequestError):
+    """A link stands where a folder of the run must be."""
 
 
 class LocalStore:
@@ -47,7 +53,12 @@ class LocalStore:
         try:
             yield
         except OSError as error:
-            raise local_failure(error, action, f"{self.url}/{path}".rstrip("/")) from error
+            raise failure(error, action, f"{self.url}/{path}".rstrip("/")) from error
+
+    def _try(self, action: str, path: str, request: Callable[[], Result]) -> Result:
+        """What `request` gives, tried again where that may help; its failure is told in one sentence."""
+        with self._explained(action, path):
+            return retried(request, f"{self.url}/{path}".rstrip("/"))
 
     def _inside(self, folder: str) -> Path:
         """A folder of this one, or itself.
@@ -55,13 +66,13 @@ class LocalStore:
         A link on the way would lead elsewhere, where whoever may write here could have files read, moved and replaced.
 
         Raises:
-            RequestError: there is one.
+            LinkRefused: there is one.
         """
         place = self.root
         for name in Path(folder).parts:
             place /= name
             if name == ".." or place.is_symlink():
-                raise RequestError(
+                raise LinkRefused(
                     f"{place} is a link; a run's folders must be its own: put a folder there, or choose another output"
                 )
         return place
@@ -71,135 +82,232 @@ class LocalStore:
         return self._inside(folder) / name
 
     def read(self, path: str) -> bytes | None:
-        with self._explained("read", path):
+        target = self._file(path)
+
+        def once() -> bytes | None:
             try:
                 # A link is another file's name: whoever put it there decides what is read.
-                descriptor = os.open(self._file(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             except (FileNotFoundError, NotADirectoryError):
                 return None
             with os.fdopen(descriptor, "rb") as file:
                 if sys.platform == "linux":
-                    # The disk reads all of it at once, not a little ahead of us.
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                    with contextlib.suppress(OSError):
+                        # The disk reads all of it at once, not a little ahead of us.
+                        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
                 return file.read()
 
+        return self._try("read", path, once)
+
+    def _temporary(self, target: Path) -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target.parent / unfinished_name(target.name)
+
+    def _write_whole(self, target: Path, data: bytes, place: Callable[[Path], Result]) -> Result:
+        """Write and sync a hidden file, and have `place` give it its name.
+
+        Where any of it fails, all of it is to be done again: after a failed sync nobody knows what the disk holds.
+        """
+        temporary = self._temporary(target)
+        try:
+            with open(temporary, "xb", buffering=0) as file:
+                write_all(file.fileno(), data, 0)
+                os.fsync(file.fileno())
+            placed = place(temporary)
+            sync_folder(target.parent)
+            return placed
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
     def put(self, path: str, data: bytes) -> None:
-        with self.stage(path, len(data)) as file:
-            file.write(data)
+        target = self._file(path)
+        self._try("write", path, lambda: self._write_whole(target, data, lambda written: rename(written, target)))
 
     def create(self, path: str, data: bytes) -> bool:
         target = self._file(path)
-        with self._explained("write", path):
-            temporary = self._temporary(target)
+
+        def place(written: Path) -> bool:
             try:
-                with open(temporary, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                try:
-                    os.link(temporary, target)
-                except FileExistsError:
+                os.link(written, target)
+            except FileExistsError:
+                return False
+            except OSError:
+                # Some mounts have no hard links, and refuse them in one way or another: the check and the rename are
+                # two steps, and the caller reads back. What else is wrong, the rename will say.
+                if os.path.lexists(target):
                     return False
-                except OSError as error:
-                    if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK):
-                        raise
-                    # No hard links here: the check and the rename are two steps, and the caller reads back.
-                    if os.path.lexists(target):
-                        return False
-                    os.replace(temporary, target)
-                sync_folder(target.parent)
-                return True
-            finally:
-                temporary.unlink(missing_ok=True)
+                rename(written, target)
+            return True
+
+        return self._try("write", path, lambda: self._write_whole(target, data, place))
 
     def list(self, path: str, times: bool = False) -> list[Entry]:
-        with self._explained("list", path):
+        folder = self._inside(path)
+
+        def once() -> list[Entry]:
             try:
-                with os.scandir(self._inside(path)) as entries:
-                    return [
-                        Entry(
-                            entry.name,
-                            entry.is_file(follow_symlinks=False),
-                            entry.stat(follow_symlinks=False).st_mtime if times else None,
-                        )
-                        for entry in entries
-                        if not is_unfinished(entry.name)
-                    ]
+                with os.scandir(folder) as entries:
+                    seen = (entry_of(each, times) for each in entries if not is_hidden(each.name))
+                    return [entry for entry in seen if entry is not None]
             except FileNotFoundError:
                 return []
 
+        return self._try("list", path, once)
+
     def move(self, source: str, target: str) -> None:
-        with self._explained("move", source):
-            old, new = self._file(source), self._file(target)
+        old, new = self._file(source), self._file(target)
+
+        def once() -> None:
             new.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 os.replace(old, new)
 
+        self._try("move", source, once)
+
     def remove(self, path: str) -> None:
         target = self._file(path)
-        with self._explained("delete", path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            if stat.S_ISDIR(target.lstat().st_mode):
-                shutil.rmtree(target)
-            else:
-                target.unlink()
+
+        def once() -> None:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if stat.S_ISDIR(target.lstat().st_mode):
+                    remove_tree(target)
+                else:
+                    target.unlink()
+
+        self._try("delete", path, once)
 
     @contextlib.contextmanager
     def stage(self, path: str, size: int) -> Iterator[StagedFile]:
         target = self._file(path)
         with self._explained("write", path):
             temporary = self._temporary(target)
-            file = open(temporary, "xb")  # noqa: SIM115 - it outlives this block
+            in_any_order = writes_in_any_order(target.parent)
+            file = retried(lambda: open(temporary, "xb", buffering=0), str(target))  # noqa: SIM115 - it outlives this
             lock(file.fileno())
+        reached = 0
 
         def write(data: bytes | memoryview) -> None:
-            with self._explained("write", path):
-                file.write(data)
+            nonlocal reached
+            reached = self._try("write", path, lambda: write_all(file.fileno(), data, reached))
 
         def write_at(offset: int, data: bytes | memoryview) -> None:
-            left = memoryview(data)
+            self._try("write", path, lambda: write_all(file.fileno(), data, offset))
             with self._explained("write", path):
-                while left:
-                    done = os.pwrite(file.fileno(), left, offset)
-                    if sys.platform == "linux":
-                        # The disk begins now, so that the sync at the end finds little left to do.
-                        os.posix_fadvise(file.fileno(), offset, done, os.POSIX_FADV_DONTNEED)
-                    offset, left = offset + done, left[done:]
+                if sys.platform == "linux":
+                    # The disk begins now, so that the sync at the end finds little left to do.
+                    os.posix_fadvise(file.fileno(), offset, len(data), os.POSIX_FADV_DONTNEED)
 
         try:
-            yield StagedFile(write, write_at)
+            yield StagedFile(write, write_at if in_any_order else None)
             with self._explained("write", path):
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-                os.replace(temporary, target)
+                try:
+                    os.fsync(file.fileno())
+                    file.close()
+                except OSError as error:
+                    if is_passing(error):  # what the disk holds now, nobody knows
+                        raise NotCommitted(str(failure(error, "write", str(target)))) from error
+                    raise
+                rename_again(temporary, target)
                 sync_folder(target.parent)
         except BaseException:
-            with contextlib.suppress(OSError):  # closing flushes, and a full disk says so twice
+            with contextlib.suppress(OSError):
                 file.close()
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
 
     @contextlib.contextmanager
-    def open(self, path: str) -> Iterator[IO[bytes]]:
+    def open(self, path: str) -> Iterator[OpenFile]:
         target = self._file(path)
-        if target.is_symlink():
-            raise FileNotFoundError(f"{target} is a link")
-        with open(target, "rb") as file:
-            yield file
+        with self._explained("read", path):
+            try:
+                descriptor = retried(lambda: os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), str(target))
+            except (FileNotFoundError, NotADirectoryError):
+                descriptor = None
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                descriptor = None
+        if descriptor is None:
+            raise FileNotFoundError(f"{target} is not there, or a link")
+        reached = 0
+
+        def read(size: int) -> bytes:
+            nonlocal reached
+            data = self._try("read", path, lambda: os.pread(descriptor, size, reached))
+            reached += len(data)
+            return data
+
+        try:
+            yield OpenFile(read)
+        finally:
+            os.close(descriptor)
 
     def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
-        with self._explained("clean", folder), contextlib.suppress(FileNotFoundError):
-            with os.scandir(self._inside(folder)) as entries:
+        place = self._inside(folder)
+        try:
+            with os.scandir(place) as entries:
                 unfinished = [entry.path for entry in entries if is_unfinished(entry.name)]
-            for name in unfinished:
-                with contextlib.suppress(FileNotFoundError):
-                    age = time.time() - os.lstat(name).st_mtime
-                    if age > seconds or (age > QUIET_SECONDS and is_unlocked(name)):
-                        os.unlink(name)
+        except OSError as error:
+            logger.info("abandoned files in %s could not be listed (%s)", place, error)
+            return
+        for name in unfinished:
+            with contextlib.suppress(OSError):
+                age = time.time() - os.lstat(name).st_mtime
+                if age > seconds or (age > QUIET_SECONDS and is_unlocked(name)):
+                    os.unlink(name)
 
-    def _temporary(self, target: Path) -> Path:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return target.parent / unfinished_name(target.name)
+
+def is_hidden(name: str) -> bool:
+    """Whether a name is no file's that anybody means: an unfinished write's, or a deleted file's that is still open."""
+    return is_unfinished(name) or is_leftover(name)
+
+
+def entry_of(found: os.DirEntry[str], times: bool) -> Entry | None:
+    """What a folder says of a name, None where the file has gone meanwhile."""
+    try:
+        modified = found.stat(follow_symlinks=False).st_mtime if times else None
+        return Entry(found.name, found.is_file(follow_symlinks=False), modified)
+    except FileNotFoundError:
+        return None
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder with all it holds; what a mount keeps of deleted files that are open goes when they are closed.
+
+    Raises:
+        OSError: something else cannot be deleted.
+    """
+
+    def go_on(function: object, path: str, error: BaseException) -> None:
+        if isinstance(error, FileNotFoundError) or is_leftover(os.path.basename(path)):
+            return
+        if os.path.isdir(path) and all(map(is_leftover, os.listdir(path))):
+            return
+        raise error
+
+    if sys.version_info >= (3, 12):
+        shutil.rmtree(folder, onexc=go_on)
+    else:
+        shutil.rmtree(folder, onerror=lambda function, path, info: go_on(function, path, info[1]))
+
+
+def writes_in_any_order(folder: Path) -> bool:
+    """Whether files in a folder can be written at any offset; some mounts of buckets take one byte after the other."""
+    trial = folder / unfinished_name("order")
+    try:
+        with open(trial, "xb", buffering=0) as file:
+            os.pwrite(file.fileno(), b"\0", 1)
+            os.pwrite(file.fileno(), b"\0", 0)
+            os.fsync(file.fileno())
+        return True
+    except OSError as error:
+        logger.info("files in %s are written in order (%s)", folder, error)
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink(missing_ok=True)
 
 
 def lock(descriptor: int) -> bool:
@@ -219,17 +327,5 @@ def is_unlocked(path: str) -> bool:
         return False
     try:
         return lock(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF):  # some mounts cannot sync a folder
-            raise
     finally:
         os.close(descriptor)

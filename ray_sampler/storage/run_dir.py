@@ -19,9 +19,10 @@ import numpy as np
 
 from ray_sampler.errors import RequestError, RunError, redact, require
 from ray_sampler.options import option
+from ray_sampler.storage import retry
 from ray_sampler.storage.connect import open_store
 from ray_sampler.storage.fragment import Fragment, decode, decode_groups
-from ray_sampler.storage.local_store import LocalStore
+from ray_sampler.storage.local_store import LinkRefused, LocalStore
 from ray_sampler.storage.ranges import Listing, RangeSet, cover
 from ray_sampler.storage.record import (
     DamagedFragment,
@@ -32,7 +33,8 @@ from ray_sampler.storage.record import (
     Samples,
     fingerprint,
 )
-from ray_sampler.storage.store import Readable, StagedFile
+from ray_sampler.storage.retry import look_again
+from ray_sampler.storage.store import Readable, StagedFile, UnreadableFile
 
 __all__ = ["DamagedFragment", "FragmentName", "Listing", "MissingFragment", "RunDir"]
 
@@ -46,6 +48,10 @@ REJECTED = "rejected"
 RUN_KINDS = {"fingerprint": str, "identity": dict, "num_samples": int, "labelled": bool, "settings": dict}
 PROBE = ".probe"
 PROBE_SECONDS = 3600.0
+PATIENCE_S = 4.0
+"""How long fragments that cannot be seen are looked for again: in all, as a whole folder of them may be gone."""
+
+TRIAL_BYTES = b"ray-sampler"
 PICTURES = ("preview.png", "summary.json", "report.html")
 ARCHIVE = re.compile(r"samples_[0-9]+x[0-9]+x[0-9]+x[0-9]+\.npz")
 
@@ -101,6 +107,7 @@ class RunDir:
     def __init__(self, url: str) -> None:
         self._store = open_store(url)
         self.url = self._store.url
+        self._patience_s = PATIENCE_S
         self.is_local = isinstance(self._store, LocalStore)
         if isinstance(self._store, LocalStore) and self._store.root.exists() and not self._store.root.is_dir():
             raise RequestError(f"{self.url} is a file; an output must be a folder")
@@ -131,9 +138,12 @@ class RunDir:
     def create_run(self, run: Mapping[str, Any]) -> dict[str, Any]:
         """Write run.json unless there is one, and return what stands there: this one, or a rival's."""
         self._store.create(RUN, run_json(run))
-        standing = self.read_run()
+        standing = look_again(self.read_run, f"{self.url}/{RUN}", retry.HIDDEN_S)
         if standing is None:
-            raise RunError(f"{self.url}/{RUN} vanished after it was written; is another run deleting this directory?")
+            raise RunError(
+                f"{self.url}/{RUN} was written, and could not be read within {retry.HIDDEN_S:.0f} s after; "
+                "is another run deleting this directory, or a cache between you and the store hiding it for longer?"
+            )
         return standing
 
     def replace_run(self, run: Mapping[str, Any]) -> None:
@@ -183,22 +193,46 @@ class RunDir:
         return decode_groups(self._fragment_bytes(name), name, fingerprint)
 
     def _fragment_bytes(self, name: FragmentName) -> bytes:
-        data = self.ranges().read(name)
+        path = f"{FRAGMENTS}/{name.filename}"
+        began = time.monotonic()
+        try:
+            # Whoever asks knows that it was there, or was written a moment ago.
+            data = look_again(lambda: self._store.read(path), f"{self.url}/{path}", self._patience_s)
+        except UnreadableFile as error:
+            raise DamagedFragment(str(error)) from error
         if data is None:
+            self._patience_s -= time.monotonic() - began
             raise MissingFragment("it is not there any more")
         return data
 
     def reject(self, filename: str, reason: str) -> None:
-        """Move a file or folder from fragments/ to rejected/, with `reason` beside it."""
+        """Move a file or folder from fragments/ to rejected/, with `reason` beside it.
+
+        What cannot be moved is left where it is, with a warning: what is damaged or not ours never stops a run.
+
+        Raises:
+            RequestError: a link stands in place of one of the two folders.
+        """
         if not is_plain(filename):
             logger.warning("%s/%s holds a name that is no file's, %r; it is left alone", self.url, FRAGMENTS, filename)
             return
         target = urllib.parse.quote(filename, safe=" ", errors="surrogateescape").replace(" ", "%20")[:180]
-        taken = {entry.name for entry in self._store.list(REJECTED)}
-        if target in taken or f"{target}.reason.txt" in taken:
-            target = f"{target}.{secrets.token_hex(4)}"
-        self._store.put(f"{REJECTED}/{target}.reason.txt", f"{reason}\n".encode())
-        self._store.move(f"{FRAGMENTS}/{filename}", f"{REJECTED}/{target}")
+        with self._housekeeping(f"{FRAGMENTS}/{filename} could not be moved to {REJECTED}/, and is not used"):
+            taken = {entry.name for entry in self._store.list(REJECTED)}
+            if target in taken:
+                target = f"{target}.{secrets.token_hex(4)}"
+            self._store.put(f"{REJECTED}/{target}.reason.txt", f"{reason}\n".encode())
+            self._store.move(f"{FRAGMENTS}/{filename}", f"{REJECTED}/{target}")
+
+    @contextlib.contextmanager
+    def _housekeeping(self, what: str) -> Iterator[None]:
+        """Warn of a failure in what a run can do without."""
+        try:
+            yield
+        except LinkRefused:
+            raise
+        except (RequestError, RunError) as error:
+            logger.warning("%s: %s", what, error)
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write preview.png, summary.json or report.html, complete or absent."""
@@ -240,12 +274,49 @@ class RunDir:
         """Leave a tiny file that proves that its writer can write here."""
         self._store.put(f"{PROBE}/{own_name(name)}", name.encode())
 
-    def probe_seen(self, name: str) -> bool:
-        """Whether a probe can be read from here."""
-        return self._store.read(f"{PROBE}/{own_name(name)}") is not None
+    def probe_seen(self, name: str, patience_s: float = 0.0) -> bool:
+        """Whether a probe can be read from here, which is tried for `patience_s` seconds: caches hide new names."""
+        path = f"{PROBE}/{own_name(name)}"
+        return look_again(lambda: self._store.read(path), f"{self.url}/{path}", patience_s) is not None
+
+    def prove_rights(self) -> None:
+        """Try all that a run needs before anything is computed: list, write, read, replace, and write in parts.
+
+        The right to delete is not among it: without it a run leaves its probes behind.
+
+        Raises:
+            RequestError: a right is missing, or the mount cannot do it; says which.
+            RunError: the store fails.
+        """
+        path = f"{PROBE}/rights-{secrets.token_hex(8)}"
+        self._store.list(FRAGMENTS)
+        try:
+            for content in (TRIAL_BYTES, TRIAL_BYTES * 2):
+                try:
+                    self._store.put(path, content)
+                except RequestError as error:
+                    if content == TRIAL_BYTES:
+                        raise
+                    raise RequestError(
+                        f"{error}; new files can be written there, but none replaced, which a run needs to redraw its "
+                        "preview and to sample damaged fragments again"
+                    ) from error
+            look_again(lambda: self._store.read(path), f"{self.url}/{path}", retry.HIDDEN_S)
+            with self._store.stage(path, len(TRIAL_BYTES)) as file:
+                file.write(TRIAL_BYTES)
+        finally:
+            with self._housekeeping("a probe could not be deleted"):
+                self._store.remove(path)
 
     def probes_clear(self, prefix: str = "") -> None:
-        """Remove the probes whose names begin with `prefix`, and those that a killed driver left an hour ago."""
+        """Remove the probes whose names begin with `prefix`, and those that a killed driver left an hour ago.
+
+        Where that fails, there is a warning: probes do no harm.
+        """
+        with self._housekeeping("probes could not be deleted"):
+            self._clear_probes(prefix)
+
+    def _clear_probes(self, prefix: str) -> None:
         entries = self._store.list(PROBE, times=True)
         kept = 0
         for entry in entries:

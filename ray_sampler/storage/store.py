@@ -12,8 +12,23 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from ray_sampler.errors import RunError
+
 ABANDONED_SECONDS = 86400.0
 """Age at which an unfinished write has certainly been abandoned."""
+
+
+class UnreadableFile(RunError):
+    """A file that is there and cannot be read, however often it is tried."""
+
+    def __init__(self, sentence: str, cold: bool = False) -> None:
+        super().__init__(sentence)
+        self.cold = cold
+        """Whether it lies in an archive class of the store, from which it can be restored."""
+
+
+class NotCommitted(RunError):
+    """All of a staged file was written, but the disk could not say that it keeps it; written anew, it may."""
 
 
 class Entry(NamedTuple):
@@ -81,7 +96,11 @@ class Store(Protocol):
         """Write about `size` bytes piece by piece; committed on a clean exit, discarded on any exception."""
 
     def open(self, path: str) -> AbstractContextManager[Readable]:
-        """Read piece by piece. Raises FileNotFoundError."""
+        """Read piece by piece.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
 
     def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
         """Remove the unfinished writes in a folder that were begun so long ago that nobody is at them any more."""
@@ -93,3 +112,8 @@ def unfinished_name(name: str) -> str:
 
 def is_unfinished(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a mount keeps a deleted file under this name because some process still has it open."""
+    return name.startswith((".nfs", ".fuse_hidden"))

@@ -1,4 +1,4 @@
-"""An HTTP proxy on loopback that stands before an S3 server and, when told to, lets requests fail.
+"""An HTTP proxy on loopback that stands before a bucket's server and, when told to, lets requests fail.
 
 It runs on threads of its own:
 
@@ -17,19 +17,20 @@ from __future__ import annotations
 
 import email.message
 import http.client
+import json
 import random
 import socket
 import struct
 import threading
 import urllib.parse
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal[
-    "403", "500", "503", "reset", "reset upload", "lost", "truncated", "stall", "slow", "refused deletions"
+    "403", "500", "503", "reset", "reset upload", "lost", "truncated", "stall", "slow", "refused deletions", "answer",
 ]  # fmt: skip
 """How a request fails:
 
@@ -42,8 +43,17 @@ stall: the answer halts in the middle, for `seconds`, then the connection is res
 slow: the answer is right and comes after `seconds`.
 refused deletions: a request to delete many is answered with success, and a refusal of each; no other request fails.
 
+answer: it is answered with the fault's own status and word, in the form of the store that is meant; the server never
+sees it.
+
 The middle of an answer without a body is before its first byte.
 """
+
+Form = Literal["s3", "azure", "gcs", "page"]
+"""Whose way of telling a failure an answer takes; a page is HTML, as load balancers give it."""
+
+Request = tuple[str, str, email.message.Message]
+"""Method, path with query, and headers."""
 
 WORDS = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
 REFUSED_DELETIONS = b"<DeleteResult><Error><Key>x</Key><Code>AccessDenied</Code></Error></DeleteResult>"
@@ -62,9 +72,35 @@ class Fault:
     probability: float = 1.0
     """Of failing, for a request between the two."""
     operations: Collection[str] | None = None
-    """S3's names of the operations that it matches, as PutObject; None for all."""
+    """S3's names of the operations that it matches, as PutObject, or methods, as PUT; None for all."""
     seconds: float = 0.0
     """How long it stalls, or is late."""
+    status: int = 0
+    word: str = ""
+    form: Form = "s3"
+    when: Callable[[Request], bool] | None = None
+    """What a request must be beside its operation; None for any."""
+
+
+def answer(status: int, word: str = "", operations: Collection[str] | None = None, **more: Any) -> Fault:
+    """Every request of these operations is refused with `status`; `more` are fields of the fault."""
+    return Fault("answer", operations=operations, status=status, word=word, **more)
+
+
+def told(form: Form, status: int, word: str) -> tuple[list[tuple[str, str]], bytes]:
+    """The headers and the body by which a store tells a failure."""
+    xml = f"<?xml version='1.0'?><Error><Code>{word}</Code><Message>{word} of a store</Message></Error>".encode()
+    match form:
+        case "s3":
+            return [("Content-Type", "application/xml")], xml
+        case "azure":
+            return [("Content-Type", "application/xml"), ("x-ms-error-code", word)], xml
+        case "gcs":
+            about = {"code": status, "message": word, "errors": [{"message": word, "reason": word}]}
+            return [("Content-Type", "application/json")], json.dumps({"error": about}).encode()
+        case "page":
+            page = f"<html><head><title>{status}</title></head><body><center><hr>nginx</center></body></html>"
+            return [("Content-Type", "text/html")], page.encode()
 
 
 def once(kind: Kind, number: int = 1, operations: Collection[str] | None = None, seconds: float = 0.0) -> Fault:
@@ -137,14 +173,16 @@ class FaultProxy:
             for counter in (self.requests, self.faults, self.failed):
                 counter.clear()
 
-    def draw(self, operation: str) -> tuple[Fault | None, threading.Event]:
+    def draw(self, operation: str, request: Request) -> tuple[Fault | None, threading.Event]:
         """Count a request; whether and how it fails, and what ends a stall."""
         with self._lock:
             self.requests[operation] += 1
             drawn = None
             for i, fault in enumerate(self._faults):
                 operations = ("DeleteObjects",) if fault.kind == "refused deletions" else fault.operations
-                if operations is not None and operation not in operations:
+                if operations is not None and operation not in operations and request[0] not in operations:
+                    continue
+                if fault.when is not None and not fault.when(request):
                     continue
                 self._matched[i] += 1
                 due = fault.first <= self._matched[i] and (fault.last is None or self._matched[i] <= fault.last)
@@ -175,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         operation = operation_of(self.command, self.path, self.headers)
-        fault, released = self.server.proxy.draw(operation)
+        fault, released = self.server.proxy.draw(operation, (self.command, self.path, self.headers))
         if fault is not None and fault.kind == "reset upload":
             self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
             return self._reset()
@@ -187,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
                 word = WORDS[fault.kind]
                 text = f"<?xml version='1.0'?><Error><Code>{word}</Code><Message>{word}</Message></Error>".encode()
                 self._answer(int(fault.kind), [("Content-Type", "application/xml")], text)
+            case "answer":
+                self._answer(fault.status, *told(fault.form, fault.status, fault.word))
             case "refused deletions":
                 self._answer(200, [("Content-Type", "application/xml")], REFUSED_DELETIONS)
             case "lost":
@@ -229,7 +269,12 @@ class _Handler(BaseHTTPRequestHandler):
                 connection.putheader("Content-Length", str(len(body)))
             connection.endheaders(body)
             response = connection.getresponse()
-            return response.status, response.getheaders(), response.read()
+            # Where to go on with an upload is said as an address, which must be this proxy's.
+            there, here = upstream.geturl(), self.server.proxy.url
+            headers = [(n, v.replace(there, here) if n.lower() == "location" else v) for n, v in response.getheaders()]
+            # An emulator says so of an upload of which it has nothing; the store itself says nothing then.
+            headers = [each for each in headers if each != ("Range", "bytes=0-0")]
+            return response.status, headers, response.read()
         finally:
             connection.close()
 

@@ -2,65 +2,32 @@
 
 from __future__ import annotations
 
+import datetime
+import logging
 import os
-import shutil
-import subprocess
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ray_sampler.config import RequestError
+from ray_sampler.errors import RequestError
 from ray_sampler.storage.run_dir import FragmentName, RunDir
-from tests.cluster.fleets import free_ports
 from tests.cluster.processes import kill_group, started, wait_for
 from tests.cluster.runs import LONGER, savez
-from tests.conftest import ROOT, Configure
-from tests.faults.servers import listens
-
-CONTAINER = "samples"
-ACCOUNT = "devstoreaccount1"
-KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-"""Of every Azurite; its manual prints it."""
+from tests.conftest import Configure
+from tests.faults.clouds import ACCOUNT, CONTAINER, KEY, azurite_server, connection_string
+from tests.faults.lives import live
 
 NAME = FragmentName(0, 4, "parquet")
-
-
-def azurite() -> str | None:
-    """The path of Azurite's blob server, None where it is not installed."""
-    ours = ROOT / ".emulators" / "node_modules" / ".bin"
-    return shutil.which("azurite-blob") or shutil.which("azurite-blob", path=str(ours))
 
 
 @pytest.fixture(scope="module")
 def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The connection string of an emulator with one container, which this process finds."""
-    program = azurite()
-    if program is None:
-        pytest.skip("Azurite is not installed")
-    from azure.storage.blob import BlobServiceClient
-
-    [port] = free_ports(1)
-    command = [program, "--silent", "--inMemoryPersistence", "--skipApiVersionCheck", "--blobPort", str(port)]
-    with (tmp_path_factory.mktemp("azurite") / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path_factory.mktemp("azurite"))
-    try:
-        deadline = time.monotonic() + 60
-        while not listens(("127.0.0.1", port)):
-            assert server.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        endpoint = f"http://127.0.0.1:{port}/{ACCOUNT}"
-        string = f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={endpoint};"
-        BlobServiceClient.from_connection_string(string).create_container(CONTAINER)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AZURE_STORAGE_CONNECTION_STRING", string)
-            yield string
-    finally:
-        server.terminate()
-        server.wait(10)
+    with azurite_server(tmp_path_factory.mktemp("azurite")) as endpoint, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection_string(endpoint))
+        yield endpoint
 
 
 @pytest.fixture
@@ -109,6 +76,39 @@ def test_a_staged_archive_is_there_whole_or_not_at_all(url: str):
 def test_a_container_that_is_not_there_is_one_sentence(connection: str):
     with pytest.raises(RequestError, match="bucket does not exist"):
         RunDir("abfs://elsewhere/run").create_run({})
+
+
+@pytest.mark.parametrize(
+    ("rights", "hours", "code", "said"),
+    [
+        ("racwl", 1, 0, "could not be deleted"),
+        ("rl", 1, 2, "permission denied"),
+        ("rw", 1, 2, "cannot list"),
+        ("racwdl", -1, 2, "expired"),
+    ],
+    ids=["no delete", "read-only", "no list", "expired"],
+)
+def test_a_shared_access_signature_that_is_too_narrow_is_one_sentence(
+    connection: str, monkeypatch, caplog, capfd, rights, hours, code, said
+):
+    import adlfs
+    from azure.storage.blob import ContainerSasPermissions, generate_container_sas
+
+    until = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=hours)
+    permission = ContainerSasPermissions.from_string(rights)
+    signature = generate_container_sas(ACCOUNT, CONTAINER, account_key=KEY, permission=permission, expiry=until)
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection_string(connection, signature))
+    adlfs.AzureBlobFileSystem.clear_instance_cache()
+    with caplog.at_level(logging.WARNING):
+        life = live(f"abfs://{CONTAINER}/{uuid.uuid4().hex}")
+    adlfs.AzureBlobFileSystem.clear_instance_cache()
+    assert life.code == code, life.said
+    assert said in (life.said if code else caplog.text)
+    assert life.seconds < 20
+    assert life.computed == (code == 0)
+    shown = life.said + caplog.text + "".join(capfd.readouterr())
+    assert "Traceback" not in shown
+    assert "sig=" not in shown
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_sampler.config import RunError
+from ray_sampler.errors import RunError
 from ray_sampler.storage.archive import Content, DamagedPiece, archive_intact, content_of, lay_out, merge
 from ray_sampler.storage.archive_layout import ArchiveLayout, crc32_combine
 from ray_sampler.storage.ranges import cover

@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from ray_sampler.config import RequestError, RunError
+from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.record import DamagedFragment, FragmentName
 from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.verify import verify

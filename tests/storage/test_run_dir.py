@@ -11,8 +11,8 @@ import uuid
 
 import pytest
 
-from ray_sampler.config import RequestError, RunError, fingerprint
-from ray_sampler.storage.record import FragmentName
+from ray_sampler.errors import RequestError, RunError
+from ray_sampler.storage.record import FragmentName, fingerprint
 from ray_sampler.storage.run_dir import RunDir
 from tests.storage.fill import FINGERPRINT, NAME, fill, names_in
 

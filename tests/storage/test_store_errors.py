@@ -14,8 +14,8 @@ import botocore.exceptions
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ray_sampler.config import RequestError, RunError
-from ray_sampler.storage import object_store
+from ray_sampler.errors import RequestError, RunError
+from ray_sampler.storage import retry
 from ray_sampler.storage.run_dir import RunDir
 from tests.faults.servers import KEY, SECRET
 from tests.storage.fill import NAME
@@ -104,5 +104,5 @@ def test_passing_errors_are_retried_and_logged_and_lasting_ones_end(monkeypatch,
     answers.extend([slow_down] * 50)
     with pytest.raises(RunError, match="SlowDown"):
         run_dir.write_file("preview.png", b"y")
-    assert len(answers) == 50 - object_store.ATTEMPTS
+    assert len(answers) == 50 - retry.ATTEMPTS
     assert KEY not in caplog.text

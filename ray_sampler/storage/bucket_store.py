@@ -1,0 +1,249 @@
+"""A folder in a bucket, request by request, so that each one can be tried again by itself.
+
+What fsspec offers above single requests (files, listings, moves) holds state between them that a failure in the middle
+leaves undefined: a part may be sent twice, a deletion fail unseen. S3, Google and Azure each say here what their
+requests are; in what order they are made is said once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from ray_sampler.storage import object_store
+from ray_sampler.storage.failures import NO_BUCKET_WORDS, code, families
+from ray_sampler.storage.object_store import ObjectStore, logger
+from ray_sampler.storage.store import Entry, OpenFile, StagedFile, is_unfinished
+
+PARTS = 9000
+"""S3 takes 10,000 parts of an object; this leaves room."""
+
+PARTS_AT_ONCE = 4
+
+
+class Object(NamedTuple):
+    """An object in a bucket."""
+
+    key: str
+    modified: float
+    """Unix time of its last write, in seconds."""
+
+
+class Page(NamedTuple):
+    """One page of a listing."""
+
+    objects: list[Object]
+    folders: list[str]
+    """Beginnings of keys up to and with the next slash, where a page is asked for by folder."""
+    marker: str | None
+    """What the request for the next page names; None at the end."""
+
+
+class Version(NamedTuple):
+    """What stands under a key."""
+
+    size: int
+    tag: str
+    """Changes with every write."""
+
+
+class BucketStore(ObjectStore):
+    """A folder in a bucket; every request that fails for the moment is tried again.
+
+    The methods that begin with `_request` are single requests. They raise FileNotFoundError where there is no such
+    object or upload.
+    """
+
+    bucket: str
+    prefix: str
+    parts_at_once = PARTS_AT_ONCE
+
+    @abstractmethod
+    def _request_read(self, key: str, start: int, stop: int, version: Version) -> bytes:
+        """Bytes [start, stop) of that version of an object."""
+
+    @abstractmethod
+    def _request_version(self, key: str) -> Version:
+        """Size and tag of an object."""
+
+    @abstractmethod
+    def _request_page(self, prefix: str, by_folder: bool, marker: str | None) -> Page:
+        """A page of the keys that begin with `prefix`."""
+
+    @abstractmethod
+    def _request_copy(self, source: str, target: str) -> None:
+        """Copy an object within the bucket."""
+
+    @abstractmethod
+    def _request_delete(self, key: str) -> None:
+        """Delete an object."""
+
+    @abstractmethod
+    def _request_upload(self, key: str) -> Any:
+        """Begin an upload in parts; returns what names it."""
+
+    @abstractmethod
+    def _request_part(self, key: str, upload: Any, number: int, data: bytes) -> Any:
+        """Send a part, the first of which has number 1; returns what `_request_complete` needs to know of it."""
+
+    @abstractmethod
+    def _request_complete(self, key: str, upload: Any, parts: Sequence[Any]) -> None:
+        """Make the parts an object."""
+
+    @abstractmethod
+    def _request_abort(self, key: str, upload: Any) -> None:
+        """Forget an upload and its parts."""
+
+    def _key(self, path: str) -> str:
+        return f"{self.prefix}/{path}".strip("/")
+
+    def _pages(self, prefix: str, by_folder: bool) -> Iterator[Page]:
+        """The pages of a listing; one that fails is asked for again, and not those before it."""
+        marker = None
+        while True:
+            page = self._retry(functools.partial(self._request_page, prefix, by_folder, marker))
+            yield page
+            marker = page.marker
+            if not marker:
+                return
+
+    def list(self, path: str, times: bool = False) -> list[Entry]:
+        prefix = f"{self._key(path)}/".lstrip("/")
+        entries = []
+        with self._explained("list", path):
+            for page in self._pages(prefix, by_folder=True):
+                entries += [Entry(folder[len(prefix) : -1], False) for folder in page.folders]
+                entries += [Entry(each.key[len(prefix) :], True, each.modified) for each in page.objects]
+        return [entry for entry in entries if entry.name and not is_unfinished(entry.name)]
+
+    def _keys(self, path: str) -> Sequence[str]:
+        """The keys of all that a folder holds; where it holds nothing, `path` is a file, if it is anything.
+
+        Only a prefix that ends in a slash is asked for: S3 Express knows no other.
+        """
+        key = self._key(path)
+        below = [each.key for page in self._pages(f"{key}/".lstrip("/"), by_folder=False) for each in page.objects]
+        return below or [key]
+
+    def move(self, source: str, target: str) -> None:
+        with self._explained("move", source):
+            old, new = self._key(source), self._key(target)
+            for key in self._keys(source):
+                # One that is gone has been moved: by a request whose answer was lost, or by another run.
+                with contextlib.suppress(FileNotFoundError):
+                    self._retry(functools.partial(self._request_copy, key, f"{new}{key[len(old) :]}"))
+                    self._retry(functools.partial(self._request_delete, key))
+
+    def remove(self, path: str) -> None:
+        with self._explained("delete", path):
+            self._delete(self._keys(path))
+
+    def _delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            with contextlib.suppress(FileNotFoundError):
+                self._retry(functools.partial(self._request_delete, key))
+
+    def _version(self, key: str) -> Version | None:
+        """What stands under a key, None where there is nothing."""
+        try:
+            return self._retry(lambda: self._request_version(key))
+        except FileNotFoundError as error:
+            if code(error) in NO_BUCKET_WORDS:
+                raise
+            return None
+
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[OpenFile]:
+        key = self._key(path)
+        with self._explained("read", path):
+            found = self._version(key)
+        if found is None:
+            raise FileNotFoundError(f"{self.url}/{path}")
+        version = found
+        buffer = b""
+        reached = 0
+
+        def whole(key: str, start: int, stop: int, version: Version) -> bytes:
+            data = self._request_read(key, start, stop, version)
+            if len(data) != stop - start:
+                raise ConnectionError(f"{len(data)} bytes came of {stop - start}")
+            return data
+
+        def read(size: int) -> bytes:
+            # What cannot be fetched moves nothing: the position is that of the bytes that were given.
+            nonlocal buffer, reached
+            with self._explained("read", path):
+                while len(buffer) < size and reached < version.size:
+                    stop = min(version.size, reached + max(object_store.PART_BYTES, size - len(buffer)))
+                    buffer += self._retry(functools.partial(whole, key, reached, stop, version))
+                    reached = stop
+            given, buffer = buffer[:size], buffer[size:]
+            return given
+
+        yield OpenFile(read)
+
+    @contextlib.contextmanager
+    def stage(self, path: str, size: int) -> Iterator[StagedFile]:
+        part_bytes = -(-max(object_store.PART_BYTES, size // PARTS) // 2**20) * 2**20
+        key = self._key(path)
+        buffer = bytearray()
+        parts: list[Future[Any]] = []
+        at_once = max(1, min(self.parts_at_once, PARTS_AT_ONCE * object_store.PART_BYTES // part_bytes))
+        written = 0
+
+        def upload_part(part: bytes, number: int) -> Any:
+            return self._retry(lambda: self._request_part(key, upload, number, part))
+
+        def send(part: bytes) -> None:
+            parts.append(pool.submit(upload_part, part, len(parts) + 1))
+            if len(parts) >= at_once:  # this bounds memory, and tells early of a part that failed
+                parts[-at_once].result()
+
+        def write(data: bytes | memoryview) -> None:
+            nonlocal written
+            buffer.extend(data)
+            written += len(data)
+            with self._explained("write", path):
+                while len(buffer) >= part_bytes:  # parts of equal size, which some stores beside S3 itself insist on
+                    send(bytes(memoryview(buffer)[:part_bytes]))
+                    del buffer[:part_bytes]
+
+        with self._explained("write", path):
+            before = self._version(key)
+            upload = self._retry(lambda: self._request_upload(key))
+        pool = ThreadPoolExecutor(at_once, "upload")
+        try:
+            yield StagedFile(write)
+            with self._explained("write", path):
+                if buffer or not parts:
+                    send(bytes(buffer))
+                self._complete(key, upload, [part.result() for part in parts], written, before)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # a part that arrives after the abort would stay, and be billed
+            self._abort(key, upload)
+            raise
+        pool.shutdown()
+
+    def _complete(self, key: str, upload: Any, parts: Sequence[Any], size: int, before: Version | None) -> None:
+        """Make the parts an object.
+
+        Where the answer to a request that was carried out is lost, the next one finds no such upload any more.
+        """
+        try:
+            self._retry(lambda: self._request_complete(key, upload, parts))
+        except FileNotFoundError as error:
+            standing = self._version(key) if code(error) not in NO_BUCKET_WORDS else None
+            if standing is None or standing.size != size or standing == before:
+                raise
+
+    def _abort(self, key: str, upload: Any) -> None:
+        try:
+            self._retry(lambda: self._request_abort(key, upload))
+        except FileNotFoundError:
+            pass  # it was aborted already, or it is complete
+        except families() as error:
+            logger.warning("an unfinished upload to %s could not be discarded (%s)", self.url, type(error).__name__)

@@ -1,0 +1,136 @@
+"""What disks and mounts answer: what may pass, what they do not support, and the sentence for the rest."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from ray_sampler.errors import RequestError, RunError
+from ray_sampler.storage.retry import persist
+from ray_sampler.storage.store import UnreadableFile
+
+PASSING_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNABORTED}
+PASSING_ERRNOS |= {errno.ENOTCONN, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETRESET, errno.EREMOTEIO}
+"""What a shared disk answers while its server or the network fails for the moment."""
+
+UNREADABLE_ERRNOS = {errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.EILSEQ, errno.ESTALE}
+"""What remains of a file on a part of a disk that has failed."""
+
+UNSUPPORTED_ERRNOS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY}
+
+AGAIN = "run the same command again"
+
+Result = TypeVar("Result")
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether a disk may do the same a moment later."""
+    return isinstance(error, OSError) and error.errno in PASSING_ERRNOS
+
+
+def said(error: BaseException) -> str:
+    number = error.errno if isinstance(error, OSError) and error.errno else None
+    return errno.errorcode.get(number, str(number)) if number else type(error).__name__
+
+
+def retried(request: Callable[[], Result], where: str) -> Result:
+    """What `request` gives, tried again while the disk fails in a way that passes."""
+    return persist(request, is_passing, said, f"the disk of {where}")
+
+
+def failure(error: OSError, action: str, path: str) -> RequestError | RunError:
+    """One sentence for what the operating system said."""
+    cause = (error.strerror or type(error).__name__) if error.errno is None else said(error)
+    if error.errno == errno.EDQUOT:
+        return RunError(f"cannot {action} {path}: your quota on that disk is used up; free some space and {AGAIN}")
+    if error.errno == errno.ENOSPC:
+        if out_of_names(Path(path)):
+            return RunError(
+                f"cannot {action} {path}: the disk has room but no inodes left for more files; delete some files, or "
+                f"choose a larger --shard_size in another output, and {AGAIN}"
+            )
+        return RunError(f"cannot {action} {path}: the disk is full; free some space and {AGAIN}")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return RequestError(f"cannot {action} {path}: permission denied; get the right to, or choose another output")
+    if error.errno == errno.EROFS:
+        return RequestError(f"cannot {action} {path}: the file system is read-only; choose another output")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return RequestError(f"cannot {action} {path}: a file stands where a folder must be; choose another output")
+    if error.errno in UNSUPPORTED_ERRNOS:
+        return RequestError(
+            f"cannot {action} {path}: this mount does not support that ({cause}), so it cannot be an output; choose "
+            "another folder, or the URL of the bucket behind the mount"
+        )
+    if action == "read" and error.errno in UNREADABLE_ERRNOS:
+        return UnreadableFile(f"cannot read {path}: the disk cannot read it ({cause}); check the disk and {AGAIN}")
+    return RunError(f"cannot {action} {path}: {error.strerror or cause} ({cause}); check the disk and {AGAIN}")
+
+
+def out_of_names(path: Path) -> bool:
+    """Whether the file system of a path has room for bytes, but for no more files."""
+    for place in (path, *path.parents):
+        try:
+            found = os.statvfs(place)
+        except OSError:
+            continue
+        return found.f_files > 0 and found.f_favail == 0 and found.f_bavail > 0
+    return False
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file in place of whatever has the name.
+
+    Raises:
+        RequestError: this mount renames no files.
+    """
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno in UNSUPPORTED_ERRNOS:
+            raise RequestError(
+                f"{target.parent} lies on a mount that cannot rename files ({said(error)}), so it cannot be an output; "
+                "choose another folder, or the URL of the bucket behind the mount"
+            ) from error
+        raise
+
+
+def rename_again(source: Path, target: Path) -> None:
+    """As `rename`, tried again while the disk fails for the moment."""
+    before = os.stat(source)
+
+    def once() -> None:
+        try:
+            rename(source, target)
+        except FileNotFoundError:
+            # Done by an attempt whose answer was lost: what was renamed stands there.
+            after = os.stat(target)
+            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise
+
+    retried(once, str(target))
+
+
+def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> int:
+    """Write at an offset, all of it; returns where it ends."""
+    left = memoryview(data).cast("B")
+    while left:
+        done = os.pwrite(descriptor, left, offset)
+        offset, left = offset + done, left[done:]
+    return offset
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut, where the mount can: some refuse, each in its own way."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

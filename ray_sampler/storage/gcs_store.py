@@ -1,0 +1,279 @@
+"""A bucket of Google Cloud Storage, by the requests of its JSON interface.
+
+gcsfs finds the credentials, as its users expect, and its session sends the requests: once, as ours are tried again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import threading
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import aiohttp
+import fsspec
+import google.auth
+import google.auth.exceptions
+import google.auth.transport.requests
+import yarl
+from fsspec.asyn import sync
+
+from ray_sampler.errors import RequestError, RunError
+from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
+from ray_sampler.storage.failures import StoreError, failure, status
+
+TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=20)
+"""Seconds; large parts over slow lines take as long as they take, as long as they move."""
+
+LOOKS_S = 15.0
+"""How long credentials are looked for: a metadata server that does not answer would hold a run for minutes."""
+
+SCOPE = "https://www.googleapis.com/auth/devstorage.full_control"
+
+
+class Answer(NamedTuple):
+    """What came back of a request."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Upload:
+    """An upload that is being made. Only its last part may have any size, so one is held back."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.offset = 0
+        """Bytes that the store has taken."""
+        self.held = b""
+        self.number = 0
+        """Of the part that is held."""
+        self.doubtful = False
+        """Whether a request failed, so that the store must be asked how far it came."""
+
+
+class GcsStore(BucketStore):
+    """A folder in a bucket; every request that fails for the moment is tried again."""
+
+    parts_at_once = 1  # they must follow each other
+
+    def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, url: str) -> None:
+        super().__init__(filesystem, root, url)
+        self.bucket, _, self.prefix = root.partition("/")
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        data: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        accept: Sequence[int] = (),
+    ) -> Answer:
+        """One request; `path` begins at the server, or is a whole address.
+
+        Raises:
+            FileNotFoundError: it was answered with 404.
+            StoreError: it was refused otherwise, with no status in `accept`.
+        """
+        filesystem = self.filesystem
+
+        async def made() -> Answer:
+            await filesystem._set_session()
+            # Of a connection that was used before, aiohttp sends a request twice by itself, and a part must not be.
+            filesystem.session._retry_connection = False
+            address = path if path.startswith("http") else f"{filesystem._location}{path}"
+            parameters = urllib.parse.urlencode(filesystem._get_params(dict(query or {})))
+            joined = f"{address}{'&' if '?' in address else '?'}{parameters}" if parameters else address
+            async with filesystem.session.request(
+                method,
+                yarl.URL(joined, encoded=True),
+                data=data,
+                headers=filesystem._get_headers(dict(headers or {})),
+                timeout=TIMEOUT,
+            ) as response:
+                return Answer(response.status, dict(response.headers), await response.read())
+
+        answer = sync(filesystem.loop, made)
+        if answer.status < 300 or answer.status in accept:
+            return answer
+        word = reason_of(answer.body)
+        if answer.status == 404 and word != "NoSuchBucket":
+            raise FileNotFoundError(word)
+        raise StoreError(answer.status, word)
+
+    def _failure(self, error: BaseException, action: str, url: str) -> RequestError | RunError:
+        if status(error) in (401, 403) and self.filesystem.credentials.credentials is None:
+            return RequestError(
+                f"cannot {action} {url}: no credentials were found; log in with "
+                "`gcloud auth application-default login`, or name a key file in GOOGLE_APPLICATION_CREDENTIALS"
+            )
+        return failure(error, action, url)
+
+    def _object(self, key: str) -> str:
+        return f"/storage/v1/b/{self.bucket}/o/{urllib.parse.quote(key, safe='')}"
+
+    def _pipe(self, path: str, data: bytes, create: bool = False) -> None:
+        boundary = secrets.token_hex(16)
+        about = json.dumps({"name": self._key(path)}).encode()
+        parts = ((b"application/json; charset=UTF-8", about), (b"application/octet-stream", data))
+        lines = [b"--%s\r\nContent-Type: %s\r\n\r\n%s\r\n" % (boundary.encode(), kind, part) for kind, part in parts]
+        try:
+            self._request(
+                "POST",
+                f"/upload/storage/v1/b/{self.bucket}/o",
+                {"uploadType": "multipart"} | ({"ifGenerationMatch": "0"} if create else {}),
+                b"".join(lines) + f"--{boundary}--\r\n".encode(),
+                {"Content-Type": f"multipart/related; boundary={boundary}"},
+            )
+        except StoreError as error:
+            if create and error.status == 412:
+                raise FileExistsError(error.error_code) from None
+            raise
+
+    def _fetch(self, path: str) -> bytes:
+        return self._request("GET", self._object(self._key(path)), {"alt": "media"}).body
+
+    def _request_read(self, key: str, start: int, stop: int, version: Version) -> bytes:
+        query = {"alt": "media", "generation": version.tag}
+        return self._request("GET", self._object(key), query, headers={"Range": f"bytes={start}-{stop - 1}"}).body
+
+    def _request_version(self, key: str) -> Version:
+        found = parsed(self._request("GET", self._object(key)))
+        return Version(int(found["size"]), str(found["generation"]))
+
+    def _request_page(self, prefix: str, by_folder: bool, marker: str | None) -> Page:
+        query = {"prefix": prefix, "fields": "nextPageToken,prefixes,items(name,updated)"}
+        query |= ({"delimiter": "/"} if by_folder else {}) | ({"pageToken": marker} if marker else {})
+        try:
+            page = parsed(self._request("GET", f"/storage/v1/b/{self.bucket}/o", query))
+        except FileNotFoundError:
+            raise StoreError(404, "NoSuchBucket") from None
+        objects = [Object(item["name"], unix_time(item["updated"])) for item in page.get("items", [])]
+        return Page(objects, page.get("prefixes", []), page.get("nextPageToken"))
+
+    def _request_copy(self, source: str, target: str) -> None:
+        path = f"{self._object(source)}/rewriteTo{self._object(target).removeprefix('/storage/v1')}"
+        query: dict[str, str] = {}
+        while True:
+            answer = parsed(self._request("POST", path, query))
+            if answer.get("done", True):
+                return
+            query = {"rewriteToken": answer["rewriteToken"]}
+
+    def _request_delete(self, key: str) -> None:
+        self._request("DELETE", self._object(key))
+
+    def _request_upload(self, key: str) -> Upload:
+        query = {"uploadType": "resumable", "name": key}
+        answer = self._request("POST", f"/upload/storage/v1/b/{self.bucket}/o", query)
+        headers = {name.lower(): value for name, value in answer.headers.items()}
+        return Upload(headers["location"])
+
+    def _request_part(self, key: str, upload: Upload, number: int, data: bytes) -> None:
+        if number > upload.number:
+            self._send(upload, last=False)
+            upload.held, upload.number = data, number
+
+    def _request_complete(self, key: str, upload: Upload, parts: Sequence[None]) -> None:
+        self._send(upload, last=True)
+
+    def _send(self, upload: Upload, last: bool) -> None:
+        """Send what is held, all of it; `last` says that nothing follows.
+
+        After a failed request the store is asked how far it came: what it took is not sent again.
+        """
+        while upload.held or last:
+            if upload.doubtful:
+                headers, data = {"Content-Range": "bytes */*"}, b""
+            else:
+                end = upload.offset + len(upload.held)
+                sent = f"bytes {upload.offset}-{end - 1}" if upload.held else "bytes *"
+                headers, data = {"Content-Range": f"{sent}/{end if last else '*'}"}, upload.held
+                upload.doubtful = True
+            answer = self._request("PUT", upload.address, data=data, headers=headers, accept=(308,))
+            upload.doubtful = False
+            if answer.status != 308:  # the object is there
+                upload.held = b""
+                return
+            ranges = {name.lower(): value for name, value in answer.headers.items()}.get("range", "")
+            taken = int(ranges.rpartition("-")[2]) + 1 if ranges else 0
+            if taken < upload.offset or (last and not upload.held):
+                raise StoreError(503, "UploadLost")
+            upload.held, upload.offset = upload.held[taken - upload.offset :], taken
+
+    def _request_abort(self, key: str, upload: Upload) -> None:
+        self._request("DELETE", upload.address, accept=(499,))
+
+
+def reason_of(body: bytes) -> str:
+    """Google's word for a refusal: the reason in its JSON, or what its text is known by; "" if there is none."""
+    text = body.decode("utf-8", "replace")
+    if "bucket does not exist" in text:
+        return "NoSuchBucket"
+    if "requester pays" in text.lower():
+        return "RequesterPays"
+    try:
+        error = json.loads(text)["error"]
+        return str(error["errors"][0]["reason"])
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        return ""
+
+
+def parsed(answer: Answer) -> Mapping[str, Any]:
+    """The JSON of an answer; one that is cut short is as good as none."""
+    try:
+        return dict(json.loads(answer.body))
+    except (ValueError, TypeError):
+        raise ConnectionError("the answer is no JSON") from None
+
+
+def unix_time(text: str) -> float:
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+
+
+def credential_option() -> dict[str, Any]:
+    """How gcsfs is to find credentials, unless fsspec's configuration says so: as it would by itself, but quickly.
+
+    By itself it asks for the metadata server of a Google machine twice, the second time for more than a minute.
+    """
+    if any("token" in fsspec.config.conf.get(protocol, {}) for protocol in ("gs", "gcs")):
+        return {}
+    if os.environ.get("STORAGE_EMULATOR_HOST"):
+        return {"token": "anon"}
+    found = found_credentials()
+    if found is None:
+        raise RequestError(
+            f"no credentials were found for Google Cloud Storage within {LOOKS_S:.0f} s; log in with "
+            "`gcloud auth application-default login`, or name a key file in GOOGLE_APPLICATION_CREDENTIALS"
+        )
+    if found:
+        return {"token": "google_default"}
+    return {"token": "cache" if os.path.exists(os.path.expanduser("~/.gcs_tokens")) else "anon"}
+
+
+def found_credentials() -> bool | None:
+    """Whether Google's library finds credentials that give access; None where it is still looking after LOOKS_S."""
+    results: list[bool] = []
+
+    def look() -> None:
+        try:
+            credentials, _ = google.auth.default(scopes=[SCOPE])
+            if not credentials.valid:
+                credentials.refresh(google.auth.transport.requests.Request())  # type: ignore[no-untyped-call]
+        except google.auth.exceptions.GoogleAuthError:
+            results.append(False)
+        else:
+            results.append(True)
+
+    looking = threading.Thread(target=look, name="credentials", daemon=True)
+    looking.start()
+    looking.join(LOOKS_S)
+    return results[0] if results else None
