@@ -252,8 +252,7 @@ def resolve(
     config.check()
     defaults = {name: f.flag.default for name, f in FLAGS.items()}
     own = {name: getattr(config, name) for name, f in FLAGS.items() if f.unset is not None}
-    architecture = {f.name: getattr(spec.options, f.name) for f in fields(spec.options) if f.name in FLAGS}
-    settings = defaults | family_settings(spec) | dict(brought) | own | config.given() | architecture
+    settings = defaults | family_settings(spec) | dict(brought) | own | config.given() | architecture_of(spec)
     if seed is not None:
         settings["seed"] = seed
     conditional = spec.num_classes > 0
@@ -279,6 +278,15 @@ def resolve(
         settings=settings,
         request=config,
     )
+
+
+def architecture_of(spec: NetworkSpec) -> dict[str, Any]:
+    """A network's architecture by flag name; None for flags that say nothing of its family."""
+    options = getattr(spec.options, "network", spec.options)
+    if isinstance(options, AdmOptions):
+        return {name: getattr(options, name) for name in flags_of(AdmOptions)}
+    told = {"image_size": spec.shape[1], "class_cond": spec.num_classes > 0, "num_classes": spec.num_classes or None}
+    return dict.fromkeys((*flags_of(AdmOptions), "training_mode")) | told
 
 
 def family_settings(spec: NetworkSpec) -> dict[str, Any]:
@@ -356,6 +364,10 @@ def decoder_of(settings: Mapping[str, Any], spec: NetworkSpec) -> Decoder:
     return Pixels(settings["rounding"])
 
 
+UNREAD = ("labels", "training_mode", "clip_denoised", "rounding", "state", "steps", "sigma_min", "sigma_max")
+"""Settings beside the architecture whose defaults a checkpoint decides."""
+
+
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """The resolved run as JSON, without opening anything: what only the checkpoint would tell is None.
 
@@ -368,8 +380,15 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     told = flags_of(AdmOptions).keys()
     if settings.keys() & told - {"dropout"}:
         options.validate()
-    result = resolve(config, model, brought, adm.spec_of(options, settings)).as_json()
+    asked = config
+    if model not in BUNDLED:  # the file may have any number of channels, and classes
+        options = replace(options, class_cond=settings.get("class_cond", config.labels is not None))
+        asked = replace(config, guidance_channels=None)
+    result = resolve(asked, model, brought, adm.spec_of(options, settings)).as_json()
     if model not in BUNDLED and not settings.keys() & told:
-        result |= dict.fromkeys((*told, "labels", "training_mode", "clip_denoised", "rounding"))
+        result |= dict.fromkeys((*told, *UNREAD))
         result |= {name: settings[name] for name in result if name in settings}
+        result["labels"] = config.labels
+    if config.guidance_channels is not None:
+        result["guidance_channels"] = config.guidance_channels
     return result
