@@ -144,8 +144,14 @@ def test_results_as_they_are_go_through_every_command(
 
     output = tmp_path / "run"
     config = request(
-        "edm2_16", "plain", output=str(output), decoder="none", fragment_format=fragment_format, shard_size=2,
-        batch_size=2, **SHORT,
+        "edm2_16",
+        "plain",
+        output=str(output),
+        decoder="none",
+        fragment_format=fragment_format,
+        shard_size=2,
+        batch_size=2,
+        **SHORT,
     )
     result = run(config)
     arrays = archive(result.archive)
