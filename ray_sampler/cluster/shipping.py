@@ -20,6 +20,7 @@ import torch
 from ray import cloudpickle
 from torch import Tensor, nn
 
+from ray_sampler.errors import require
 from ray_sampler.networks.family import Network, Precision
 
 CHUNK_BYTES = 64 * 2**20
@@ -53,16 +54,30 @@ class Shipped:
 
 
 def ship(network: Network, precision: Precision) -> Shipped:
-    """Put a network into the object store; its tensors are taken out of it on the way."""
+    """Put a network into the object store; its tensors are taken out of it on the way.
+
+    Raises:
+        RequestError: a user's network cannot travel to another process.
+    """
     for name in network.by_value:
         cloudpickle.register_pickle_by_value(sys.modules[name])
     module = network.build(precision)
     names = {id(tensor): name for name, tensor in module.state_dict(keep_vars=True).items()}
     loader = _Loader(network.tensors, names, network.as_stored)
     pickled = io.BytesIO()
-    _TensorPickler(pickled, loader.take).dump(module)
+    try:
+        _TensorPickler(pickled, loader.take).dump(module)  # type: ignore[no-untyped-call]  # Ray ships no types
+    except Exception as error:  # whatever the attributes of a user's network raise
+        require(not network.by_value, f"--model's network cannot be sent to an actor: {said(error)}")
+        raise
     loader.flush()
     return Shipped(pickled.getvalue(), tuple(loader.stored), tuple(loader.chunks), network.prepare, precision)
+
+
+def said(error: Exception) -> str:
+    """An exception in one line, with what pickle adds to it."""
+    notes = getattr(error, "__notes__", [])
+    return f"{type(error).__name__}: {' '.join(' '.join((str(error), *notes)).split())}"
 
 
 class _Loader:
