@@ -24,8 +24,7 @@ from ray_sampler.sampling.decoding import AsItIs, Decoder, DecoderOptions, Pixel
 from ray_sampler.sampling.engine import EngineOptions
 from ray_sampler.sampling.guidance import Guidance
 from ray_sampler.sampling.noise import NoiseOptions
-from ray_sampler.sampling.parameterisation import Parameterisation, at_sigma_min, parameterise
-from ray_sampler.sampling.plan import PlanOptions, SamplePlan
+from ray_sampler.sampling.plan import PlanOptions, SamplePlan, parameterisation_of
 from ray_sampler.sampling.schedules import Schedule
 from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices, Plain, SolverChoice
 from ray_sampler.storage.record import fingerprint
@@ -311,13 +310,9 @@ def plan_of(
         if component in (solver.options, Churn):  # a churn that no solver uses must be right all the same
             options.validate(schedule)
     guidance.validate(spec.shape[0])
-
-    def parameterisation(network: NetworkSpec) -> Parameterisation:
-        return at_sigma_min(parameterise(network.kind, **network.kind_options), schedule.sigma_min)
-
     return SamplePlan(
         shape=spec.shape,
-        parameterisation=parameterisation(spec),
+        parameterisation=parameterisation_of(spec, schedule.sigma_min),
         sampler=choice.sampler,
         solver=solver,
         solver_options=as_script(pick(solver.options, settings), spec.script),
@@ -329,7 +324,7 @@ def plan_of(
         clip_denoised=settings["clip_denoised"],
         state=settings["state"],
         guidance=guidance,
-        guide=parameterisation(guide) if guide else None,
+        guide=parameterisation_of(guide, schedule.sigma_min) if guide else None,
         guide_labelled=bool(guide and guide.num_classes),
         null_label=spec.null_label,
         script=spec.script,
