@@ -24,8 +24,7 @@ from ray_sampler.sampling.decoding import DECODERS, Decoder, DecoderOptions, Pix
 from ray_sampler.sampling.engine import EngineOptions
 from ray_sampler.sampling.guidance import Guidance
 from ray_sampler.sampling.noise import NoiseOptions
-from ray_sampler.sampling.parameterisation import Parameterisation, at_sigma_min, parameterise
-from ray_sampler.sampling.plan import STATE_DTYPES, PlanOptions, SamplePlan
+from ray_sampler.sampling.plan import STATE_DTYPES, PlanOptions, SamplePlan, parameterisation_of
 from ray_sampler.sampling.schedules import Schedule
 from ray_sampler.sampling.solver_options import Order, Plain, Restarts, Sde
 from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices, SolverChoice
@@ -261,9 +260,8 @@ def resolve(
     config.check()
     defaults = {name: f.flag.default for name, f in FLAGS.items()}
     own = {name: getattr(config, name) for name, f in FLAGS.items() if f.unset is not None}
-    architecture = {f.name: getattr(spec.options, f.name) for f in fields(spec.options) if f.name in FLAGS}
     given = config.given()
-    settings = defaults | family_settings(spec) | still_brought(brought, given) | own | given | architecture
+    settings = defaults | family_settings(spec) | still_brought(brought, given) | own | given | architecture_of(spec)
     check_options(settings["sampler"], given)
     settings |= settle(settings, given, read_levels)
     if seed is not None:
@@ -293,6 +291,15 @@ def resolve(
     )
 
 
+def architecture_of(spec: NetworkSpec) -> dict[str, Any]:
+    """A network's architecture by flag name; None for flags that say nothing of its family."""
+    options = getattr(spec.options, "network", spec.options)
+    if isinstance(options, AdmOptions):
+        return {name: getattr(options, name) for name in flags_of(AdmOptions)}
+    told = {"image_size": spec.shape[1], "class_cond": spec.num_classes > 0, "num_classes": spec.num_classes or None}
+    return dict.fromkeys((*flags_of(AdmOptions), "training_mode")) | told
+
+
 def family_settings(spec: NetworkSpec) -> dict[str, Any]:
     """What a network's family or file brings, by flag name."""
     return {"sigma_min": spec.sigma_min, "sigma_max": spec.sigma_max} | dict(spec.defaults)
@@ -314,13 +321,9 @@ def plan_of(
     solver_options.validate(schedule)
     check_levels(settings, schedule, STATE_DTYPES[settings["state"]])
     guidance.validate(spec.shape[0])
-
-    def parameterisation(network: NetworkSpec) -> Parameterisation:
-        return at_sigma_min(parameterise(network.kind, **network.kind_options), schedule.sigma_min)
-
     return SamplePlan(
         shape=spec.shape,
-        parameterisation=parameterisation(spec),
+        parameterisation=parameterisation_of(spec, schedule.sigma_min),
         sampler=sampler,
         solver=solver,
         solver_options=as_script(solver_options, spec.script),
@@ -332,7 +335,7 @@ def plan_of(
         clip_denoised=settings["clip_denoised"],
         state=settings["state"],
         guidance=guidance,
-        guide=parameterisation(guide) if guide else None,
+        guide=parameterisation_of(guide, schedule.sigma_min) if guide else None,
         guide_labelled=bool(guide and guide.num_classes),
         null_label=spec.null_label,
         script=spec.script,
@@ -368,6 +371,10 @@ def decoder_of(settings: Mapping[str, Any], spec: NetworkSpec) -> Decoder:
     return Pixels(options.rounding)
 
 
+UNREAD = ("labels", "training_mode", "clip_denoised", "rounding", "state", "steps", "sigma_min", "sigma_max")
+"""Settings beside the architecture whose defaults a checkpoint decides."""
+
+
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """The resolved run as JSON, without opening anything: what only the checkpoint would tell is None.
 
@@ -380,10 +387,17 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     told = flags_of(AdmOptions).keys()
     if settings.keys() & told - {"dropout"}:
         options.validate()
-    run = resolve(config, model, brought, adm.spec_of(options, settings))
+    asked = config
+    if model not in BUNDLED:  # the file may have any number of channels, and classes
+        options = replace(options, class_cond=settings.get("class_cond", config.labels is not None))
+        asked = replace(config, guidance_channels=None)
+    run = resolve(asked, model, brought, adm.spec_of(options, settings))
     result = run.as_json()
     if model not in BUNDLED and not settings.keys() & told:
-        result |= dict.fromkeys((*told, "labels", "training_mode", "clip_denoised", "rounding"))
+        result |= dict.fromkeys((*told, *UNREAD))
         result |= {name: settings[name] for name in result if name in settings}
+        result["labels"] = config.labels
+    if config.guidance_channels is not None:
+        result["guidance_channels"] = config.guidance_channels
     plan = run.plan
     return result | {"schedule": plan.schedule.used, "nfe": plan.evaluations(), "sigmas": plan.sigmas()}

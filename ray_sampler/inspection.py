@@ -17,7 +17,7 @@ from ray_sampler.networks.family import Network
 from ray_sampler.networks.opening import open_network
 from ray_sampler.presets import ModelOptions, settings_for
 from ray_sampler.sampling.decoding import DecoderOptions
-from ray_sampler.sampling.plan import PlanOptions
+from ray_sampler.sampling.plan import PlanOptions, parameterisation_of
 from ray_sampler.sampling.schedules import Schedule
 from ray_sampler.sampling.solvers import SolverChoice
 
@@ -49,6 +49,7 @@ def inspect(options: ModelOptions, given: Mapping[str, Any]) -> dict[str, Any]:
     unknown = untold(network, settings)
     shape = [spec.shape[0], None, None] if "image_size" in unknown else list(spec.shape)
     resolved = family_settings(spec) | brought
+    parameterisation_of(spec, float(resolved["sigma_min"]))
     return {
         "family": spec.family,
         "parameters": network.parameters,

@@ -16,6 +16,7 @@ from ray_sampler.cluster.session import gpus_per_actor, in_submitted_job, joins_
 from ray_sampler.cluster.worker import Product
 from ray_sampler.config import FleetOptions, PrecisionOptions, Run, RunConfig, resolve
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
+from ray_sampler.networks.custom import PREFIX
 from ray_sampler.networks.family import Network, NetworkSpec, Precision
 from ray_sampler.networks.opening import open_network
 from ray_sampler.options import pick
@@ -247,6 +248,8 @@ def settled_seed(config: RunConfig, earlier: dict[str, Any]) -> int | None:
 
 def default_output(model: str, print_: str) -> str:
     """runs/<model>-<start of the fingerprint>."""
+    if model.startswith(PREFIX):
+        return os.path.join("runs", f"{model.removeprefix(PREFIX).replace(':', '-')}-{print_[:8]}")
     name = Path(model.partition("?")[0].rstrip("/")).stem or "model"
     return os.path.join("runs", f"{name}-{print_[:8]}")
 

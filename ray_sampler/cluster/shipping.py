@@ -21,6 +21,7 @@ import torch
 from ray import cloudpickle
 from torch import Tensor, nn
 
+from ray_sampler.errors import require
 from ray_sampler.networks.family import Network, Precision, lay_out_contiguously
 
 CHUNK_BYTES = 64 * 2**20
@@ -58,6 +59,9 @@ def ship(network: Network, precision: Precision, contiguous: bool = False) -> Sh
 
     Args:
         contiguous: lay filters out in the order of their dimensions, whatever the family prefers.
+
+    Raises:
+        RequestError: a user's network cannot travel to another process.
     """
     for name in network.by_value:
         cloudpickle.register_pickle_by_value(sys.modules[name])
@@ -67,9 +71,19 @@ def ship(network: Network, precision: Precision, contiguous: bool = False) -> Sh
     names = {id(tensor): name for name, tensor in module.state_dict(keep_vars=True).items()}
     loader = _Loader(network.tensors, names, network.as_stored)
     pickled = io.BytesIO()
-    _TensorPickler(pickled, loader.take).dump(module)  # type: ignore[no-untyped-call]  # Ray ships no types
+    try:
+        _TensorPickler(pickled, loader.take).dump(module)  # type: ignore[no-untyped-call]  # Ray ships no types
+    except Exception as error:  # whatever the attributes of a user's network raise
+        require(not network.by_value, f"--model's network cannot be sent to an actor: {said(error)}")
+        raise
     loader.flush()
     return Shipped(pickled.getvalue(), tuple(loader.stored), tuple(loader.chunks), network.prepare, precision)
+
+
+def said(error: Exception) -> str:
+    """An exception in one line, with what pickle adds to it."""
+    notes = getattr(error, "__notes__", [])
+    return f"{type(error).__name__}: {' '.join(' '.join((str(error), *notes)).split())}"
 
 
 class _Loader:

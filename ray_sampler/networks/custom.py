@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ray_sampler.errors import RequestError, printable, require
-from ray_sampler.networks.family import DTYPES, Network, NetworkSpec, Precision
+from ray_sampler.errors import RequestError, RunError, printable, require
+from ray_sampler.networks.family import DTYPES, NAMED, Network, NetworkSpec, Precision
 from ray_sampler.networks.weights import weights_hash
 
 PREFIX = "python:"
+PACKAGE = Path(__file__).resolve().parents[1]
 DECODERS = (None, "sd", "edm2")
 
 
@@ -73,6 +76,11 @@ class Model:
             levels,
             f"Model's sigma_min is {sigma_min!r} and sigma_max {sigma_max!r}; they must be 0 < sigma_min < sigma_max",
         )
+        require(
+            isinstance(kind, str) or callable(getattr(kind, "denoiser", None)),
+            f"Model's kind is a {type(kind).__name__}; it must be the name of one, as denoiser or eps, or an object with "
+            "the methods of a Parameterisation",
+        )
         require(decoder in DECODERS, f"Model's decoder is {decoder!r}; it must be None, 'sd' or 'edm2'")
         self.network = network
         self.kind = kind
@@ -117,32 +125,42 @@ class Called(nn.Module):
         self.dtype = DTYPES[precision]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Raises RunError: the network returns something unlike x, which arithmetic might take all the same."""
         half = self.dtype != torch.float32
         with torch.autocast(x.device.type, self.dtype if half else torch.bfloat16, enabled=half):
             labels = () if y is None else (self._rows(y) if self.one_hot else y,)
             output = self.network(x, t, *labels)
-        result: Tensor = output.float()
-        return result
+        if not isinstance(output, Tensor):
+            raise RunError(f"the network of --model returned a {type(output).__name__}; it must return a tensor like x")
+        if output.shape != x.shape:
+            raise RunError(
+                f"the network of --model returned a tensor of shape {list(output.shape)} for x of shape "
+                f"{list(x.shape)}; it must return one like x, without a variance half"
+            )
+        return output.float()
 
     def _rows(self, y: Tensor) -> Tensor:
         """One-hot rows (B, num_classes) float32; any label past the classes is the null label, a row of zeros."""
         return F.one_hot(y.clamp(max=self.num_classes), self.num_classes + 1)[:, : self.num_classes].float()
 
 
-def open_custom(model: str, weights: str | None, tag: str | None) -> Network:
+def open_custom(model: str, settings: Mapping[str, Any], given: frozenset[str]) -> Network:
     """The network that a user's function returns.
 
     Args:
         model: python:package.module:function.
-        weights: passed to the function.
+        settings: by flag name; `weights` is passed to the function.
+        given: names of the settings that the user gave.
 
     Raises:
-        RequestError: there is no such function, it raises, or it returns something else.
+        RequestError: there is no such function, it raises, or it returns something else; its weights are no finite
+            numbers; a given setting contradicts it.
     """
-    name = model.removeprefix(PREFIX)
-    made, module = call(name, weights)
+    name, tag = model.removeprefix(PREFIX), settings.get("tag")
+    made, module = call(name, settings.get("weights"))
     network = made.network.cpu().eval()
-    tensors = dict(network.state_dict())
+    tensors = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
+    check_tensors(name, tensors)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     spec = NetworkSpec(
         family="python",
@@ -157,6 +175,7 @@ def open_custom(model: str, weights: str | None, tag: str | None) -> Network:
         defaults={"clip_denoised": False, "rounding": "truncate", "state": "fp32"},
         latent=made.decoder,
     )
+    spec.check_given({name: settings[name] for name in given})
     return Network(
         spec=spec,
         build=lambda precision: Called(network, made.num_classes, made.one_hot, precision),
@@ -166,6 +185,15 @@ def open_custom(model: str, weights: str | None, tag: str | None) -> Network:
         parameters=parameters,
         by_value=companions(module),
     )
+
+
+def check_tensors(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises RequestError: a tensor has no values yet, or some that are not finite."""
+    shown = f"--model is {PREFIX}{printable(name)}"
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta or is_lazy(tensor)]
+    require(not empty, f"{shown}; its network has no values for {', '.join(empty[:NAMED])}; load its weights first")
+    bad = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    require(not bad, f"{shown}; its network has values that are not finite, in {', '.join(bad[:NAMED])}")
 
 
 def call(name: str, weights: str | None) -> tuple[Model, ModuleType]:
@@ -190,13 +218,13 @@ def call(name: str, weights: str | None) -> tuple[Model, ModuleType]:
         raise RequestError(
             f"{shown}; there is no module {module_name!r} in the current directory or on PYTHONPATH"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RequestError(f"{shown}; importing it failed: {told(error)}") from error
     function = getattr(module, function_name, None)
     require(callable(function), f"{shown}; module {module_name!r} has no function {function_name!r}")
     try:
         made = function(weights)  # type: ignore[misc]  # checked to be callable
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RequestError(f"{shown}; the function raised {told(error)}") from error
     require(
         isinstance(made, Model),
@@ -206,9 +234,10 @@ def call(name: str, weights: str | None) -> tuple[Model, ModuleType]:
 
 
 def told(error: BaseException) -> str:
-    """An exception in one line, with its file and line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename) != Path(__file__) and "importlib" not in frame.filename]
+    """An exception in one line, with the file and line of the user's code where it came up."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    frames = [f for f in frames if PACKAGE not in Path(f.filename).resolve().parents]
+    own = [f for f in frames if not installed(Path(f.filename))] or frames
     if isinstance(error, SyntaxError) and error.filename:
         where = f" ({error.filename}, line {error.lineno})"
     else:
@@ -218,15 +247,21 @@ def told(error: BaseException) -> str:
 
 
 def companions(module: ModuleType) -> tuple[str, ...]:
-    """The module, and those of its package or folder that are loaded: they travel by value to nodes that lack them."""
+    """The module, and those of its package or folder that are loaded: they travel by value to nodes that lack them.
+
+    Its folder is where its outermost package is found.
+    """
     package = module.__name__.partition(".")[0]
-    folder = Path(module.__file__).resolve().parent if module.__file__ else None
+    folder = None
+    if module.__file__:
+        file = Path(module.__file__).resolve()
+        folder = file.parents[module.__name__.count(".") + hasattr(module, "__path__")]
     names = []
     for name, loaded in list(sys.modules.items()):
-        file = getattr(loaded, "__file__", None)
         if not isinstance(loaded, ModuleType) or name.partition(".")[0] in ("ray_sampler", "__main__"):
             continue
-        beside = bool(file and folder and folder in Path(file).resolve().parents and not installed(Path(file)))
+        path = getattr(loaded, "__file__", None)
+        beside = bool(path and folder and folder in Path(path).resolve().parents and not installed(Path(path)))
         if name == package or name.startswith(package + ".") or beside:
             names.append(name)
     return tuple(names)

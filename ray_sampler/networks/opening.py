@@ -38,8 +38,17 @@ def open_network(
     Raises:
         RequestError: there is no such file, it is no checkpoint of a known family, or the settings contradict it.
     """
+    try:
+        return opened(model, settings, given, flag)
+    except RequestError as error:
+        named, said = str(error).startswith("--model "), str(error)
+        raise RequestError(flag + said.removeprefix("--model") if named else said) from error
+
+
+def opened(model: str, settings: Mapping[str, Any], given: frozenset[str], flag: str) -> Network:
+    """As `open_network`; what is wrong is said of --model."""
     if model.startswith(PREFIX):
-        return open_custom(model, settings.get("weights"), settings.get("tag"))
+        return open_custom(model, settings, given)
     checkpoint = read(model, settings.get("weights_key"), flag)
     family = family_of(checkpoint)
     opened = family.open(checkpoint, settings, given)

@@ -17,6 +17,8 @@ from ray_sampler.options import option
 from ray_sampler.sampling.parameterisation import Denoiser
 
 EVERYWHERE = (0.0, math.inf)
+ROUNDING = 1e-5
+"""How far, relatively, a level of the schedule may lie from the number that a user writes for it: both are rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,7 @@ def guided(denoise: Denoiser, pair: Denoiser, guidance: Guidance) -> Denoiser:
         pair: gives D and D_ref of x, one below the other: (2 B, C, H, W).
     """
     low, high = guidance.interval
+    low, high = low * (1 - ROUNDING), high * (1 + ROUNDING)
 
     def denoiser(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
         level = float(sigma if step is None else step)

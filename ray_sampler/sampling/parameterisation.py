@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_sampler.errors import require
+from ray_sampler.errors import RequestError, require
 
 SIGMA_DATA = 0.5
 """Standard deviation of the training images, the same for all models of EDM, EDM2 and consistency models."""
@@ -221,6 +221,7 @@ class Diffusion:
     """Cumulative, falling, in (0, 1)."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "alphas", tuple(float(alpha) for alpha in self.alphas))  # arrays and tensors too
         falling = all(1 > a > b > 0 for a, b in zip(self.alphas, self.alphas[1:], strict=False))
         require(
             len(self.alphas) >= 2 and falling,
@@ -294,7 +295,7 @@ class Flow:
 def _x0(alphas: tuple[float, ...] | None = None, data_at: int | None = None) -> Parameterisation:
     """x-prediction, of the linear path where `data_at` is given, else of a table of alphas."""
     if data_at is None:
-        return Diffusion("x0", alphas or linear_alphas())
+        return Diffusion("x0", linear_alphas() if alphas is None else alphas)
     require(alphas is None, "alphas and data_at name two paths; give one of the two")
     return Flow(data_at, "x0")
 
@@ -325,7 +326,9 @@ def parameterise(kind: str | Parameterisation, **options: Any) -> Parameterisati
     require(kind in PARAMETERISATIONS, f"kind is {kind!r}; it must be one of {', '.join(PARAMETERISATIONS)}")
     try:
         return PARAMETERISATIONS[kind](**options)
-    except TypeError:
+    except RequestError:
+        raise
+    except (TypeError, ValueError):
         given = ", ".join(sorted(options)) or "none"
         require(False, f"a network of kind {kind!r} does not take these options: {given}")
         raise

@@ -9,14 +9,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ray_sampler.errors import require
-from ray_sampler.networks.family import Script
+from ray_sampler.errors import RequestError, require
+from ray_sampler.networks.family import NetworkSpec, Script
 from ray_sampler.options import option
 from ray_sampler.sampling.conditions import LabelRule
 from ray_sampler.sampling.decoding import Decoder
 from ray_sampler.sampling.guidance import Guidance, guided
 from ray_sampler.sampling.noise import NoiseOptions, make_draws
-from ray_sampler.sampling.parameterisation import Denoiser, Network, Parameterisation, clipped
+from ray_sampler.sampling.parameterisation import (
+    Denoiser,
+    Network,
+    Parameterisation,
+    at_sigma_min,
+    clipped,
+    parameterise,
+)
 from ray_sampler.sampling.schedules import Schedule
 from ray_sampler.sampling.solver_options import Plain
 from ray_sampler.sampling.solvers import Solver
@@ -97,6 +104,20 @@ class SamplePlan:
         """The noise levels that the solver visits, before they are rounded to the dtype of the state."""
         levels = self.solver.levels(self.schedule, self.solver_options, torch.float64)
         return levels[self.solver.visited].tolist()
+
+
+def parameterisation_of(spec: NetworkSpec, sigma_min: float) -> Parameterisation:
+    """What a network computes, in a run that ends at sigma_min.
+
+    Raises:
+        RequestError: a user's Model names no such kind, or options that it does not have.
+    """
+    try:
+        return at_sigma_min(parameterise(spec.kind, **spec.kind_options), sigma_min)
+    except RequestError as error:
+        raise RequestError(
+            f"--model {getattr(spec.options, 'name', spec.family)} returned a Model that cannot be sampled: {error}"
+        ) from error
 
 
 def sample_block(
