@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 from rich.console import Console
@@ -16,12 +17,13 @@ from rich.table import Table
 
 from ray_sampler import run_folder
 from ray_sampler.config import FLAGS, GROUPS, Composed, RunConfig, dry_run
-from ray_sampler.errors import RequestError, RunError
+from ray_sampler.errors import RequestError, RunError, printable
 from ray_sampler.interrupts import interruptible
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.options import flags_of, pick
 from ray_sampler.presets import BUNDLED, PRESETS, ModelOptions, Preset
 from ray_sampler.sampling.solvers import SOLVERS
+from ray_sampler.streams import OutputLost, sturdy_streams
 
 DONE, FAILED, WRONG = 0, 1, 2
 
@@ -51,6 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed or incomplete, 2 a wrong request, 130 and 143 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    code = DONE
+    with sturdy_streams():
+        try:
+            try:
+                code = answer(argv)
+            finally:  # of --help too, which exits
+                sys.stdout.flush()
+        except OutputLost as error:
+            return complain(error, code or FAILED) if error.wanted else code
+    return code
+
+
+def answer(argv: Sequence[str]) -> int:
+    """Do what a command line asks for, and say in one sentence why where that cannot be done."""
     received: list[int] = []
     try:
         with interruptible(received, interrupted(argv)):
@@ -60,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(error, WRONG)
     except RunError as error:
         return complain(error, FAILED)
+    except OutputLost:
+        raise
     except BaseException as error:
         if received:  # whatever a library made of the handler's KeyboardInterrupt
             return complain(interrupted(argv), 128 + received[0])
@@ -70,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def complain(error: Exception | str, code: int) -> int:
-    print(f"ray-sampler: {error}", file=sys.stderr)
+    print(f"ray-sampler: {printable(error, None)}", file=sys.stderr)
     return code
 
 
@@ -239,7 +257,9 @@ def execute_sample(arguments: argparse.Namespace) -> int:
         return DONE
     from ray_sampler.cluster.driver import run
 
-    print(run(config).archive)
+    result = run(config)
+    with suppress(OutputLost):  # the archive stands all the same
+        print(result.archive, flush=True)
     return DONE
 
 
