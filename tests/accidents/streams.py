@@ -1,8 +1,8 @@
 """Carries out command lines, each in a process of its own whose standard streams are closed, full or broken.
 
-Reads a JSON list of cases from a file, `[argv, {"0" | "1" | "2": "close" | "full" | "break"}]` each, and prints what became
-of each: `{"code": int, "1": text, "2": text}`, where the texts are those of the streams that were left alone. Processes are
-forked, so that torch is imported once.
+Reads a JSON list of cases from a file, `[argv, {"0" | "1" | "2": "close" | "full" | "break"}]` each, and prints what
+became of each: `{"code": int, "1": text, "2": text}`, where the texts are those of the streams that were left alone.
+Processes are forked, so that torch is imported once.
 """
 
 from __future__ import annotations

@@ -97,7 +97,11 @@ def test_a_path_that_is_no_text_is_printed_as_it_is(configure: Configure, sample
     leave(configure(), samples, WHOLE)
     odd = os.fsencode(tmp_path) + b"/r\xffn-\xc3\xa9"
     os.rename(tmp_path / "run", odd)
-    for variables in ({}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+    for variables in (
+        {},
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ):
         for command in (b"merge", b"status"):
             done = subprocess.run(
                 [sys.executable, "-m", "ray_sampler", command, odd],
