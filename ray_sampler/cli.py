@@ -9,17 +9,19 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
 from ray_sampler import run_folder
-from ray_sampler.errors import RequestError, RunError
+from ray_sampler.errors import RequestError, RunError, printable
 from ray_sampler.interrupts import interruptible
 from ray_sampler.networks.adm_options import AdmOptions, TrainingOptions
 from ray_sampler.options import Flag, flags_of, pick
 from ray_sampler.presets import BUNDLED, PRESETS, ModelOptions, Preset
+from ray_sampler.streams import OutputLost, sturdy_streams
 
 if TYPE_CHECKING:
     from ray_sampler.config import RunConfig
@@ -52,6 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed or incomplete, 2 a wrong request, 130 and 143 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    code = DONE
+    with sturdy_streams():
+        try:
+            try:
+                code = answer(argv)
+            finally:  # of --help too, which exits
+                sys.stdout.flush()
+        except OutputLost as error:
+            return complain(error, code or FAILED) if error.wanted else code
+    return code
+
+
+def answer(argv: Sequence[str]) -> int:
+    """Do what a command line asks for, and say in one sentence why where that cannot be done."""
     received: list[int] = []
     try:
         with interruptible(received, interrupted(argv)):
@@ -61,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(error, WRONG)
     except RunError as error:
         return complain(error, FAILED)
+    except OutputLost:
+        raise
     except BaseException as error:
         if received:  # whatever a library made of the handler's KeyboardInterrupt
             return complain(interrupted(argv), 128 + received[0])
@@ -71,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def complain(error: Exception | str, code: int) -> int:
-    print(f"ray-sampler: {error}", file=sys.stderr)
+    print(f"ray-sampler: {printable(error, None)}", file=sys.stderr)
     return code
 
 
@@ -244,7 +262,9 @@ def execute_sample(arguments: argparse.Namespace) -> int:
         return DONE
     from ray_sampler.cluster.driver import run
 
-    print(run(config).archive)
+    result = run(config)
+    with suppress(OutputLost):  # the archive stands all the same
+        print(result.archive, flush=True)
     return DONE
 
 

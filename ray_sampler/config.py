@@ -38,6 +38,10 @@ __all__ = ["Precision", "RequestError", "Run", "RunConfig", "RunError", "fingerp
 SAMPLING_VERSION = 1
 """Raised whenever a change of the code changes samples."""
 
+LARGEST_SHARD = 512
+"""Samples of a shard, at most, where --shard_size does not say more. It is what run.json holds as the shard size then:
+the size itself is known only once the fleet is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionOptions:
@@ -65,7 +69,9 @@ class PrecisionOptions:
 class FleetOptions:
     """Which actors compute the run, and where."""
 
-    shard_size: int | None = option(None, "Samples of a fragment, rounded up to whole batches (512).")
+    shard_size: int | None = option(
+        None, "Samples of a fragment, rounded up to whole batches (suits N and the fleet; at most 512)."
+    )
     min_actors: int = option(
         1, "Actors kept until the last shard is done; idle ones above it are released as the queue empties."
     )
@@ -204,7 +210,7 @@ class Run:
     labels: str | None
     """The label rule as requested; None for an unconditional model."""
     shard_size: int
-    """Samples, a multiple of the batch size."""
+    """Samples, a multiple of the batch size; without --shard_size the most that a shard may have."""
     settings: Mapping[str, Any]
     """Every flag's resolved value."""
     request: RunConfig = field(repr=False)
@@ -276,7 +282,7 @@ def resolve(
         labels = LabelRule("balanced" if config.labels == "balanced" else "random", spec.num_classes)
     settings["precision"] = precision or config.of(PrecisionOptions).resolved()
     batch_size = config.batch_size
-    settings["shard_size"] = -(-(config.shard_size or 512) // batch_size) * batch_size
+    settings["shard_size"] = -(-(config.shard_size or LARGEST_SHARD) // batch_size) * batch_size
     settings["model"] = model
     settings["ts"] = ",".join(map(str, pick(Indices, settings).indices))
     return Run(

@@ -19,7 +19,7 @@ def require(condition: bool, message: str) -> None:
         raise RequestError(message)
 
 
-def printable(text: object, longest: int = 400) -> str:
+def printable(text: object, longest: int | None = 400) -> str:
     """`text` as one line without control characters: a file or bucket may hold commands for a terminal."""
     shown = str(text)[:longest]
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)

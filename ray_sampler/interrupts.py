@@ -33,7 +33,8 @@ def interruptible(received: list[int], sentence: str) -> Iterator[None]:
 
     def end_now() -> None:
         cursor = "\033[?25h" if sys.stderr.isatty() else ""  # which a progress bar hides
-        os.write(2, f"{cursor}ray-sampler: {sentence}\n".encode())
+        with suppress(OSError):  # a log that is closed or full
+            os.write(2, f"{cursor}ray-sampler: {sentence}\n".encode())
         for process in psutil.Process().children(recursive=True):  # a local Ray's
             with suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ray_sampler.errors import RequestError, RunError
+from ray_sampler.errors import RequestError, RunError, printable
 from ray_sampler.reporting.sheet import PREVIEW, Sheet
 from ray_sampler.reporting.status import FragmentFact, Status, render, status
 from ray_sampler.storage.archive import DamagedPiece, content_of, merge
@@ -85,12 +85,12 @@ def verify_run(url: str) -> int:
     run_dir, run = open_run(url)
     found = verify(run_dir, run["fingerprint"])
     for name, reason in found.rejected:
-        print(f"set aside {name}: {reason}")
+        print(printable(f"set aside {name}: {reason}", None))
     gaps = missing(cover(found.records, run["num_samples"]), run["num_samples"])
     keys = {str(record.computed_by.get("numerics_key")) for record in found.records.values()}
     print(f"{len(found.records)} fragments are whole, {len(found.rejected)} were set aside")
     if len(keys) > 1:
-        print(f"they were computed under {len(keys)} numerics keys: {'; '.join(sorted(keys))}")
+        print(printable(f"they were computed under {len(keys)} numerics keys: {'; '.join(sorted(keys))}", None))
     if gaps:
         count = sum(stop - start for start, stop in gaps)
         print(f"{count} of {run['num_samples']} samples are missing; the run's command samples them")

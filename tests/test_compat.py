@@ -366,3 +366,9 @@ def test_defaults_become_options_of_their_type() -> None:
     assert args_to_dict(args, ["ts", "image_size"]) == {"ts": "", "image_size": 64}
     with pytest.raises(SystemExit):
         parser.parse_args(["--class_cond", "perhaps"])
+
+
+@pytest.mark.parametrize("ts", [(4, 2, 0), (2, 2), (0, 2)])
+def test_multistep_takes_indices_in_any_order_as_the_original_does(ts: tuple[int, ...]) -> None:
+    x_0 = karras_sample(DIFFUSION, Halving(), (2, 3, 4, 4), 5, sampler="multistep", ts=ts, sigma_max=80.0)
+    assert x_0.isfinite().all()

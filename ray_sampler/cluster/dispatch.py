@@ -39,14 +39,23 @@ TICK_S = 1.0
 
 
 def tasks_of(
-    missing: Iterable[tuple[int, int]], shard_size: int, run: int = 0, product: str = IMAGES
+    missing: Iterable[tuple[int, int]],
+    shard_size: int,
+    run: int = 0,
+    product: str = IMAGES,
+    early: int = 0,
+    early_size: int = 1,
 ) -> Iterator[Task]:
-    """Cut missing ranges at the multiples of `shard_size`."""
+    """Cut missing ranges at the multiples of `shard_size`; the `early` first tasks at those of `early_size`.
+
+    Small ones come first so that a run soon shows whether it works, and how fast it is.
+    """
     for start, stop in missing:
         while start < stop:
-            end = min(stop, (start // shard_size + 1) * shard_size)
+            size = early_size if early > 0 else shard_size
+            end = min(stop, (start // size + 1) * size)
             yield Task(run, start, end, product)
-            start = end
+            start, early = end, early - 1
 
 
 def samples_in(tasks: Iterable[Task]) -> int:

@@ -30,6 +30,9 @@ from ray_sampler.sampling.numerics import compiles
 REPAIR_ROUNDS = 5
 """Times that the merge may find a damaged fragment and have it sampled again."""
 
+PADDING_SHARE = 0.25
+"""Of the samples: so many images may be computed beyond them before the run says so."""
+
 
 class RunResult(NamedTuple):
     """A finished run."""
@@ -97,6 +100,8 @@ def announce(job: Job, report: Reporter) -> None:
         report.message(f"--nfe: {plan.sampler} takes {plan.schedule.steps} steps, {plan.evaluations()} evaluations")
     for note in job.notes():
         report.message(note)
+    if warning := plan.solver_options.warning(plan.schedule):
+        report.message(warning, "warning")
     if not (job.local or job.gpus or job.run.request.gpus_per_actor == 0):
         report.message(
             "the cluster has no GPU now, so actors take CPUs; if GPU nodes come on demand, give --gpus_per_actor 1",
@@ -147,6 +152,10 @@ class Filling:
         """
         if any(i.missing() for i in self.inventories) and compiles(self.jobs[0].compile, self.jobs[0].gpus > 0):
             self.report.message("each actor compiles the network before its first shard, which takes a minute or more")
+        for job, inventory in zip(self.jobs, self.inventories, strict=True):
+            gaps, num_samples = inventory.missing(), job.num_samples
+            if gaps and gaps[-1][1] == num_samples and (note := padding(num_samples, job.run.request.batch_size)):
+                self.report.message(note, "warning")
         results: dict[int, RunResult] = {}
         try:
             for _ in range(REPAIR_ROUNDS + 1):
@@ -266,6 +275,19 @@ class Filling:
         summary = write_outcome(job, tally, inventory, merged, self.previews[run], self.began, self.merge_s[run])
         self.report.update(replace(tally.latest, stage="done"))
         return result_of(job, summary)
+
+
+def padding(num_samples: int, batch_size: int) -> str | None:
+    """What it costs that the last batch is filled up, where that is much."""
+    batches = -(-num_samples // batch_size)
+    thrown_away = batches * batch_size - num_samples
+    if thrown_away <= PADDING_SHARE * num_samples:
+        return None
+    return (
+        f"--batch_size {batch_size} computes {batches * batch_size:,} images, of which {thrown_away:,} only fill up the "
+        f"last batch and are thrown away; --batch_size {-(-num_samples // batches)} avoids that (pixels may differ by "
+        "rounding from those of another batch size)"
+    )
 
 
 def describe(job: Job) -> str:

@@ -14,6 +14,7 @@ from ray_sampler.cluster.dispatch import tasks_of
 from ray_sampler.cluster.job import Job
 from ray_sampler.cluster.pool import reason_of
 from ray_sampler.cluster.session import beside_driver
+from ray_sampler.cluster.shards import cut
 from ray_sampler.cluster.tasks import Checked, Damage, check_task
 from ray_sampler.cluster.worker import Task
 from ray_sampler.errors import RunError
@@ -83,7 +84,7 @@ class Inventory:
 
     def tasks(self) -> list[Task]:
         """What is to be sampled, as far as is known."""
-        return list(tasks_of(self.missing(), self.job.run.shard_size, self.run))
+        return cut(self.job, self.missing(), self.run)
 
     def products_to_make(self) -> list[Task]:
         """What the job's other products lack, once every picture is there."""
@@ -179,7 +180,7 @@ class Inventory:
         known = self.contents.keys() | set(self.to_check)
         self.to_check += [piece.fragment for piece in pieces if piece.fragment not in known]
         gaps = newly(missing(pieces, self.num_samples), before)
-        return list(tasks_of(gaps, self.job.run.shard_size, self.run))
+        return cut(self.job, gaps, self.run)
 
     def _result(self, ref: ray.ObjectRef[Checked]) -> Checked:
         try:

@@ -288,7 +288,8 @@ def claim(job: Job) -> None:
     """
     if job.run.request.overwrite:
         job.run_dir.delete()
-    there = job.run_dir.create_run(job.record())
+    # A run that stands already is only read: a finished one may lie where nothing can be written.
+    there = job.run_dir.read_run() or job.run_dir.create_run(job.record())
     refuse_another(job, there)
     if there["num_samples"] != job.num_samples:
         job.run_dir.replace_run(there | {"num_samples": job.num_samples})

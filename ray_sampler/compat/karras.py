@@ -99,7 +99,8 @@ def settled(sampler: str, schedule: Schedule, churn: Churn, ts: Iterable[int] | 
     options = Indices(",".join(map(str, ts or ()))) if solver.options is Indices else churn
     schedule.validate()
     churn.validate(schedule)
-    options.validate(schedule)
+    if isinstance(options, Indices):
+        options.validate_range(schedule)
     return solver, options
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from itertools import islice
-from typing import Literal, Protocol, TextIO
+from typing import Literal, Protocol, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,7 +20,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ray_sampler.errors import printable
 from ray_sampler.options import option
+from ray_sampler.streams import Sturdy
 
 Mode = Literal["auto", "bar", "log", "none"]
 Level = Literal["info", "warning", "error"]
@@ -169,6 +171,8 @@ def reporter(
 ) -> Iterator[Reporter]:
     """A reporter that draws on `stream` and leaves the terminal as it found it.
 
+    Where `stream` is closed, full or broken, the run goes on without it. Messages are shown without control characters.
+
     Args:
         mode: bar (live, for a terminal), log (a line every 10 seconds and at every change of the fleet or stage),
             none (warnings and errors only), or auto: bar where `stream` is a terminal, log elsewhere.
@@ -176,7 +180,7 @@ def reporter(
         stream: standard error, unless given.
         clock: seconds, for the log's interval.
     """
-    stream = sys.stderr if stream is None else stream
+    stream = cast(TextIO, Sturdy(sys.stderr if stream is None else stream, raises=False))
     if mode == "auto":
         mode = "bar" if stream.isatty() else "log"
     if mode == "bar" and not json_log:
@@ -230,6 +234,7 @@ class _Bar:
 
     def message(self, text: str, level: Level = "info") -> None:
         style = {"info": "", "warning": "yellow", "error": "bold red"}[level]
+        text = printable(text, None)
         self.console.print(Text(text if level == "info" else f"{level}: {text}", style=style), soft_wrap=True)
 
     def close(self) -> None:
@@ -259,6 +264,7 @@ class _Log:
     def message(self, text: str, level: Level = "info") -> None:
         if self.quiet and level == "info":
             return
+        text = printable(text, None)
         self._write({"event": "message", "level": level, "text": text}, text if level == "info" else f"{level}: {text}")
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ray_sampler.errors import printable
 from ray_sampler.reporting.progress import format_rate, format_seconds
 
 RATE_FRAGMENTS = 20
@@ -178,7 +179,7 @@ def render(status: Status) -> Group:
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column(overflow="fold")
     for name, value in _rows(status):
-        rows.add_row(name, Text(value))
+        rows.add_row(name, Text(printable(value, None)))
     return Group(head, rows)
 
 

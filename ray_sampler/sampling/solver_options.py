@@ -21,6 +21,10 @@ class Plain:
     def validate(self, schedule: Schedule) -> None:
         """Raises RequestError: a value is wrong."""
 
+    def warning(self, schedule: Schedule) -> str | None:
+        """What is right, and perhaps not what was meant."""
+        return None
+
     def identity(self) -> dict[str, Any]:
         """What decides a sample, by effective value."""
         return asdict(self)

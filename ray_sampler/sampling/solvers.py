@@ -74,6 +74,19 @@ class Indices(Plain):
             raise RequestError(f"--ts is {self.ts!r}; it must be whole numbers with commas, as in 0,22,39") from None
 
     def validate(self, schedule: Schedule) -> None:
+        self.validate_range(schedule)
+        for before, after in pairwise(self.indices):
+            require(
+                before < after,
+                f"--ts is {self.ts!r}, where {after} follows {before}; its indices must rise, as in 0,22,39",
+            )
+
+    def validate_range(self, schedule: Schedule) -> None:
+        """Check only what the original code needs, which takes indices in any order.
+
+        Raises:
+            RequestError: there are too few, or one is not in the schedule.
+        """
         require(schedule.steps >= 2, f"--steps is {schedule.steps}; --sampler multistep needs at least 2")
         require(len(self.indices) >= 2, f"--ts is {self.ts!r}; --sampler multistep needs two or more, as in 0,22,39")
         for t in self.indices:
@@ -81,6 +94,16 @@ class Indices(Plain):
                 0 <= t < schedule.steps,
                 f"--ts has {t}; with --steps {schedule.steps} its indices must be from 0 to {schedule.steps - 1}",
             )
+
+    def warning(self, schedule: Schedule) -> str | None:
+        end, last = self.indices[-1], schedule.steps - 1
+        if end == last:
+            return None
+        level = multistep_sigmas((end,), schedule.steps, schedule.sigma_min, schedule.sigma_max, schedule.rho).item()
+        return (
+            f"--ts ends at {end}, before the last index of --steps {schedule.steps}, which is {last}: noise of level "
+            f"{level:.3g} stays on the pictures, as with the original script"
+        )
 
     def identity(self) -> dict[str, Any]:
         return {"ts": ",".join(map(str, self.indices))}

@@ -1,0 +1,58 @@
+"""How the samples that are missing are cut into shards, each of which one actor computes and writes as one fragment.
+
+The bytes of the archive do not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ray
+
+from ray_sampler.cluster.dispatch import tasks_of
+from ray_sampler.cluster.job import Job
+from ray_sampler.cluster.session import plan_fleet
+from ray_sampler.cluster.worker import IMAGES, Task
+from ray_sampler.config import LARGEST_SHARD, FleetOptions
+
+SHARDS_PER_ACTOR = 4
+"""Shards for each actor, at least, where there are as many batches: so that no actor waits long for another's last."""
+
+ELASTIC_ACTORS = 8
+"""A cluster may grow: it counts as having room for so many actors, at least."""
+
+MANY = 10**9
+
+
+def cut(job: Job, gaps: Sequence[tuple[int, int]], run: int, product: str = IMAGES) -> list[Task]:
+    """The tasks of a job's missing ranges: as large as --shard_size says, else as suits their number and the fleet.
+
+    Ray must be connected, unless --shard_size is given or nothing is missing.
+    """
+    request = job.run.request
+    if request.shard_size is not None:
+        return list(tasks_of(gaps, job.run.shard_size, run, product))
+    if not gaps:
+        return []
+    actors = expected_actors(request.of(FleetOptions), job.gpus, job.local)
+    batch_size = request.batch_size
+    size = suitable_size(sum(stop - start for start, stop in gaps), batch_size, actors)
+    return list(tasks_of(gaps, size, run, product, early=actors, early_size=batch_size))
+
+
+def suitable_size(num_samples: int, batch_size: int, actors: int) -> int:
+    """Samples of a shard, whole batches: so few that each actor has four shards, and 512 or one batch at most."""
+    batches = -(-num_samples // batch_size)
+    most = max(1, LARGEST_SHARD // batch_size)
+    return batch_size * max(1, min(most, batches // (SHARDS_PER_ACTOR * actors)))
+
+
+def expected_actors(options: FleetOptions, gpus: float, local: bool) -> int:
+    """Actors that a run will have, as far as a connected Ray shows now."""
+    fleet = plan_fleet(options, gpus, MANY, local)
+    if local:
+        return fleet.max_actors
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kind, each = ("GPU", fleet.gpus) if fleet.gpus else ("CPU", fleet.cpus)
+    room = sum(int(resources.get(kind, 0) / each) for resources in nodes)
+    return min(fleet.max_actors, max(room, ELASTIC_ACTORS))
