@@ -6,21 +6,29 @@ import argparse
 import difflib
 import errno
 import json
+import platform
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import metadata
 from typing import Any, NamedTuple, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
+import ray_sampler
 from ray_sampler import run_folder
 from ray_sampler.config import FLAGS, GROUPS, Composed, RunConfig, dry_run
 from ray_sampler.errors import RequestError, RunError
-from ray_sampler.interrupts import interruptible
+from ray_sampler.interrupts import end_now, interruptible
 from ray_sampler.options import flags_of
 from ray_sampler.presets import BUNDLED, PRESETS, Bundled, Preset
 
 DONE, FAILED, WRONG = 0, 1, 2
+
+REFUSALS = ("start new thread", "failed to map segment", "annot allocate memory")
+"""What the system says, through errors of many kinds, where a limit on memory or processes is reached."""
 
 BOOLEANS = {
     **dict.fromkeys(("true", "yes", "t", "y", "1"), True),
@@ -47,25 +55,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     received: list[int] = []
+    code = DONE
     try:
         with interruptible(received, interrupted(argv)):
             command, arguments = parse(argv)
-            return command.execute(arguments)
-    except RequestError as error:
-        return complain(error, WRONG)
-    except RunError as error:
-        return complain(error, FAILED)
+            code = command.execute(arguments)
     except BaseException as error:
-        if received:  # whatever a library made of the handler's KeyboardInterrupt
-            return complain(interrupted(argv), 128 + received[0])
-        if not isinstance(error, OSError):
-            raise
+        if not received:
+            return complain(error)
+    if received:  # whatever a library made of the handler's KeyboardInterrupt
+        print(f"ray-sampler: {interrupted(argv)}", file=sys.stderr)
+        return leave(128 + received[0])
+    return code
+
+
+def complain(error: BaseException) -> int:
+    """Say in one sentence what went wrong; returns the exit code. Raises what is a fault of this program."""
+    sentence = str(error)
+    if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return complain(f"{'the disk is full' if full else 'the system refused'}: {error}", FAILED)
+        sentence = f"{'the disk is full' if full else 'the system refused'}: {error}"
+    elif isinstance(error, MemoryError) or any(said in sentence for said in REFUSALS):
+        sentence = f"the system refused what the program needs: {sentence or 'memory'}"
+    elif not isinstance(error, RequestError | RunError):
+        raise error
+    print(f"ray-sampler: {sentence}", file=sys.stderr)
+    return leave(WRONG if isinstance(error, RequestError) else FAILED)
 
 
-def complain(error: Exception | str, code: int) -> int:
-    print(f"ray-sampler: {error}", file=sys.stderr)
+def leave(code: int) -> int:
+    """The exit code; where a Ray that did not come up is still being started, the process ends here."""
+    if any(thread.name == "ray" for thread in threading.enumerate()):
+        sys.stderr.flush()
+        end_now(code)
     return code
 
 
@@ -96,6 +118,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
             raise RequestError(f"a command is missing; it must be one of {', '.join(COMMANDS)}")
         print(overview())
         sys.exit(DONE)
+    if argv[0] == "--version":
+        print(version())
+        sys.exit(DONE)
     name, *rest = argv
     if name not in COMMANDS:
         if name.startswith("-"):
@@ -108,6 +133,15 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if unknown:
         raise RequestError(unknown_argument(name, parser, unknown[0]))
     return command, arguments
+
+
+def version() -> str:
+    """This package's version, with those of what it computes and runs with; nothing is imported for it."""
+    others = []
+    for name in ("torch", "ray"):
+        with suppress(metadata.PackageNotFoundError):
+            others.append(f"{name} {metadata.version(name)}")
+    return f"ray-sampler {ray_sampler.__version__} ({', '.join((*others, f'Python {platform.python_version()}'))})"
 
 
 def spelled(arguments: Sequence[str]) -> list[str]:
@@ -131,7 +165,7 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "`ray-sampler COMMAND --help` lists its flags.",
+            "`ray-sampler COMMAND --help` lists its flags; `ray-sampler --version` prints the version.",
         )
     )
 

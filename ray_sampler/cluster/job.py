@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ray_sampler.cluster.session import gpus_per_actor, in_submitted_job, joins_cluster
+from ray_sampler.cluster.session import check_own, gpus_per_actor, in_submitted_job, joins_cluster
 from ray_sampler.cluster.worker import Product
 from ray_sampler.config import FleetOptions, PrecisionOptions, Run, RunConfig, resolve
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
@@ -102,6 +102,9 @@ def prepare(config: RunConfig, products: dict[str, Product] | None = None) -> Jo
     """
     config.check()
     check_submitted(config.output)
+    local = not joins_cluster(config.address)
+    if local:
+        check_own(config.of(FleetOptions))
     model, brought = settings_for(config.of(ModelOptions))
     given = config.given()
     settings = brought | given
@@ -127,7 +130,7 @@ def prepare(config: RunConfig, products: dict[str, Product] | None = None) -> Jo
     run_dir = run_dir or RunDir(output)
     output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
     networks = {MAIN: network} | ({GUIDE: guide} if guide else {})
-    job = Job(run, output, run_dir, networks, gpus, not joins_cluster(config.address), identity, products or {})
+    job = Job(run, output, run_dir, networks, gpus, local, identity, products or {})
     if not config.overwrite:
         refuse_another(job, there if config.output else run_dir.read_run())
     return job
