@@ -43,7 +43,7 @@ def text_of(flag: Flag, value: Any) -> Any:
         return value
     if not all(isinstance(each, numbers.Real) and not isinstance(each, bool) for each in values):
         return tuple(values)
-    return ",".join(str(int(each) if isinstance(each, numbers.Integral) else float(each)) for each in values)
+    return ",".join(str(int(each) if each == each // 1 else float(each)) for each in values)
 
 
 def check_kinds(flags: Mapping[str, Flag], given: Mapping[str, Any]) -> None:

@@ -22,8 +22,14 @@ QUIET_SECONDS = 30.0
 do not show one machine's locks to another."""
 
 
+READING = ("read", "list")
+"""What also those do who may not write."""
+
+
 def local_failure(error: OSError, action: str, path: str) -> RequestError | RunError:
     """One sentence for what the operating system said."""
+    if error.errno in (errno.EACCES, errno.EPERM) and action in READING:
+        return RequestError(f"cannot {action} {path}: permission denied; ask its owner for the right to read it")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(f"cannot {action} {path}: the disk is full; free some space and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM):
