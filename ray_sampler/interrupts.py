@@ -29,7 +29,7 @@ SAME_SIGNAL_S = 0.5
 
 def wind_up_s() -> float:
     """What an interrupted run may take to end its actors and its Ray."""
-    return 2.5 if JOB_VARIABLE in os.environ else 4.0
+    return 2.0 if JOB_VARIABLE in os.environ else 3.0
 
 
 @contextmanager
@@ -50,6 +50,7 @@ def interruptible(received: list[int], sentence: str) -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a child that was forked and runs nothing of its own yet
             os._exit(128 + number)
+        signal.alarm(0)  # which Ray's C++ part may have set while it started, to abort this process
         if not received:
             received.append(number)
             raise KeyboardInterrupt
@@ -98,8 +99,28 @@ def is_ours(byte: bytes) -> bool:
 
 
 def end_now(code: int) -> NoReturn:
-    """End this process and all that it started."""
-    for process in psutil.Process().children(recursive=True):  # a local Ray's
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    """End this process and all that it started, a local Ray's among it."""
+    kill_trees(psutil.Process().children())
     os._exit(code)
+
+
+def kill_trees(roots: list[psutil.Process]) -> list[psutil.Process]:
+    """Kill processes and all below them; returns those that were found.
+
+    They are stopped first: one that dies leaves its children to somebody else, those that it just starts among them.
+    """
+    found: dict[int, psutil.Process] = {}
+    news = roots
+    while news:
+        for process in news:
+            found[process.pid] = process
+            with suppress(psutil.Error):
+                process.suspend()
+        news = []
+        for root in roots:
+            with suppress(psutil.Error):
+                news += [each for each in root.children(recursive=True) if each.pid not in found]
+    for process in found.values():
+        with suppress(psutil.Error):
+            process.kill()
+    return list(found.values())

@@ -168,7 +168,7 @@ class Dispatch:
         elif not fleet.local:
             if not self.told_unplaced:
                 self.told_unplaced = True
-                self.reporter.message(f"no actor has a place after {unplaced_s:.0f} s: {why_unplaced(fleet)}", "warning")
+                self.reporter.message(f"no actor has a place in {unplaced_s:.0f} s: {why_unplaced(fleet)}", "warning")
         elif not shared() and (unplaced_s > WORKER_START_S or not worker_starting()):
             raise RunError(f"no actor has started on this machine in {unplaced_s:.0f} s: {why_unplaced(fleet)}")
 

@@ -58,7 +58,7 @@ def cpu_quota() -> float:
         if quota.isdigit() and period.isdigit():
             found.append(int(quota) / int(period))
     periods = list(limits("cpu", "cpu.cfs_period_us"))
-    quotas = [text for text in cgroup_files("cpu", "cpu.cfs_quota_us")]
+    quotas = list(cgroup_files("cpu", "cpu.cfs_quota_us"))
     found += [int(quota) / period for quota, period in zip(quotas, periods, strict=False) if int(quota) > 0]
     return min(found)
 
@@ -113,8 +113,8 @@ def check_room(folder: str) -> None:
             socket.create_connection(server.getsockname(), KNOCK_S).close()
     except OSError as error:
         raise RunError(
-            f"Ray cannot start: 127.0.0.1 cannot be reached ({error.strerror or error}); its processes talk to each other "
-            "there, so bring the loopback interface up (ip link set lo up)"
+            f"Ray cannot start: 127.0.0.1 cannot be reached ({error.strerror or error}), where its processes talk to "
+            "each other; bring the loopback interface up (ip link set lo up)"
         ) from error
     try:
         os.makedirs(folder, exist_ok=True)

@@ -8,6 +8,7 @@ the thread of one of several runs. And whoever waits for it can stop waiting.
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import os
 import re
@@ -27,12 +28,16 @@ from ray._raylet import AuthenticationTokenLoader, Config
 
 from ray_sampler.cluster.machine import check_room, cpus
 from ray_sampler.errors import RunError, printable
+from ray_sampler.interrupts import kill_trees
 
 START_S = 40.0
 """Seconds that a local Ray may take to start."""
 
 END_S = 15.0
 """Seconds in which Ray's processes end."""
+
+SIGACTION_BYTES = 512
+"""Room for the system's struct sigaction, whatever its size."""
 
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Where this is off, Ray 2.60 takes 127.0.0.1 for the node's address and listens there only."""
@@ -91,12 +96,13 @@ class Keeper:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         with ExitStack() as stack:
             try:
-                if self.address is None:
-                    stack.enter_context(own_token())
-                    with settings_of_our_own():
-                        ray.init(address="local", include_dashboard=False, num_cpus=cpus(), **QUIET)
-                else:
-                    ray.init(address=self.address, **QUIET)
+                with handlers_kept():
+                    if self.address is None:
+                        stack.enter_context(own_token())
+                        with settings_of_our_own():
+                            ray.init(address="local", include_dashboard=False, num_cpus=cpus(), **QUIET)
+                    else:
+                        ray.init(address=self.address, **QUIET)
             except BaseException as error:  # Ray raises SystemExit too; whoever waits hears of it
                 self.failure = error
                 shut_down(ours=self.address is None)
@@ -105,6 +111,23 @@ class Keeper:
                 self.ready.set()
             self.done.wait()
             shut_down(ours=self.address is None)
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Keep this process's own answers to signals, which Python lets the main thread alone set.
+
+    Ray's C++ part answers SIGTERM by a stack trace, the earlier handler, and an alarm that aborts after three seconds.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    earlier = {each: ctypes.create_string_buffer(SIGACTION_BYTES) for each in (signal.SIGINT, signal.SIGTERM)}
+    for each, action in earlier.items():
+        library.sigaction(each, None, action)
+    try:
+        yield
+    finally:
+        for each, action in earlier.items():
+            library.sigaction(each, action, None)
 
 
 @contextmanager
@@ -174,33 +197,34 @@ def forget_token() -> None:
 
 def shut_down(ours: bool) -> None:
     """Disconnect from Ray. Processes of our own are killed: they do not hear SIGTERM."""
-    left = our_processes() if ours else []
     node = worker._global_node
     if ours and node is not None:
-        kill_all = node.kill_all_processes
-        node.kill_all_processes = lambda **_: kill_all(check_alive=False, allow_graceful=False)
+        reap = node.kill_all_processes
+
+        def kill_all(**_: Any) -> None:
+            end_processes()
+            reap(check_alive=False, allow_graceful=False)
+
+        node.kill_all_processes = kill_all
     with suppress(Exception):  # a Ray that broke has nothing left to disconnect from
         ray.shutdown()
-    end_processes(left)
+    if ours:
+        end_processes()
 
 
-def our_processes() -> list[psutil.Process]:
-    """The processes that our own Ray has started: children of this process that run Ray, and theirs."""
+def our_roots() -> list[psutil.Process]:
+    """The children of this process that run our own Ray."""
     found = []
     for child in psutil.Process().children():
         with suppress(psutil.Error):
             if "/ray/" in " ".join(child.cmdline()):
-                found += [child, *child.children(recursive=True)]
+                found.append(child)
     return found
 
 
-def end_processes(processes: list[psutil.Process] | None = None) -> None:
-    """Kill processes, those of our own Ray unless given, and wait until they are gone."""
-    processes = our_processes() if processes is None else processes
-    for process in processes:
-        with suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(processes, timeout=END_S)
+def end_processes() -> None:
+    """Kill all processes of our own Ray, and wait until they are gone."""
+    psutil.wait_procs(kill_trees(our_roots()), timeout=END_S)
 
 
 def session_logs() -> Path | None:
@@ -229,4 +253,3 @@ def reason_for(failure: BaseException) -> str:
         return f"{cause}; RAY_TMPDIR chooses the folder in which it keeps its sockets and logs"
     log = log_says(folder)
     return f"{cause}{f'; it says: {log}' if log else ''}; its logs lie in {folder}"
-

@@ -17,7 +17,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_sampler.cluster.machine import cpus
-from ray_sampler.cluster.own_ray import Keeper, log_says, on_loopback, our_processes, session_logs
+from ray_sampler.cluster.own_ray import Keeper, log_says, on_loopback, our_roots, session_logs
 from ray_sampler.config import FleetOptions
 from ray_sampler.errors import RequestError, require
 
@@ -225,7 +225,9 @@ def plan_fleet(options: FleetOptions, gpus: float, shards: int, local: bool) -> 
         return Fleet(gpus, options.cpus_per_actor or 1, max(1, min(wanted, room, shards)), local=True)
     cores = max(1, int(resources.get("CPU", 1)))
     if options.cpus_per_actor:
-        return Fleet(0, options.cpus_per_actor, max(1, min(wanted, cores // options.cpus_per_actor, shards)), local=True)
+        return Fleet(
+            0, options.cpus_per_actor, max(1, min(wanted, cores // options.cpus_per_actor, shards)), local=True
+        )
     most = min(options.max_actors or cores, cores, LOCAL_ACTORS)
     return Fleet(0, cores // most, min(most, shards), local=True)
 
@@ -244,8 +246,9 @@ def why_unplaced(fleet: Fleet) -> str:
 
 def worker_starting() -> bool:
     """Whether a worker process of our own Ray is on its way to the point at which Ray counts it."""
-    for process in our_processes():
+    for root in our_roots():
         with suppress(psutil.Error):
-            if "default_worker.py" in " ".join(process.cmdline()):  # it is renamed once it is there
-                return True
+            for process in root.children(recursive=True):
+                if "default_worker.py" in " ".join(process.cmdline()):  # it is renamed once it is there
+                    return True
     return False

@@ -130,7 +130,13 @@ def read_archive(url: str | os.PathLike[str], size: int | None = None) -> Archiv
             images, labels = members(file)
         except READER_ERRORS as error:
             cut = isinstance(error, zipfile.BadZipFile)
-            reason = "it is cut short, or no npz file" if cut else error if isinstance(error, RequestError) else type(error).__name__
+            reason = (
+                "it is cut short, or no npz file"
+                if cut
+                else error
+                if isinstance(error, RequestError)
+                else type(error).__name__
+            )
             raise RequestError(f"{redact(text)} is no archive of samples: {reason}") from error
     return Archive(text, size or max(1, RANGE_BYTES // max(1, images.row_bytes)), images, labels)
 
@@ -146,7 +152,9 @@ def opened(url: str) -> Iterator[IO[bytes]]:
             raise RequestError(f"there is no {redact(url)}") from None
         except (OSError, ValueError, ImportError) as error:
             reason = getattr(error, "strerror", None) or type(error).__name__
-            raise RequestError(f"{redact(url)} cannot be read ({reason}); give the path or URL of an archive") from error
+            raise RequestError(
+                f"{redact(url)} cannot be read ({reason}); give the path or URL of an archive"
+            ) from error
         yield file
 
 
@@ -180,7 +188,9 @@ def member(file: IO[bytes], info: zipfile.ZipInfo, size: int, dtypes: tuple[str,
     )
     file.seek(info.header_offset)
     local = file.read(LOCAL_HEADER_BYTES)
-    require(len(local) == LOCAL_HEADER_BYTES and local.startswith(LOCAL_HEADER), f"its {name} is not where it should be")
+    require(
+        len(local) == LOCAL_HEADER_BYTES and local.startswith(LOCAL_HEADER), f"its {name} is not where it should be"
+    )
     begin = (
         info.header_offset
         + LOCAL_HEADER_BYTES
