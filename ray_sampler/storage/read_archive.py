@@ -129,14 +129,7 @@ def read_archive(url: str | os.PathLike[str], size: int | None = None) -> Archiv
         try:
             images, labels = members(file)
         except READER_ERRORS as error:
-            cut = isinstance(error, zipfile.BadZipFile)
-            reason = (
-                "it is cut short, or no npz file"
-                if cut
-                else error
-                if isinstance(error, RequestError)
-                else type(error).__name__
-            )
+            reason = str(error) if isinstance(error, RequestError) else "it is cut short, or no npz file"
             raise RequestError(f"{redact(text)} is no archive of samples: {reason}") from error
     return Archive(text, size or max(1, RANGE_BYTES // max(1, images.row_bytes)), images, labels)
 
