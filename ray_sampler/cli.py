@@ -69,6 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def entry(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line as this process's only task, and end it.
+
+    Whoever interrupts it may kill it soon, and Ray and torch take seconds to tidy what the system takes back anyway.
+    """
+    code = main(argv)
+    if code > 128:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        end_now(code)
+    sys.exit(code)
+
+
 def complain(error: BaseException) -> int:
     """Say in one sentence what went wrong; returns the exit code. Raises what is a fault of this program."""
     sentence = str(error)

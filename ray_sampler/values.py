@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
 import reprlib
@@ -29,7 +30,7 @@ def taken(flag: Flag, value: Any) -> Any:
         return value
     if flag.kind is float:
         return float(value)
-    return int(value) if value == value and abs(value) != float("inf") and value == int(value) else value
+    return math.floor(value) if math.isfinite(value) and value == math.floor(value) else value
 
 
 def text_of(flag: Flag, value: Any) -> Any:

@@ -24,7 +24,7 @@ import psutil
 import ray
 from ray._private import ray_constants, worker
 from ray._common.utils import get_default_ray_temp_dir
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without types
 
 from ray_sampler.cluster.machine import check_room, cpus
 from ray_sampler.errors import RunError, printable

@@ -17,7 +17,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_sampler.cluster.machine import cpus
-from ray_sampler.cluster.own_ray import Keeper, log_says, on_loopback, our_roots, session_logs
+from ray_sampler.cluster.own_ray import Keeper, log_says, our_roots, session_logs
 from ray_sampler.config import FleetOptions
 from ray_sampler.errors import RequestError, require
 
@@ -197,7 +197,7 @@ def check_own(options: FleetOptions) -> None:
     cores = cpus()
     require(
         (options.cpus_per_actor or 1) <= cores,
-        f"--cpus_per_actor is {options.cpus_per_actor}, but {cores} CPUs of this machine can be used; give at most {cores}",
+        f"--cpus_per_actor is {options.cpus_per_actor}, but {cores} CPUs can be used on this machine; give no more",
     )
 
 

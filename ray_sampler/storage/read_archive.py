@@ -59,7 +59,7 @@ class Values(NamedTuple):
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive that is read range by range: `for start, images, labels in archive`, or `archive.read(start, stop)`."""
+    """An archive to be read range by range: `for start, images, labels in archive`, or `archive.read(start, stop)`."""
 
     url: str
     size: int
@@ -181,9 +181,7 @@ def member(file: IO[bytes], info: zipfile.ZipInfo, size: int, dtypes: tuple[str,
     )
     file.seek(info.header_offset)
     local = file.read(LOCAL_HEADER_BYTES)
-    require(
-        len(local) == LOCAL_HEADER_BYTES and local.startswith(LOCAL_HEADER), f"its {name} is not where it should be"
-    )
+    require(len(local) == LOCAL_HEADER_BYTES and local.startswith(LOCAL_HEADER), f"its {name} is not where it says")
     begin = (
         info.header_offset
         + LOCAL_HEADER_BYTES
@@ -211,7 +209,7 @@ def member(file: IO[bytes], info: zipfile.ZipInfo, size: int, dtypes: tuple[str,
 def values(url: str, file: IO[bytes], array: Values, start: int, stop: int) -> np.ndarray:
     """The rows [start, stop) of an array."""
     rows = np.empty((stop - start, *array.shape[1:]), array.dtype)
-    target = memoryview(rows.reshape(-1).view(np.uint8))
+    target = memoryview(rows.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # an array is a buffer
     file.seek(array.offset + start * array.row_bytes)
     done = 0
     while done < len(target):
