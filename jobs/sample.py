@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ray_sampler.cli import main
+from ray_sampler.cli import entry
 
 if __name__ == "__main__":
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[0], os.environ.get("PYTHONPATH"))))
-    sys.exit(main(["sample", *sys.argv[1:]]))
+    entry(["sample", *sys.argv[1:]])

@@ -6,13 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.fragment import Fragment, read_fragment
+from ray_sampler.storage.read_archive import Archive, ArchiveRange, read_archive
 
 if TYPE_CHECKING:
     from ray_sampler.cluster.driver import RunResult
     from ray_sampler.config import RunConfig
     from ray_sampler.networks.custom import Model
 
-__all__ = ["Fragment", "Model", "RequestError", "RunConfig", "RunError", "read_fragment", "run"]
+__all__ = [
+    "Archive",
+    "ArchiveRange",
+    "Fragment",
+    "Model",
+    "RequestError",
+    "RunConfig",
+    "RunError",
+    "read_archive",
+    "read_fragment",
+    "run",
+]
 __version__ = "0.1.0"
 
 

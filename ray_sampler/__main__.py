@@ -1,8 +1,6 @@
 """`python -m ray_sampler` is `ray-sampler`."""
 
-import sys
-
-from ray_sampler.cli import main
+from ray_sampler.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -6,18 +6,22 @@ import argparse
 import difflib
 import errno
 import json
+import platform
 import re
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
+import ray_sampler
 from ray_sampler import run_folder
 from ray_sampler.errors import RequestError, RunError, printable
-from ray_sampler.interrupts import interruptible
+from ray_sampler.interrupts import end_now, interruptible
 from ray_sampler.networks.adm_options import AdmOptions, TrainingOptions
 from ray_sampler.options import Flag, flags_of, pick
 from ray_sampler.presets import BUNDLED, PRESETS, ModelOptions, Preset
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
     from ray_sampler.config import RunConfig
 
 DONE, FAILED, WRONG = 0, 1, 2
+
+REFUSALS = ("start new thread", "failed to map segment", "annot allocate memory")
+"""What the system says, through errors of many kinds, where a limit on memory or processes is reached."""
 
 BOOLEANS = {
     **dict.fromkeys(("true", "yes", "t", "y", "1"), True),
@@ -62,34 +69,68 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:  # of --help too, which exits
                 sys.stdout.flush()
         except OutputLost as error:
-            return complain(error, code or FAILED) if error.wanted else code
+            if error.wanted:
+                say(str(error))
+                return code or FAILED
     return code
 
 
 def answer(argv: Sequence[str]) -> int:
     """Do what a command line asks for, and say in one sentence why where that cannot be done."""
     received: list[int] = []
+    code = DONE
     try:
         with interruptible(received, interrupted(argv)):
             command, arguments = parse(argv)
-            return command.execute(arguments)
-    except RequestError as error:
-        return complain(error, WRONG)
-    except RunError as error:
-        return complain(error, FAILED)
+            code = command.execute(arguments)
     except OutputLost:
         raise
     except BaseException as error:
-        if received:  # whatever a library made of the handler's KeyboardInterrupt
-            return complain(interrupted(argv), 128 + received[0])
-        if not isinstance(error, OSError):
-            raise
+        if not received:
+            return complain(error)
+    if received:  # whatever a library made of the handler's KeyboardInterrupt
+        say(interrupted(argv))
+        return leave(128 + received[0])
+    return code
+
+
+def entry(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line as this process's only task, and end it.
+
+    Whoever interrupts it may kill it soon, and Ray and torch take seconds to tidy what the system takes back anyway.
+    """
+    code = main(argv)
+    if code > 128:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        end_now(code)
+    sys.exit(code)
+
+
+def complain(error: BaseException) -> int:
+    """Say in one sentence what went wrong; returns the exit code. Raises what is a fault of this program."""
+    sentence = str(error)
+    if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return complain(f"{'the disk is full' if full else 'the system refused'}: {error}", FAILED)
+        sentence = f"{'the disk is full' if full else 'the system refused'}: {error}"
+    elif isinstance(error, MemoryError) or any(said in sentence for said in REFUSALS):
+        sentence = f"the system refused what the program needs: {sentence or 'memory'}"
+    elif not isinstance(error, RequestError | RunError):
+        raise error
+    say(sentence)
+    return leave(WRONG if isinstance(error, RequestError) else FAILED)
 
 
-def complain(error: Exception | str, code: int) -> int:
-    print(f"ray-sampler: {printable(error, None)}", file=sys.stderr)
+def say(sentence: str) -> None:
+    """One sentence on standard error."""
+    print(f"ray-sampler: {printable(sentence, None)}", file=sys.stderr)
+
+
+def leave(code: int) -> int:
+    """The exit code; where a Ray that did not come up is still being started, the process ends here."""
+    if any(thread.name == "ray" for thread in threading.enumerate()):
+        sys.stderr.flush()
+        end_now(code)
     return code
 
 
@@ -126,6 +167,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
             raise RequestError(f"a command is missing; it must be one of {', '.join(COMMANDS)}")
         print(overview())
         sys.exit(DONE)
+    if argv[0] == "--version":
+        print(version())
+        sys.exit(DONE)
     name, *rest = argv
     if name not in COMMANDS:
         if name.startswith("-"):
@@ -141,6 +185,15 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if unknown:
         raise RequestError(unknown_argument(name, parser, unknown[0]))
     return command, arguments
+
+
+def version() -> str:
+    """This package's version, with those of what it computes and runs with; nothing is imported for it."""
+    others = []
+    for name in ("torch", "ray"):
+        with suppress(metadata.PackageNotFoundError):
+            others.append(f"{name} {metadata.version(name)}")
+    return f"ray-sampler {ray_sampler.__version__} ({', '.join((*others, f'Python {platform.python_version()}'))})"
 
 
 def spelled(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -181,7 +234,7 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "`ray-sampler COMMAND --help` lists its flags.",
+            "`ray-sampler COMMAND --help` lists its flags; `ray-sampler --version` prints the version.",
         )
     )
 

@@ -32,6 +32,7 @@ from ray_sampler.sampling.stepping import check_counts, check_levels, check_opti
 from ray_sampler.storage.level_file import read_levels
 from ray_sampler.storage.record import fingerprint
 from ray_sampler.storage.run_dir import OutputOptions
+from ray_sampler.values import check_kinds, taken
 
 __all__ = ["Precision", "RequestError", "Run", "RunConfig", "RunError", "fingerprint", "redact", "require", "resolve"]
 
@@ -77,6 +78,12 @@ class FleetOptions:
     )
     max_actors: int | None = option(None, "Actors at most (as many as the queue can use).")
     gpus_per_actor: float | None = option(None, "GPUs of an actor; 0 means CPUs (1 where there are GPUs, else 0).")
+    cpus_per_actor: int | None = option(
+        None,
+        "CPUs of an actor, on which it computes several batches at a time (in a cluster 1; on this machine alone, its "
+        "cores are shared out).",
+        recorded=False,
+    )
     shard_timeout: float = option(
         600.0,
         "Seconds without a sign of progress after which an actor is replaced, at least; where shards take long, a "
@@ -89,7 +96,7 @@ class FleetOptions:
 
     def validate(self) -> None:
         """Raises RequestError: a value is wrong, by itself or beside another."""
-        for name in ("shard_size", "max_actors"):
+        for name in ("shard_size", "max_actors", "cpus_per_actor"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name} is {value}; it must be at least 1")
         require(self.min_actors >= 0, f"--min_actors is {self.min_actors}; it must be at least 0")
@@ -154,8 +161,21 @@ FLAGS: dict[str, Composed] = {
 }
 """Every flag of `ray-sampler sample`, by name."""
 
+
+class _Taking:
+    """Takes values as Python has them: numpy's numbers, paths, sequences."""
+
+    def __post_init__(self) -> None:
+        for name, composed in FLAGS.items():
+            object.__setattr__(self, name, taken(composed.flag, getattr(self, name)))
+
+
 _Request = make_dataclass(
-    "_Request", [(name, Any, field(default=f.unset)) for name, f in FLAGS.items()], frozen=True, kw_only=True
+    "_Request",
+    [(name, Any, field(default=f.unset)) for name, f in FLAGS.items()],
+    bases=(_Taking,),
+    frozen=True,
+    kw_only=True,
 )
 
 
@@ -181,7 +201,9 @@ class RunConfig(_Request):  # type: ignore[misc, valid-type]  # made of the comp
             RequestError: a value is wrong.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        check_choices({name: f.flag for name, f in FLAGS.items()}, values)
+        flags = {name: f.flag for name, f in FLAGS.items()}
+        check_kinds(flags, values)
+        check_choices(flags, values)
         self.of(SolverChoice).validate()
         plan = self.of(PlanOptions)
         plan.validate()

@@ -31,7 +31,7 @@ def local_ray(aws_config: Path) -> Iterator[None]:
     """A Ray of two CPUs, reachable from this machine only, that all tests share."""
     import ray
 
-    from ray_sampler.cluster.session import on_loopback
+    from ray_sampler.cluster.own_ray import on_loopback
 
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     with on_loopback(), pytest.MonkeyPatch.context() as patch:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.pool import Failed, Finished, Lost, Pool, Ready, StartFailed, reason_of
+from ray_sampler.cluster.session import shared, why_unplaced, worker_starting
 from ray_sampler.cluster.worker import IMAGES, Task, TaskResult
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.reporting.progress import Rates, Reporter, Snapshot
@@ -36,6 +37,12 @@ SHARDS_PER_ACTOR = 2
 """Shards left for each actor that is asked for, at least: a start costs more than a shard is worth."""
 
 TICK_S = 1.0
+
+PLACE_S = 60.0
+"""Seconds in which an actor has a process; it may still import, compile or load then."""
+
+WORKER_START_S = 180.0
+"""The same where Ray's worker process is there and not ready: a slow machine."""
 
 
 def tasks_of(
@@ -130,6 +137,8 @@ class Dispatch:
         self.start_failures = 0
         self.failures_in_a_row = 0
         self.given_up: dict[Task, str] = {}
+        self.told_unplaced = False
+        """Whether the user knows that no actor has a place."""
 
     def run(self) -> dict[Task, str]:
         """Compute everything; returns the shards that were given up, with the reason.
@@ -150,6 +159,7 @@ class Dispatch:
             if time.monotonic() - last_tick >= TICK_S or not (self.queue or self.copies):
                 last_tick = time.monotonic()
                 self.pool.look_around()
+                self._check_placement()
                 found = self.background()
                 more_to_come = found is not None
                 self.queue.extend(found or ())
@@ -158,6 +168,22 @@ class Dispatch:
                 self._report()
         self._report()
         return self.given_up
+
+    def _check_placement(self) -> None:
+        """Say what no actor gets; no other machine will come to a Ray of our own, so the run stops there.
+
+        Raises:
+            RunError: it does.
+        """
+        unplaced_s, fleet = self.pool.unplaced_s(), self.pool.fleet
+        if unplaced_s < PLACE_S:
+            self.told_unplaced = False
+        elif not fleet.local:
+            if not self.told_unplaced:
+                self.told_unplaced = True
+                self.reporter.message(f"no actor has a place in {unplaced_s:.0f} s: {why_unplaced(fleet)}", "warning")
+        elif not shared() and (unplaced_s > WORKER_START_S or not worker_starting()):
+            raise RunError(f"no actor has started on this machine in {unplaced_s:.0f} s: {why_unplaced(fleet)}")
 
     def _begin(self, shard: Task) -> None:
         now = time.monotonic()

@@ -17,7 +17,7 @@ from ray_sampler.cluster.job import Job, claim, prepare, still_ours
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.outcome import already_done, write_outcome
 from ray_sampler.cluster.pool import Pool, reason_of
-from ray_sampler.cluster.session import Fleet, beside_driver, connect, joins_cluster, plan_fleet
+from ray_sampler.cluster.session import Fleet, beside_driver, connect, joins_cluster, plan_fleet, refuse_copy
 from ray_sampler.cluster.shipping import Shipped, ship
 from ray_sampler.cluster.tasks import Damage, Merged, merge_task, pack_pieces
 from ray_sampler.cluster.worker import CONCURRENCY, Loaded, RunSpec, Task, TaskResult, Worker
@@ -53,6 +53,7 @@ def run(config: RunConfig) -> RunResult:
         RunError: the run failed or is incomplete; what was finished is kept.
     """
     began = time.monotonic()
+    refuse_copy()
     joined = connect(config.address) if joins_cluster(config.address) else nullcontext()
     with reporter(config.progress, config.json_log) as report, joined:
         return drive([prepare(config)], report, began)[0]
@@ -83,7 +84,7 @@ def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> 
         if number not in results:
             groups.setdefault(job.loads(), []).append(number)
     if groups:
-        with own_ray(report):
+        with own_ray(report, jobs[0].local):
             for numbers in groups.values():
                 filled = Filling([jobs[number] for number in numbers], report, began).run()
                 results |= dict(zip(numbers, filled, strict=True))
@@ -110,12 +111,14 @@ def announce(job: Job, report: Reporter) -> None:
 
 
 @contextmanager
-def own_ray(report: Reporter) -> Iterator[None]:
-    """A Ray on this machine, unless one is connected."""
-    if ray.is_initialized():
+def own_ray(report: Reporter, local: bool) -> Iterator[None]:
+    """A Ray on this machine, unless a cluster is connected; runs in several threads share it."""
+    connected = ray.is_initialized()
+    if connected and not local:
         yield
         return
-    report.message("starting Ray on this machine, which takes some seconds")
+    if not connected:
+        report.message("starting Ray on this machine, which takes some seconds")
     with connect(None):
         yield
 
@@ -257,7 +260,12 @@ class Filling:
             for each in self.jobs
         ]
         actor = ray.remote(Worker).options(
-            num_gpus=fleet.gpus, num_cpus=fleet.cpus, max_restarts=0, max_concurrency=CONCURRENCY
+            num_gpus=fleet.gpus,
+            num_cpus=fleet.cpus,
+            max_restarts=0,
+            max_concurrency=CONCURRENCY,
+            # One node may have room for all CPU actors, and they would share its cores.
+            scheduling_strategy="DEFAULT" if fleet.gpus or fleet.local else "SPREAD",
         )
         shared = ray.put(loaded), ray.put(runs)
         return lambda: actor.remote(*shared)

@@ -10,9 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ray_sampler.cluster.session import gpus_per_actor, in_submitted_job, joins_cluster, no_gpu
+from ray_sampler.cluster.session import check_own, gpus_per_actor, in_submitted_job, joins_cluster
 from ray_sampler.cluster.worker import Product
 from ray_sampler.config import FleetOptions, PrecisionOptions, Run, RunConfig, resolve
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
@@ -139,14 +137,16 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     """
     config.check()
     check_submitted(config.output)
+    local = not joins_cluster(config.address)
+    if local:
+        check_own(config.of(FleetOptions))
     model, brought = settings_for(config.of(ModelOptions))
     given = config.given()
     settings = brought | given
     network = open_network(model, settings, frozenset(settings))
     guide = open_guide(network, settings)
     labels = label_rule(config.labels, network.spec)
-    gpus, local = gpus_per_actor(config.of(FleetOptions)), not joins_cluster(config.address)
-    require(not (gpus and local) or torch.cuda.is_available(), no_gpu(gpus, "torch"))
+    gpus = gpus_per_actor(config.of(FleetOptions))
     run_dir = RunDir(config.output) if config.output else None
     there = run_dir.read_run() if run_dir and not config.overwrite else None
     earlier = there.get("identity", {}) if there else {}

@@ -140,6 +140,8 @@ class Pool:
         self.draining: set[str] = set()
         """Ids of the nodes that are about to go."""
         self.durations: deque[float] = deque(maxlen=100)
+        self.unplaced_since = time.monotonic()
+        """When an actor had a process last, on the monotonic clock; before that, when the pool began."""
         self.start_failed = -START_PAUSE_S
         """When an actor failed to start last, on the monotonic clock."""
 
@@ -156,6 +158,12 @@ class Pool:
     def pending(self) -> int:
         """Actors that wait for a machine."""
         return sum(member.node_id is None for member in self.members)
+
+    def unplaced_s(self) -> float:
+        """Seconds for which actors were asked for and none had a process."""
+        if not self.members or self.pending() < len(self.members):
+            self.unplaced_since = time.monotonic()
+        return time.monotonic() - self.unplaced_since
 
     def look_around(self) -> None:
         """Learn where actors are and which nodes are about to go; actors with nothing to do leave those."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
-import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 
+import psutil
 import ray
 import torch
-from ray._private import ray_constants, services
+from ray._private import services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_sampler.cluster.machine import cpus
+from ray_sampler.cluster.own_ray import Keeper, log_says, our_roots, session_logs
 from ray_sampler.config import FleetOptions
 from ray_sampler.errors import RequestError, require
 
@@ -27,8 +27,14 @@ LOCAL_ACTORS = 8
 KNOCK_S = 10.0
 """Seconds that a cluster may take to accept a connection."""
 
-LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Where this is off, Ray 2.60 takes 127.0.0.1 for the node's address and listens there only."""
+LOCK = threading.RLock()
+HELD: list[Keeper] = []
+"""This process's connection to Ray, where a run made it: at most one."""
+
+used = False
+"""Whether this process has used Ray."""
+copied = False
+"""Whether it was forked from one that has."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,14 @@ class Fleet:
     gpus: float
     cpus: int
     max_actors: int
+    local: bool = field(default=False, compare=False)
+    """Whether they are on a Ray of our own."""
 
 
 def joins_cluster(address: str | None) -> bool:
     """Whether the run uses a Ray that somebody else started."""
-    return bool(address or os.environ.get("RAY_ADDRESS") or ray.is_initialized())
+    with LOCK:
+        return bool(address or os.environ.get("RAY_ADDRESS") or (ray.is_initialized() and not HELD))
 
 
 def in_submitted_job() -> bool:
@@ -57,39 +66,103 @@ def beside_driver() -> NodeAffinitySchedulingStrategy:
 
 @contextmanager
 def connect(address: str | None) -> Iterator[None]:
-    """Be connected to Ray; what this started is stopped at the end.
+    """Be connected to Ray; what this started is stopped when the last of the runs that use it ends.
 
     Raises:
-        RequestError: the cluster at the address does not answer.
+        RequestError: the cluster at the address does not answer, or this process is connected to another one.
+        RunError: no Ray starts on this machine.
     """
-    if ray.is_initialized():
-        yield
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    refuse_copy()
     address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        require(
-            not address.startswith("ray://"),
-            f"--address is {address!r}, which a Ray client takes; submit the run with `ray job submit` instead, "
-            "or give host:port of the cluster from one of its nodes",
-        )
-        try:
-            knock(address)
-            with handlers_kept():
-                ray.init(address=address, **quiet)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RequestError(
-                f"--address is {address!r}, where no Ray cluster answers ({reason}); "
-                "give the address of a running one, or none to start a local Ray"
-            ) from error
-    else:
-        with on_loopback(), handlers_kept():
-            ray.init(address="local", include_dashboard=False, **quiet)
+    keeper: Keeper | None = None
     try:
+        with LOCK:
+            if not ray.is_initialized() or HELD:
+                keeper = hold(address)
         yield
     finally:
-        ray.shutdown()
+        if keeper:
+            let_go(keeper)
+
+
+def hold(address: str | None) -> Keeper:
+    """One more user of this process's connection to Ray, which is made if there is none."""
+    if HELD:
+        (keeper,) = HELD
+        require(
+            keeper.address == address,
+            f"--address is {address!r}, but another run of this process uses "
+            f"{keeper.address or 'a Ray on this machine'}; a process is connected to one Ray at a time",
+        )
+        keeper.users += 1
+        return keeper
+    global used
+    used = True
+    keeper = Keeper(address)
+    HELD.append(keeper)
+    try:
+        if address is None:
+            keeper.start()
+        else:
+            join(address, keeper)
+    except BaseException:
+        HELD.remove(keeper)
+        keeper.stop()
+        raise
+    return keeper
+
+
+def let_go(keeper: Keeper) -> None:
+    """One user less; the last one ends the connection."""
+    with LOCK:
+        keeper.users -= 1
+        if not keeper.users:
+            HELD.remove(keeper)
+            keeper.stop()
+
+
+def join(address: str, keeper: Keeper) -> None:
+    """Connect to a cluster.
+
+    Raises:
+        RequestError: it does not answer.
+    """
+    require(
+        not address.startswith("ray://"),
+        f"--address is {address!r}, which a Ray client takes; submit the run with `ray job submit` instead, "
+        "or give host:port of the cluster from one of its nodes",
+    )
+    try:
+        knock(address)
+        keeper.start()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RequestError(
+            f"--address is {address!r}, where no Ray cluster answers ({reason}); "
+            "give the address of a running one, or none to start a local Ray"
+        ) from error
+
+
+def shared() -> bool:
+    """Whether another run of this process uses its Ray too, and may have its CPUs."""
+    return any(keeper.users > 1 for keeper in HELD)
+
+
+def after_fork() -> None:
+    global copied
+    copied = copied or ray.is_initialized() or used
+
+
+def refuse_copy() -> None:
+    """Raises RequestError: this process was forked from one that has used Ray."""
+    require(
+        not copied,
+        "this process was forked from one that has used Ray, which does not work in a copy; start it with "
+        'multiprocessing.get_context("spawn")',
+    )
+
+
+os.register_at_fork(after_in_child=after_fork)
 
 
 def knock(address: str) -> None:
@@ -98,40 +171,6 @@ def knock(address: str) -> None:
     if found:
         host, _, port = found.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
-
-
-@contextmanager
-def handlers_kept() -> Iterator[None]:
-    """Keep this process's own answers to signals: ray.init puts others in their place, one of which aborts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except SystemExit:
-        # Ray's answer to a SIGTERM that came meanwhile; ours is due.
-        if callable(ours := earlier[signal.SIGTERM]):
-            ours(signal.SIGTERM, None)
-        raise
-    finally:
-        for each, handler in earlier.items():
-            signal.signal(each, handler)
-
-
-@contextmanager
-def on_loopback() -> Iterator[None]:
-    """Let a Ray that starts here be reachable from this machine only."""
-    earlier = os.environ.get(LOOPBACK_VARIABLE), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[LOOPBACK_VARIABLE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = earlier[1]
-        if earlier[0] is None:
-            del os.environ[LOOPBACK_VARIABLE]
-        else:
-            os.environ[LOOPBACK_VARIABLE] = earlier[0]
 
 
 def gpus_per_actor(options: FleetOptions) -> float:
@@ -143,25 +182,73 @@ def gpus_per_actor(options: FleetOptions) -> float:
     return 1.0 if torch.cuda.is_available() else 0.0
 
 
-def no_gpu(gpus: float, who: str) -> str:
-    """What to do where GPUs are asked of a machine that has none: no other machine can come."""
-    return (
-        f"--gpus_per_actor is {gpus:g}, but {who} finds no GPU on this machine; give --gpus_per_actor 0 to compute on "
-        "CPUs, or --address of a cluster that has GPUs"
+def check_own(options: FleetOptions) -> None:
+    """Check that this machine has room for an actor, as no other one will come to a Ray of our own.
+
+    Raises:
+        RequestError: it has not.
+    """
+    asked, here = options.gpus_per_actor or 0.0, torch.cuda.device_count() if options.gpus_per_actor else 0
+    require(
+        asked <= here,
+        f"--gpus_per_actor is {asked:g}, but this machine has {here} GPUs that can be used; give 0 for its CPUs, or "
+        "--address of a cluster that has GPUs",
+    )
+    cores = cpus()
+    require(
+        (options.cpus_per_actor or 1) <= cores,
+        f"--cpus_per_actor is {options.cpus_per_actor}, but {cores} CPUs can be used on this machine; give no more",
     )
 
 
 def plan_fleet(options: FleetOptions, gpus: float, shards: int, local: bool) -> Fleet:
-    """What each actor takes of a connected Ray. CPU actors split a machine's cores fairly.
+    """What each actor takes of a connected Ray.
+
+    CPU actors split our own machine's cores fairly. In a cluster each takes one CPU unless the request says otherwise:
+    what nodes there will be, and what else they compute, is not known.
 
     Raises:
-        RequestError: GPUs are asked of a machine that has none, and no other one can come.
+        RequestError: no actor fits on this machine.
     """
+    wanted = options.max_actors or shards
+    if not local:
+        return Fleet(gpus, options.cpus_per_actor or 1, min(wanted, shards))
+    resources = ray.cluster_resources()
     if gpus:
-        there = int(ray.cluster_resources().get("GPU", 0))
-        room = there * math.floor(1 / gpus) if local else shards  # an actor's share is of one GPU
-        require(room > 0, no_gpu(gpus, "Ray"))
-        return Fleet(gpus, 1, max(1, min(options.max_actors or shards, room, shards)))
-    cores = max(1, min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]))
-    per_node = min(options.max_actors or cores, cores, LOCAL_ACTORS)
-    return Fleet(0, cores // per_node, min(per_node if local else options.max_actors or shards, shards))
+        there = resources.get("GPU", 0)
+        room = int(there) * int(1 / gpus) if gpus < 1 else int(there // gpus)  # a fraction must fit on one card
+        require(
+            room > 0,
+            f"--gpus_per_actor is {gpus:g}, but Ray finds {there:g} GPUs on this machine; give 0 for its CPUs, or "
+            "--address of a cluster that has GPUs",
+        )
+        return Fleet(gpus, options.cpus_per_actor or 1, max(1, min(wanted, room, shards)), local=True)
+    cores = max(1, int(resources.get("CPU", 1)))
+    if options.cpus_per_actor:
+        return Fleet(
+            0, options.cpus_per_actor, max(1, min(wanted, cores // options.cpus_per_actor, shards)), local=True
+        )
+    most = min(options.max_actors or cores, cores, LOCAL_ACTORS)
+    return Fleet(0, cores // most, min(most, shards), local=True)
+
+
+def why_unplaced(fleet: Fleet) -> str:
+    """Why no actor has a process yet: what is asked for, and what is free or, of our own Ray, what its log says."""
+    asked = f"an actor asks for {fleet.cpus} CPUs" + (f" and {fleet.gpus:g} GPUs" if fleet.gpus else "")
+    if not fleet.local:
+        free = ray.available_resources()
+        room = f"{free.get('CPU', 0):g} CPUs" + (f" and {free.get('GPU', 0):g} GPUs" if fleet.gpus else "")
+        return f"{asked}; free in the whole cluster are {room}"
+    folder = session_logs()
+    said = log_says(folder, ("raylet.err", "raylet.out")) if folder else None
+    return f"{asked}; {f'Ray says: {said}' if said else 'Ray says nothing of it'}; its logs lie in {folder}"
+
+
+def worker_starting() -> bool:
+    """Whether a worker process of our own Ray is on its way to the point at which Ray counts it."""
+    for root in our_roots():
+        with suppress(psutil.Error):
+            for process in root.children(recursive=True):
+                if "default_worker.py" in " ".join(process.cmdline()):  # it is renamed once it is there
+                    return True
+    return False

@@ -39,6 +39,14 @@ S3_OPTIONS: dict[str, Any] = {
 }
 
 
+def path_text(url: str | os.PathLike[str], what: str) -> str:
+    """A path or URL as text. Raises RequestError: it is neither."""
+    text = os.fspath(url) if isinstance(url, os.PathLike) else url
+    if not isinstance(text, str):
+        raise RequestError(f"{text!r} cannot name {what}; give its path or URL")
+    return text
+
+
 def open_store(url: str) -> LocalStore | ObjectStore:
     """The folder at a local path or any fsspec URL; nothing is read or written yet.
 

@@ -41,6 +41,10 @@ def retried(request: Callable[[], Result], where: str) -> Result:
     return persist(request, is_passing, said, f"the disk of {where}")
 
 
+READING = ("read", "list")
+"""What also those do who may not write."""
+
+
 def failure(error: OSError, action: str, path: str) -> RequestError | RunError:
     """One sentence for what the operating system said."""
     cause = (error.strerror or type(error).__name__) if error.errno is None else said(error)
@@ -53,6 +57,8 @@ def failure(error: OSError, action: str, path: str) -> RequestError | RunError:
                 f"choose a larger --shard_size in another output, and {AGAIN}"
             )
         return RunError(f"cannot {action} {path}: the disk is full; free some space and {AGAIN}")
+    if error.errno in (errno.EACCES, errno.EPERM) and action in READING:
+        return RequestError(f"cannot {action} {path}: permission denied; ask its owner for the right to read it")
     if error.errno in (errno.EACCES, errno.EPERM):
         return RequestError(f"cannot {action} {path}: permission denied; get the right to, or choose another output")
     if error.errno == errno.EROFS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_sampler.errors import RequestError
-from ray_sampler.storage.connect import open_store
+from ray_sampler.storage.connect import open_store, path_text
 from ray_sampler.storage.npz_format import decode_npz, encode_npz
 from ray_sampler.storage.parquet_format import decode_parquet, encode_parquet
 from ray_sampler.storage.record import DamagedFragment, FragmentFormat, FragmentName, Record, Samples, checksums
@@ -131,7 +132,7 @@ def checked(record: Record, groups: Iterator[dict[str, np.ndarray]], name: Fragm
         raise DamagedFragment(f"the CRC-32 of {' and '.join(wrong) or 'a column'} does not match its record")
 
 
-def read_fragment(url: str) -> Fragment:
+def read_fragment(url: str | os.PathLike[str]) -> Fragment:
     """The samples and the record of one fragment, checked.
 
     Args:
@@ -141,6 +142,7 @@ def read_fragment(url: str) -> Fragment:
         RequestError: there is no such file, or its name is no fragment's.
         DamagedFragment: it is not whole.
     """
+    url = path_text(url, "a fragment")
     folder, _, filename = url.rpartition("/")
     name = FragmentName.parse(filename)
     if name is None:

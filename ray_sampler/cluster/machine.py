@@ -1,0 +1,138 @@
+"""What this machine lets our processes have: CPUs, memory and processes, containers and job schedulers counted in."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ray_sampler.errors import RequestError, RunError
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+LEAST_MEMORY = 900 * 2**20
+"""Bytes that the driver, Ray's own processes and one actor of a tiny network take together, about."""
+
+LEAST_PROCESSES = 250
+"""Threads, which the system counts as processes, that they start between them, about."""
+
+KNOCK_S = 5.0
+
+
+def cgroup_files(controller: str, name: str) -> Iterator[str]:
+    """The content of a limit's file, of our control group and of those around it, in version 1 and 2."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = CGROUPS / controller if controllers else CGROUPS
+        inner = Path(path.lstrip("/"))
+        for folder in (root / inner, *(root / parent for parent in inner.parents)):
+            try:
+                yield (folder / name).read_text().strip()
+            except OSError:  # another version, or a container that shows its own group as the root
+                continue
+
+
+def limits(controller: str, *names: str) -> Iterator[int]:
+    """The limits of a controller that are numbers."""
+    for name in names:
+        for text in cgroup_files(controller, name):
+            if text.isdigit():
+                yield int(text)
+
+
+def cpu_quota() -> float:
+    """CPUs that the control groups allow; infinite without a limit."""
+    found = [math.inf]
+    for text in cgroup_files("cpu", "cpu.max"):
+        quota, _, period = text.partition(" ")
+        if quota.isdigit() and period.isdigit():
+            found.append(int(quota) / int(period))
+    periods = list(limits("cpu", "cpu.cfs_period_us"))
+    quotas = list(cgroup_files("cpu", "cpu.cfs_quota_us"))
+    found += [int(quota) / period for quota, period in zip(quotas, periods, strict=False) if int(quota) > 0]
+    return min(found)
+
+
+def cpus() -> int:
+    """CPUs that our processes may use, at least one."""
+    return max(1, int(min(len(os.sched_getaffinity(0)), cpu_quota())))
+
+
+def memory_limit() -> float:
+    """Bytes that our processes may have together, as the control groups say; infinite without a limit."""
+    return min(limits("memory", "memory.max", "memory.limit_in_bytes"), default=math.inf)
+
+
+def processes_left() -> float:
+    """Processes and threads that may still be started, as far as limits say."""
+    left = [math.inf]
+    most, current = list(limits("pids", "pids.max")), list(limits("pids", "pids.current"))
+    if most:
+        left.append(min(most) - (min(current) if current else 0))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if soft != resource.RLIM_INFINITY and os.getuid() != 0:  # root is exempt
+        left.append(soft - threads_of(os.getuid()))
+    return min(left)
+
+
+def threads_of(user: int) -> int:
+    """Threads that a user runs on this machine, as far as it is seen."""
+    count = 0
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                if process.stat().st_uid == user:
+                    count += len(os.listdir(process / "task"))
+            except OSError:  # it ended
+                continue
+    return count
+
+
+def check_room(folder: str) -> None:
+    """Check what Ray needs of this machine and would not name.
+
+    Args:
+        folder: where Ray keeps its sockets and logs.
+
+    Raises:
+        RequestError: the folder cannot be written.
+        RunError: loopback, memory or processes are missing.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), KNOCK_S).close()
+    except OSError as error:
+        raise RunError(
+            f"Ray cannot start: 127.0.0.1 cannot be reached ({error.strerror or error}), where its processes talk to "
+            "each other; bring the loopback interface up (ip link set lo up)"
+        ) from error
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RequestError(
+            f"Ray cannot start: {folder} cannot be written ({error.strerror or error}); "
+            "set RAY_TMPDIR to a folder that you may write, with a short path"
+        ) from error
+    memory, processes = memory_limit(), processes_left()
+    if memory < LEAST_MEMORY:
+        raise RunError(
+            f"Ray cannot start: this process may have {memory / 2**20:.0f} MiB of memory, and a run needs about "
+            f"{LEAST_MEMORY // 2**20} MiB; raise the limit of the container or job"
+        )
+    if processes < LEAST_PROCESSES:
+        raise RunError(
+            f"Ray cannot start: {processes:.0f} more processes and threads may be started here, and a run needs about "
+            f"{LEAST_PROCESSES}; raise the limit (docker run --pids-limit, TasksMax, ulimit -u)"
+        )
