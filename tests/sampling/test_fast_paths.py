@@ -27,7 +27,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 def pictures(device: str, precision: Precision, compile: Compile, warm: bool = False, **settings: Any) -> np.ndarray:
     """N images of the bundled one-step model, as integers that differences do not wrap in."""
     known = dict(BUNDLED["digits-cd"].settings) | settings
-    network = loaded(open_network("digits-cd", known), precision, device)
+    network: Any = loaded(open_network("digits-cd", known), precision, device)
     if device == "cpu" and compile == "on":  # without timing the kernels, which takes a minute
         network, compile = cast(nn.Module, compiled(network, "auto")), "off"
     engine = Engine({MAIN: network}, batch_size=BATCH, device=torch.device(device), compile=compile)
