@@ -309,7 +309,7 @@ def request_of(arguments: argparse.Namespace) -> RunConfig:
 def execute_sample(arguments: argparse.Namespace) -> int:
     config = request_of(arguments)
     if config.dry_run:
-        from ray_sampler.config import dry_run
+        from ray_sampler.resolved import dry_run
 
         print(json.dumps(dry_run(config), indent=2))
         return DONE

@@ -11,11 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ray_sampler.config import PrecisionOptions, family_settings
+from ray_sampler.config import PrecisionOptions
 from ray_sampler.errors import printable, redact
 from ray_sampler.networks.family import Network
 from ray_sampler.networks.opening import open_network
 from ray_sampler.presets import ModelOptions, settings_for
+from ray_sampler.resolved import family_settings
 from ray_sampler.sampling.decoding import DecoderOptions
 from ray_sampler.sampling.plan import PlanOptions, parameterisation_of
 from ray_sampler.sampling.schedules import Schedule

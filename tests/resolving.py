@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ray_sampler import config
-from ray_sampler.config import Run, RunConfig
+import ray_sampler.resolved
+from ray_sampler.config import RunConfig
 from ray_sampler.networks import adm
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.options import pick
-from ray_sampler.sampling.conditions import LabelRule
+from ray_sampler.resolved import Run
 
 SMALL: dict[str, Any] = {
     "image_size": 32,
@@ -28,8 +28,8 @@ def resolve(brought: Mapping[str, Any] | None = None, **flags: Any) -> Run:
     return resolved(RunConfig(**flags), "digits", SMALL if brought is None else brought)
 
 
-def resolved(request: RunConfig, model: str, brought: Mapping[str, Any], labels: LabelRule | None = None) -> Run:
+def resolved(request: RunConfig, model: str, brought: Mapping[str, Any], gpus: float | None = None) -> Run:
     settings = dict(brought) | request.given()
     options = pick(AdmOptions, settings)
     options.validate()
-    return config.resolve(request, model, brought, adm.spec_of(options, settings), labels=labels)
+    return ray_sampler.resolved.resolve(request, model, brought, adm.spec_of(options, settings), gpus=gpus)

@@ -18,7 +18,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
 from ray_sampler import cli
-from ray_sampler.config import dry_run
+from ray_sampler.resolved import dry_run
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER_FILES = ("cluster.yaml", "deploy/gcp.yaml")

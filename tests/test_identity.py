@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_sampler.config import RunConfig, fingerprint
+from ray_sampler.config import RunConfig
 from ray_sampler.sampling.conditions import LabelRule, listed_labels
+from ray_sampler.storage.record import fingerprint
 from tests.resolving import NO_HEADS, SMALL, resolve, resolved
 
 

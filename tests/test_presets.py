@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from ray_sampler.cli import main
-from ray_sampler.config import RequestError, Run, RunConfig
+from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.networks import opening
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
@@ -22,6 +22,7 @@ from ray_sampler.networks.opening import open_network
 from ray_sampler.networks.weights import weights_hash
 from ray_sampler.options import pick
 from ray_sampler.presets import BUNDLED, PRESETS, ModelOptions, settings_for
+from ray_sampler.resolved import Run
 from tests import resolving
 
 ROOT = Path(__file__).resolve().parents[1]

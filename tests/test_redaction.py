@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_sampler.config import redact
+from ray_sampler.errors import redact
 
 SCHEME = st.sampled_from(["s3", "gs", "https", "ray", "simplecache::s3"])
 SECRET = (

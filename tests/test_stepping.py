@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_sampler.config import Run, RunConfig, dry_run, resolve
+from ray_sampler.config import RunConfig
 from ray_sampler.errors import RequestError
 from ray_sampler.networks.adm import spec_of
 from ray_sampler.networks.adm_options import AdmOptions
@@ -18,7 +18,7 @@ from ray_sampler.networks.family import NetworkSpec
 from ray_sampler.options import pick
 from ray_sampler.presets import ModelOptions, settings_for
 from ray_sampler.reporting.report import render_report
-from ray_sampler.sampling.conditions import LabelRule
+from ray_sampler.resolved import Run, dry_run, resolve
 from ray_sampler.sampling.plan import MAIN, sample_block
 from ray_sampler.sampling.solvers import SOLVERS
 from tests.golden.requests import HERE
@@ -35,7 +35,7 @@ def run_of(brought: dict[str, Any] | None = None, **flags: Any) -> Run:
     model, bundled = settings_for(config.of(ModelOptions))
     settings = (bundled if brought is None else brought) | config.given()
     spec = spec_of(pick(AdmOptions, settings), settings)
-    return resolve(config, model, bundled if brought is None else brought, spec, precision="fp32")
+    return resolve(config, model, bundled if brought is None else brought, spec, gpus=0)
 
 
 def identity(**flags: Any) -> dict[str, Any]:
@@ -274,9 +274,7 @@ class NoOptions:
 
 def labelled_run(**flags: Any) -> Run:
     spec = NetworkSpec("mine", AdmOptions(), (1, 2, 2), "denoiser", num_classes=3, null_label=3)
-    return resolve(
-        RunConfig(model="m.pt", **flags), "m.pt", {}, spec, labels=LabelRule("balanced", 3), precision="fp32"
-    )
+    return resolve(RunConfig(model="m.pt", labels="balanced", **flags), "m.pt", {}, spec, gpus=0)
 
 
 @pytest.mark.parametrize("state", ["fp32", "fp64"])

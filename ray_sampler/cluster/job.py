@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -12,18 +11,16 @@ from typing import Any
 
 from ray_sampler.cluster.session import check_own, gpus_per_actor, in_submitted_job, joins_cluster
 from ray_sampler.cluster.worker import Product
-from ray_sampler.config import FleetOptions, PrecisionOptions, Run, RunConfig, resolve
-from ray_sampler.errors import RequestError, RunError, printable, redact, require
+from ray_sampler.config import FleetOptions, PrecisionOptions, RunConfig
+from ray_sampler.errors import RequestError, RunError, printable, require
 from ray_sampler.networks.custom import PREFIX
-from ray_sampler.networks.family import Network, NetworkSpec, Precision
+from ray_sampler.networks.family import Network, Precision
 from ray_sampler.networks.opening import open_network
-from ray_sampler.options import pick
 from ray_sampler.presets import ModelOptions, settings_for
-from ray_sampler.sampling.conditions import LabelRule, listed_labels
-from ray_sampler.sampling.guidance import Guidance
+from ray_sampler.resolved import Run, resolve
+from ray_sampler.sampling.guidance import guide_of
 from ray_sampler.sampling.numerics import Compile
 from ray_sampler.sampling.plan import GUIDE, MAIN
-from ray_sampler.storage.label_file import read_labels
 from ray_sampler.storage.record import fingerprint
 from ray_sampler.storage.run_dir import RunDir
 
@@ -33,9 +30,6 @@ RUN_FORMAT = 1
 REPAID_CALLS = 1000
 """Calls of the network, a batch each, below which compiling on a GPU takes longer than it saves, about: a minute or two
 against some tens of milliseconds a call. benchmarks/gpu.py measures both."""
-
-FRESH_SEED_BITS = 24
-"""Of the seed that --generator dummy draws: small enough for num_samples * seed to fit in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -141,34 +135,36 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     if local:
         check_own(config.of(FleetOptions))
     model, brought = settings_for(config.of(ModelOptions))
-    given = config.given()
-    settings = brought | given
-    network = open_network(model, settings, frozenset(settings))
-    guide = open_guide(network, settings)
-    labels = label_rule(config.labels, network.spec)
-    gpus = gpus_per_actor(config.of(FleetOptions))
+    settings = brought | config.given()
+    networks = {MAIN: open_network(model, settings, frozenset(settings))}
+    if (name := guide_of(settings)) is not None:
+        networks[GUIDE] = open_guide(name, settings)
     run_dir = RunDir(config.output) if config.output else None
     there = run_dir.read_run() if run_dir and not config.overwrite else None
-    earlier = there.get("identity", {}) if there else {}
-    run = resolve(
-        config,
-        model,
-        brought,
-        network.spec,
-        guide=guide.spec if guide else None,
-        labels=labels,
-        precision=settled_precision(config, gpus, earlier),
-        seed=settled_seed(config, earlier),
-    )
-    identity = run.identity(network.weights, fingerprint(guide.spec.identity(guide.weights)) if guide else "null")
+    gpus = gpus_per_actor(config.of(FleetOptions))
+    specs = {role: network.spec for role, network in networks.items()}
+    earlier = there.get("identity") if there else None
+    run = resolve(config, model, brought, specs[MAIN], specs.get(GUIDE), gpus, earlier)
+    guide_hash = identity_hash(networks[GUIDE]) if GUIDE in networks else "null"
+    identity = run.identity(networks[MAIN].weights, guide_hash)
     output = config.output or default_output(model, fingerprint(identity))
     run_dir = run_dir or RunDir(output)
     output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
-    networks = {MAIN: network} | ({GUIDE: guide} if guide else {})
     job = Job(run, output, run_dir, networks, gpus, local, identity, products or {})
     if not config.overwrite:
         refuse_another(job, there if config.output else run_dir.read_run())
     return job
+
+
+def open_guide(name: str, settings: Mapping[str, Any]) -> Network:
+    """The second network by which the first is guided. A bundled one brings its settings."""
+    _, brought = settings_for(ModelOptions(model=name))
+    return open_network(name, dict(brought or settings) | {"weights": None, "weights_key": None}, flag="--guide")
+
+
+def identity_hash(network: Network) -> str:
+    """What stands for a guide network in the fingerprint."""
+    return fingerprint(network.spec.identity(network.weights))
 
 
 def check_submitted(output: str | None) -> None:
@@ -184,66 +180,6 @@ def check_submitted(output: str | None) -> None:
         f"--output is {output!r}, relative to a submitted job's working directory, which is temporary; "
         "give an absolute path that every node shares, or a bucket",
     )
-
-
-def open_guide(network: Network, settings: Mapping[str, Any]) -> Network | None:
-    """The second network by which the first is guided; None where none is asked for, or its own null label guides.
-
-    Raises:
-        RequestError: it cannot be a guide, or nothing says what guides.
-    """
-    guidance, name = pick(Guidance, settings), settings.get("guide")
-    if not guidance.active:
-        return None
-    spec = network.spec
-    if name in (None, "null"):
-        require(
-            spec.null_label is not None,
-            f"--guidance is {guidance.guidance:g}, but the network has no null label to guide it; "
-            "give --guide MODEL, a second network",
-        )
-        return None
-    _, brought = settings_for(ModelOptions(model=name))
-    own = dict(brought or settings) | {"weights": None, "weights_key": None}
-    guide = open_network(str(name), own, flag="--guide")
-    theirs = guide.spec
-    require(
-        theirs.shape == spec.shape and theirs.num_classes in (0, spec.num_classes),
-        f"--guide is {redact(name)!r}, of {described(theirs)}; it must have the same shape as --model, which is of "
-        f"{described(spec)}, and as many classes or none",
-    )
-    return guide
-
-
-def described(spec: NetworkSpec) -> str:
-    """A network's shape and classes, as a message shows them."""
-    return f"shape {'x'.join(map(str, spec.shape))} and {spec.num_classes or 'no'} classes"
-
-
-def label_rule(labels: str | None, spec: NetworkSpec) -> LabelRule | None:
-    """The rule that --labels names, read; None for an unconditional network, of which `resolve` speaks."""
-    if not spec.num_classes:
-        return None
-    if labels in (None, "random", "balanced"):
-        return LabelRule("balanced" if labels == "balanced" else "random", spec.num_classes)
-    return listed_labels(read_labels(str(labels)), spec.num_classes, repr(labels))
-
-
-def settled_precision(config: RunConfig, gpus: float, earlier: dict[str, Any]) -> Precision:
-    """The precision; auto is what an earlier start there made of it, else fp16 on a GPU and fp32 on a CPU."""
-    asked = config.of(PrecisionOptions).resolved()
-    if asked != "auto":
-        return asked
-    there: Precision | None = earlier.get("precision")
-    return there or ("fp16" if gpus else "fp32")
-
-
-def settled_seed(config: RunConfig, earlier: dict[str, Any]) -> int | None:
-    """The seed of --generator dummy: fresh, or what an earlier start there drew."""
-    if config.generator != "dummy":
-        return None
-    seed = earlier.get("seed") if earlier.get("generator") == "dummy" else None
-    return seed or 1 + secrets.randbits(FRESH_SEED_BITS)
 
 
 def default_output(model: str, print_: str) -> str:

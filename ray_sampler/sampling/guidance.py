@@ -6,6 +6,7 @@ Ho & Salimans 2022 (classifier-free), Karras et al. 2024 (autoguidance), Kynkaan
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ray_sampler.errors import RequestError, require
-from ray_sampler.options import option
+from ray_sampler.options import option, pick
 from ray_sampler.sampling.parameterisation import Denoiser
 
 EVERYWHERE = (0.0, math.inf)
@@ -81,6 +82,12 @@ class Guidance:
         if self.guidance_channels is not None:
             result["guidance_channels"] = self.guidance_channels
         return result
+
+
+def guide_of(settings: Mapping[str, Any]) -> str | None:
+    """The second network that settings name as a guide; None where none is used."""
+    guidance = pick(Guidance, settings)
+    return guidance.guide if guidance.active and guidance.guide != "null" else None
 
 
 def guided(denoise: Denoiser, pair: Denoiser, guidance: Guidance) -> Denoiser:

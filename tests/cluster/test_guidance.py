@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ray_sampler.cluster.job import Job, prepare
-from ray_sampler.config import RequestError, RunConfig, dry_run
+from ray_sampler.config import RequestError, RunConfig
+from ray_sampler.resolved import dry_run
 from ray_sampler.sampling.plan import sample_block
 from tests.cluster.runs import TINY, random_weights
 from tests.cluster.small_models import REFERENCE, edm2_snapshot

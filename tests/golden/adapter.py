@@ -25,8 +25,10 @@ from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.opening import open_network
 from ray_sampler.options import pick
 from ray_sampler.presets import ModelOptions, settings_for
+from ray_sampler.resolved import resolve
 from ray_sampler.sampling import numerics
 from ray_sampler.sampling.plan import MAIN, sample_block
+from ray_sampler.storage import record
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import Samples
 from tests.loading import loaded
@@ -47,21 +49,20 @@ def identity_of(
     settings = brought | request.given()
     spec = spec_of(pick(AdmOptions, settings), settings)
     there = {} if dummy_seed is None else {"generator": "dummy", "seed": dummy_seed}
-    run = config.resolve(
+    run = resolve(
         request,
         model,
         brought,
         spec,
-        labels=job.label_rule(request.labels, spec),
-        precision=job.settled_precision(request, gpus, there),
-        seed=job.settled_seed(request, there),
+        gpus=gpus,
+        earlier=there,
     )
     return run.identity(open_network(model, settings).weights if weights_hash is None else weights_hash)
 
 
 def fingerprint_of(identity: Mapping[str, Any]) -> str:
     """The fingerprint of an identity, 64 hexadecimal digits."""
-    return config.fingerprint(identity)
+    return record.fingerprint(identity)
 
 
 def run_json_of(flags: Mapping[str, Any]) -> dict[str, Any]:

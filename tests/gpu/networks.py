@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ray_sampler import config
+from ray_sampler import resolved
+from ray_sampler.config import FLAGS
 from ray_sampler.networks.adm import ADM, spec_of
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.family import Precision, lay_out_contiguously, without_memory
@@ -36,7 +37,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
 }
 """Settings by a network's name: one of milliseconds, the bundled one, and the two published architectures."""
 
-DEFAULTS = {name: composed.flag.default for name, composed in config.FLAGS.items()}
+DEFAULTS = {name: composed.flag.default for name, composed in FLAGS.items()}
 
 
 def options_of(name: str, **changed: Any) -> AdmOptions:
@@ -75,4 +76,4 @@ def plan_of(options: AdmOptions, labels: LabelRule | None = None, **flags: Any) 
     if labels is None and options.class_cond:
         labels = LabelRule("random", options.num_classes)
     flags = {"steps": 3, "s_churn": 2.0, "s_noise": 1.003} | flags
-    return config.plan_of(DEFAULTS | flags, spec_of(options, flags), None, labels)
+    return resolved.plan_of(DEFAULTS | flags, spec_of(options, flags), None, labels)

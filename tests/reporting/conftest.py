@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_sampler.config import RunConfig, resolve
+from ray_sampler.config import RunConfig
 from ray_sampler.networks.adm import spec_of
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.reporting.pixels import PixelStatistics
 from ray_sampler.reporting.summary import ArchiveMember, Part, Summary, Timeline
+from ray_sampler.resolved import resolve
 
 HOSTILE = "<script>console.error('run')</script>"
 

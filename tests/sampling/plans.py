@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_sampler.config import FLAGS, plan_of
+from ray_sampler.config import FLAGS
 from ray_sampler.networks import adm
 from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.resolved import plan_of
 from ray_sampler.sampling.conditions import LabelRule
 from ray_sampler.sampling.noise import Noise
 from ray_sampler.sampling.parameterisation import Denoiser
