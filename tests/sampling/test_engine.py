@@ -250,6 +250,14 @@ def test_neighbours_outside_the_range_may_be_not_finite(whole: dict[str, Picture
     assert pictures.images.tobytes() == healthy.sample(0, 2)().images.tobytes()
 
 
+def test_a_batch_that_does_not_fit_says_what_to_do() -> None:
+    def network(*inputs: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(OutOfDeviceMemoryError, match="--batch_size 4; try --batch_size 2, or --precision fp16"):
+        engine(network).sample(0, 1)
+
+
 # Pixels.
 
 
