@@ -146,7 +146,7 @@ def test_a_wrong_value_is_refused_whoever_brought_it() -> None:
         {"min_actors": 2, "max_actors": 2},
         {"gpus_per_actor": 0.0},
         {"gpus_per_actor": 0.25},
-        {"gpus_per_actor": 2.0},
+        {"gpus_per_actor": 1.0},
         {"attention_resolutions": ""},
         {"attention_resolutions": "64,16"},
         {"learn_sigma": True},

@@ -22,6 +22,8 @@ from ray_sampler.sampling.solvers import SOLVERS
 from tests.gpu.networks import plan_of, tiny
 
 META = torch.device("meta")
+NEEDED: dict[str, dict[str, Any]] = {"multistep": {"ts": "0,1,2"}, "restart": {"restarts": "2,1,0.1,1"}}
+"""Flags that a solver asks for."""
 RULES = [LabelRule("random", 10), LabelRule("balanced", 10), listed_labels(np.array([3, 1, 4]), 10, "a list")]
 
 
@@ -34,8 +36,7 @@ def block(plan: SamplePlan) -> tuple[Tensor, Tensor | None]:
 
 @pytest.mark.parametrize("sampler", SOLVERS)
 def test_no_solver_waits(sampler: str) -> None:
-    flags: dict[str, Any] = {"ts": "0,1,2"} if sampler == "multistep" else {}
-    x, labels = block(plan_of(tiny(), sampler=sampler, num_samples=8, **flags))
+    x, labels = block(plan_of(tiny(), sampler=sampler, num_samples=8, **NEEDED.get(sampler, {})))
     assert x.shape == (4, 3, 16, 16)
     assert labels is not None
     assert x.device == labels.device == META
