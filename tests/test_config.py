@@ -12,7 +12,6 @@ import pytest
 
 from ray_sampler.config import FLAGS, RequestError, RunConfig
 from ray_sampler.networks.adm_options import AdmOptions
-from ray_sampler.sampling.conditions import LabelRule
 from tests.resolving import NO_HEADS, SMALL, resolve, resolved
 
 # Wrong requests.
@@ -272,8 +271,7 @@ def test_no_credential_is_shown() -> None:
         address="ray://user:hidden@head:10001",
         class_cond=True,
     )
-    rule = LabelRule("balanced", 1000)
-    run = resolved(config, "https://user:hidden@host/model.pt?sig=hidden", SMALL, rule)
+    run = resolved(config, "https://user:hidden@host/model.pt?sig=hidden", SMALL)
     text = json.dumps(run.as_json())
     assert "hidden" not in text
     for kept in ("bucket/run", "host/labels.npy", "head:10001", "host/model.pt"):

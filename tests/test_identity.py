@@ -7,11 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pytest
 
 from ray_sampler.config import RunConfig
-from ray_sampler.sampling.conditions import LabelRule, listed_labels
 from ray_sampler.storage.record import fingerprint
 from tests.resolving import NO_HEADS, SMALL, resolve, resolved
 
@@ -129,10 +127,10 @@ def test_an_explicit_value_has_the_identity_of_the_brought_one() -> None:
 
 
 def test_weights_and_labels_are_in_the_identity() -> None:
-    rules = [None, LabelRule("balanced", 10)]
-    rules += [listed_labels(np.array(values), 10, "a list") for values in ([1, 2], [2, 1], [1, 2, 1])]
-    request = RunConfig(class_cond=True, num_classes=10)
-    runs = [resolved(request, "digits", SMALL, rule) for rule in rules] + [resolve(class_cond=False)]
+    requests = [
+        RunConfig(class_cond=True, num_classes=10, labels=labels) for labels in (None, "balanced", "1,2", "2,1", "1,2,1")
+    ]
+    runs = [resolved(request, "digits", SMALL, gpus=0) for request in requests] + [resolve(class_cond=False)]
     identities = [run.identity(weights) for weights in ("one", "two") for run in runs]
     assert len({fingerprint(each) for each in identities}) == len(identities)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_sampler.interrupts import WIND_UP_S
+from ray_sampler.interrupts import wind_up_s
 from tests.cluster.processes import group_is_gone, started, wait_for
 from tests.cluster.runs import LONGER
 from tests.conftest import Configure
@@ -36,7 +36,7 @@ def test_a_run_whose_bucket_stalls_ends_within_seconds_of_a_signal(configure: Co
             process.send_signal(signal.SIGINT)
             time.sleep(0.5)
         assert process.wait(60) == 130
-        assert time.monotonic() - began < (WIND_UP_S + 3 if signals == 1 else 3)
+        assert time.monotonic() - began < (wind_up_s() + 3 if signals == 1 else 3)
         assert group_is_gone(process.pid, within_s=15)
     assert [line for line in log.read_text().splitlines() if line.startswith("ray-sampler: ")] == [
         "ray-sampler: interrupted; what was finished is kept: run the same command again to go on"

@@ -18,7 +18,6 @@ from ray_sampler.sampling.decoding import to_uint8
 from ray_sampler.sampling.engine import (
     Engine,
     NonFiniteError,
-    OutOfDeviceMemoryError,
     Pictures,
 )
 from ray_sampler.sampling.noise import NoiseOptions, make_draws
@@ -245,17 +244,6 @@ def test_neighbours_outside_the_range_may_be_not_finite(whole: dict[str, Picture
     rule = planned(RULE_WITH_7)
     pictures = engine(poisoned(poison_class_7)).sample(rule, 0, 2)()
     assert pictures.images.tobytes() == engine().sample(rule, 0, 2)().images.tobytes()
-
-
-def test_a_batch_that_does_not_fit_says_what_to_do() -> None:
-    def network(*inputs: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(OutOfDeviceMemoryError, match="--batch_size 4; try --batch_size 2, or --precision fp16"):
-        engine(network).sample(planned(), 0, 1)
-
-
-# Pixels.
 
 
 def every_value() -> np.ndarray:
