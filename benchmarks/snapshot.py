@@ -1,7 +1,8 @@
 """How long does the driver take from an EDM2-S snapshot to weights in the object store, and how much memory?
 
 560 MB of float16 in NVIDIA's pickle: read, checked, hashed, and shipped tensor by tensor. The other side reads the file
-once, front to back, and casts what it reads to float32. Each repeat of a side is a process of its own; Ray's start is
+once, front to back, and casts what it reads to float32. The last row is the network with its weight normalisation done
+once at load, against at every call. Each repeat of a side is a process of its own; Ray's start is
 not counted. Memory is the driver's peak over the file's size, Ray and torch included, and shared memory that it wrote.
 """
 
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -86,6 +88,30 @@ def read_and_cast(file: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "values": sum(part.numel() for part in cast)}
 
 
+def forward(folded: bool) -> Callable[[], float]:
+    """Seconds of one call of EDM2-S on one image, on one core, with its weights folded or normalised at each call."""
+    sys.path.insert(0, str(ROOT))
+    from ray_sampler.networks.edm2 import Edm2UNet, fold, options_from
+    from ray_sampler.networks.nvidia import SavedNetwork
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = Edm2UNet(options_from(SavedNetwork("Precond", dict(ARGUMENTS), {}, 0))).requires_grad_(False).eval()
+    for tensor in network.state_dict().values():
+        tensor.normal_()
+    if folded:
+        fold(network, torch.float32)
+    x, time_, label = torch.randn(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+
+    def measure() -> float:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            network(x, time_, label)
+        return time.perf_counter() - began
+
+    return measure
+
+
 def in_process(side: str, file: Path) -> dict[str, float]:
     """The answer of a side, in a new process."""
     command = [sys.executable, __file__, "--side", side, "--file", str(file)]
@@ -113,10 +139,12 @@ def main() -> None:
             return answers[-1]["seconds"]
 
         mine, plain = in_turn(REPEATS, one_of_ours, lambda: in_process("read_and_cast", file)["seconds"])
+    folded, unfolded = in_turn(REPEATS, forward(True), forward(False))
     peaks = tuple(answer["peak"] / size for answer in answers)
     rows = [
         Row(f"snapshot: {size / 1e6:.0f} MB, file to object store", mine, plain, "s", Goal("at most", 3.0)),
         Row("snapshot: the driver's peak memory", peaks, (1.0,) * len(peaks), "files", Goal("at most", 2.5)),
+        Row("snapshot: a forward pass, folded once or at each call", folded, unfolded, "s", Goal("at most", 1.0)),
     ]
     opened = sorted(answer["opened"] for answer in answers)[len(answers) // 2]
     notes = [f"Of the seconds to the object store, {opened:.1f} s are reading, checking and hashing."]
