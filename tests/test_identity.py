@@ -128,7 +128,8 @@ def test_an_explicit_value_has_the_identity_of_the_brought_one() -> None:
 
 def test_weights_and_labels_are_in_the_identity() -> None:
     requests = [
-        RunConfig(class_cond=True, num_classes=10, labels=labels) for labels in (None, "balanced", "1,2", "2,1", "1,2,1")
+        RunConfig(class_cond=True, num_classes=10, labels=labels)
+        for labels in (None, "balanced", "1,2", "2,1", "1,2,1")
     ]
     runs = [resolved(request, "digits", SMALL, gpus=0) for request in requests] + [resolve(class_cond=False)]
     identities = [run.identity(weights) for weights in ("one", "two") for run in runs]

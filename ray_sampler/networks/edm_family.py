@@ -90,7 +90,6 @@ def open_edm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
         if saved.arguments.get("model_type") == "DhariwalUNet":
             flags, tensors = dhariwal_to_adm(saved)
             options: Any = Dhariwal(AdmOptions(**flags))
-            options.network.validate()
             shape = (options.network.in_channels, options.network.image_size, options.network.image_size)
             classes = options.network.num_classes if options.network.class_cond else 0
         else:

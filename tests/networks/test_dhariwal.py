@@ -15,6 +15,9 @@ from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.dhariwal import as_dhariwal, dhariwal_to_adm
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
+from ray_sampler.networks.opening import open_network
+from tests.loading import loaded
+from tests.networks.nvidia_files import snapshot
 
 State = dict[str, Tensor]
 
@@ -122,7 +125,9 @@ def architecture(flags: dict[str, Any]) -> AdmOptions:
     return AdmOptions(**{f.name: flags[f.name] for f in fields(AdmOptions) if f.name in flags})
 
 
-@pytest.mark.parametrize(("width", "multipliers", "blocks"), [(64, [1, 2, 3], 1), (64, [1, 3], 2), (128, [1, 2], 1)])
+@pytest.mark.parametrize(
+    ("width", "multipliers", "blocks"), [(64, [1, 2, 3], 1), (64, [1, 3], 2), (128, [1, 2], 1), (16, [4, 8], 1)]
+)
 @pytest.mark.parametrize("classes", [0, 5])
 @torch.no_grad()
 def test_computes_what_the_definition_says(width, multipliers, blocks, classes):
@@ -136,6 +141,19 @@ def test_computes_what_the_definition_says(width, multipliers, blocks, classes):
     found = made.eval()(x, c_noise, y if classes else None)
     assert expected.std() > 0.1
     assert (found - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_file_of_it_is_opened_with_everything_that_it_records(tmp_path):
+    definition = Dhariwal(16, [4, 8], 1, [8], 16, 5)
+    x, c_noise, y = torch.randn(3, 3, 16, 16), torch.tensor([-1.5, 0.2, 1.1]), torch.tensor([0, 4, 5])
+    expected = definition(x.double(), c_noise.double(), y)
+    saved = definition.saved()
+    (tmp_path / "net.pkl").write_bytes(snapshot("EDMPrecond", saved.tensors, saved.arguments))
+    network = open_network(str(tmp_path / "net.pkl"), {})
+    spec = network.spec
+    assert (spec.family, spec.shape, spec.num_classes, spec.null_label) == ("edm", (3, 16, 16), 5, 5)
+    assert (loaded(network)(x, c_noise, y) - expected).abs().max() < 1e-4
 
 
 def test_the_published_network_has_the_parameters_and_flags_of_adm():
