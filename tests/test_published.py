@@ -17,7 +17,7 @@ import pytest
 from ray_sampler.cli import main
 from ray_sampler.cluster.driver import run
 from ray_sampler.cluster.job import prepare
-from ray_sampler.config import RequestError, RunConfig, dry_run
+from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.networks import edm2
 from ray_sampler.networks.nvidia import SavedNetwork
 from ray_sampler.presets import PRESETS, ModelOptions, settings_for
@@ -131,11 +131,12 @@ def test_parameters_are_those_of_the_network_and_its_training_weights(data: str,
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_alone_is_a_request(name: str) -> None:
+def test_a_preset_alone_is_a_request(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     model, brought = settings_for(ModelOptions(preset=name))
     assert model == PRESETS[name].url
     assert brought == PRESETS[name].settings
-    shown = dry_run(RunConfig(preset=name))
+    assert main(["sample", "--preset", name, "--dry_run"]) == 0
+    shown = json.loads(capsys.readouterr().out)
     assert (shown["model"], shown["steps"]) == (model, brought["steps"])
     assert shown.get("guide") == brought.get("guide")
 
