@@ -15,6 +15,7 @@ from contextlib import suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -370,19 +371,37 @@ def execute_inspect(arguments: argparse.Namespace) -> int:
     return print_inspection(ModelOptions(model=arguments.model, **named), given, arguments.json)
 
 
+COLUMNS = {
+    "name": 0,
+    "what it is": 120,
+    "parameters": 95,
+    "sampler": 0,
+    "NFE": 0,
+    "published": 0,
+    "file": 170,
+}
+"""Of the table of presets, each with the width of a terminal that has room for it."""
+
+
 def print_presets() -> int:
-    table = Table("name", "what it is", "parameters", "sampler", "NFE", "published", "file")
+    room = Console().width if sys.stdout.isatty() else 200
+    titles = [title for title, least in COLUMNS.items() if room >= least]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in titles:
+        right = title in ("parameters", "NFE")
+        table.add_column(title, no_wrap=title != "what it is", justify="right" if right else "left")
     for name, model in (BUNDLED | PRESETS).items():
-        published = isinstance(model, Preset)
-        table.add_row(
+        cells = (
             name,
             model.description,
-            f"{model.parameters:,}" if model.parameters else "",
+            f"{model.parameters / 1e6:,.1f} M",
             sampler_of(model.settings),
             str(evaluations_of(model.settings)),
             model.score if isinstance(model, Preset) else "",
-            model.file if published else "in the package",
+            model.file if isinstance(model, Preset) else "in the package",
         )
+        shown = dict(zip(COLUMNS, cells, strict=True))
+        table.add_row(*(shown[title] for title in titles))
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table)
     console.print(
@@ -398,7 +417,8 @@ def sampler_of(settings: Mapping[str, Any]) -> str:
     ts = f" ts {settings['ts']}" if settings.get("ts") and settings["sampler"] == "multistep" else ""
     guidance = f", guidance {settings['guidance']:g}" if "guidance" in settings else ""
     churn = f", churn {settings['s_churn']:g}" if "s_churn" in settings else ""
-    return f"{settings['sampler']}, {settings['steps']} steps{ts}{churn}{guidance}"
+    steps = "" if settings["sampler"] == "onestep" else f" {settings['steps']}"
+    return f"{settings['sampler']}{steps}{ts}{churn}{guidance}"
 
 
 def evaluations_of(settings: Mapping[str, Any]) -> int:

@@ -180,7 +180,10 @@ EDM2_PARAMETERS = {
     ("img64", "l"): 777_492_325,
     ("img64", "xl"): 1_119_276_837,
 }
-"""As published, with the weights that only training uses; unconditional networks have slightly fewer."""
+"""Of class-conditional networks, with the weights that only training uses."""
+
+EDM2_LABELS = {"s": 768 * 1000}
+"""Weights that embed labels, which unconditional networks do not have."""
 
 EDM2_TRAINED = {
     ("img512", "xs"): 2147483,
@@ -261,7 +264,7 @@ def _edm2(data: str, size: str, measure: str, network: str, value: float, **guid
     return Preset(
         f"EDM2-{plain.upper()}{conditional}, {PICTURES[data]}",
         f"edm2-{data}-{network}.pkl",
-        EDM2_PARAMETERS.get((data, plain), 0),
+        EDM2_PARAMETERS[data, plain] - (EDM2_LABELS[plain] if conditional else 0),
         {"sampler": "heun", "steps": 32} | guidance,
         EDM2_FOLDER,
         f"{MEASURES[measure]} {value:g}",

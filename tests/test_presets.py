@@ -112,7 +112,7 @@ def resolved(**flags: Any) -> Run:
 
 
 def test_the_twelve_published_checkpoints_have_a_preset() -> None:
-    assert PRESETS.keys() == PUBLISHED.keys()
+    assert PRESETS.keys() >= PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -171,12 +171,11 @@ def test_the_consistency_digits_take_one_step_or_two() -> None:
     [
         ({"model": "a.pt", "model_path": "b.pt"}, "--model a.pt and --model_path b.pt name two models"),
         ({"model": "digits", "model_path": "b.pt"}, "give one of the two"),
-        ({"preset": "cd-imagenet64-lpips"}, "add --model_path FILE, .* cd_imagenet64_lpips.pt"),
         ({"preset": "cd-imagenet-lpips", "model": "a.pt"}, "cd-imagenet64-lpips"),
         ({"preset": "something", "model": "a.pt"}, "it must be one of edm-imagenet64"),
         ({"model": "digit"}, "the closest is digits"),
         ({"model": "imagenet"}, "it must be one of digits, digits-cd"),
-        ({"model": "ct-cat256"}, "--preset ct-cat256 --model_path FILE"),
+        ({"model": "ct-cat256"}, "a preset; give --preset ct-cat256"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

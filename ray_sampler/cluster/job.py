@@ -107,6 +107,21 @@ class Job:
             )
         return notes
 
+    def fetched(self) -> dict[str, Any]:
+        """Where the networks' weights came from and what they were, by role; empty where no file was fetched."""
+        if not any(network.sha256 for network in self.networks.values()):
+            return {}
+        urls = {MAIN: self.run.model, GUIDE: self.run.settings["guide"]}
+        return {
+            role: {
+                "url": redact(urls[role]),
+                "sha256": network.sha256,
+                "hash": network.weights,
+                "key": network.key,
+            }
+            for role, network in self.networks.items()
+        }
+
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
         return {

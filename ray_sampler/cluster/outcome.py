@@ -56,6 +56,7 @@ def write_outcome(
         labels=merged.labels,
         pixels=merged.pixels,
         timeline=tally.timeline,
+        weights=job.fetched(),
     ).as_json()
     page = render_report(summary, preview.finish(merged.tiles), class_views(merged.tiles))
     job.run_dir.write_file(REPORT, page.encode())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ray_sampler.errors import RequestError, require
 from ray_sampler.networks import adm, edm, edm2
 from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.networks.adm_shapes import explain_misfit
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.dhariwal import as_dhariwal, dhariwal_to_adm
 from ray_sampler.networks.family import DTYPES, Family, NetworkSpec, Opened, Precision, check_fit, without_memory
@@ -90,6 +91,9 @@ def open_edm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
         if saved.arguments.get("model_type") == "DhariwalUNet":
             flags, tensors = dhariwal_to_adm(saved)
             options: Any = Dhariwal(AdmOptions(**flags))
+            asked = {name: settings[name] for name in given if name not in ("class_cond", "num_classes")}
+            if contradiction := explain_misfit(tensors, asked):  # whose labels have a row for the null label
+                raise Refused(contradiction)
             shape = (options.network.in_channels, options.network.image_size, options.network.image_size)
             classes = options.network.num_classes if options.network.class_cond else 0
         else:

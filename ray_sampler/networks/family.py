@@ -58,7 +58,10 @@ class NetworkSpec:
         Raises:
             RequestError: one contradicts it; names both values.
         """
+        network = getattr(self.options, "network", None)
         told = {
+            "num_channels": getattr(network, "model_channels", None),
+            "num_res_blocks": getattr(network, "num_blocks", None),
             "image_size": self.shape[1],
             "class_cond": self.num_classes > 0,
             "num_classes": self.num_classes or None,

@@ -67,7 +67,7 @@ def contact_sheet(
     Args:
         images: (n, H, W, C) as the run has them, in the order of their sample indices. n may be 0.
         labels: integers (n,), written under the images; None for none.
-        title: the first line.
+        title: the first line, wrapped to the width of the sheet.
         caption: the second line, wrapped to the width of the sheet.
         columns: images in a row; as many as make the sheet about square, unless given.
     """
@@ -78,13 +78,16 @@ def contact_sheet(
     grid_width, grid_height = _grid_size(n, columns, tile, labels is not None)
     sheet_width = max(2 * MARGIN + grid_width, SMALLEST_SHEET)
     title_font, caption_font = _font(22), _font(14)
+    titles = _wrap(title, title_font, sheet_width - 2 * MARGIN)
     lines = _wrap(caption, caption_font, sheet_width - 2 * MARGIN)
-    top = MARGIN + 36 + 20 * len(lines) + 16
+    below = MARGIN + 8 + 28 * len(titles)
+    top = below + 20 * len(lines) + 16
     sheet = Image.new("RGB", (sheet_width, top + grid_height + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, INK, title_font)
+    for line, text in enumerate(titles):
+        draw.text((MARGIN, MARGIN + 28 * line), text, INK, title_font)
     for line, text in enumerate(lines):
-        draw.text((MARGIN, MARGIN + 36 + 20 * line), text, FAINT, caption_font)
+        draw.text((MARGIN, below + 20 * line), text, FAINT, caption_font)
     _paste(sheet, images, labels, columns, tile, (MARGIN, top))
     return _png(sheet)
 
@@ -172,12 +175,24 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """`text` in lines of at most `width` pixels, broken between its parts where it has any, else between words."""
+    """`text` in lines of at most `width` pixels, broken between its parts where it has any, else between words.
+
+    A part that is wider by itself, as a file's name may be, is shortened.
+    """
     separator = " · " if " · " in text else " "
     lines: list[str] = []
     for part in text.split(separator):
         if lines and font.getlength(lines[-1] + separator + part) <= width:
             lines[-1] += separator + part
         elif part:
-            lines.append(part)
+            lines.append(_shortened(part, font, width))
     return lines
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """`text`, without its middle where it is wider than `width` pixels."""
+    shown, kept = text, len(text)
+    while font.getlength(shown) > width and kept > 2:
+        kept -= 1
+        shown = f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
+    return shown

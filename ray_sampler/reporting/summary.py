@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray_sampler.reporting.pixels import PixelStatistics
@@ -126,6 +126,8 @@ class Summary:
     timeline: Timeline | None = None
     device_s: tuple[float, float] | None = None
     """Seconds that GPUs computed, and that they had nothing to do between two shards; None for CPUs."""
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    """By role of a network: url, sha256 of the file, hash of the weights, and key; only where a file was fetched."""
 
     @property
     def samples_per_second(self) -> float:
@@ -174,4 +176,4 @@ class Summary:
             "labels": None if self.labels is None else {str(k): int(n) for k, n in sorted(self.labels.items())},
             "pixels": None if self.pixels is None or not self.pixels.images else self.pixels.as_json(),
             "timeline": (self.timeline or Timeline()).as_json(),
-        }
+        } | ({"weights": dict(self.weights)} if self.weights else {})

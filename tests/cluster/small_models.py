@@ -11,6 +11,7 @@ from ray_sampler.networks import edm2
 from ray_sampler.networks.edm2 import Edm2UNet
 from ray_sampler.networks.nvidia import SavedNetwork
 from tests.networks.nvidia_files import snapshot
+from tests.networks.test_dhariwal import Dhariwal
 
 REFERENCE = Path(__file__).resolve().parents[1] / "golden" / "reference"
 
@@ -35,3 +36,12 @@ def edm2_snapshot(path: Path, encoder: str | None = "StandardRGBEncoder", seed: 
     tensors = {f"unet.{name}": torch.randn(t.shape, generator=random) for name, t in empty.items()}
     path.write_bytes(snapshot("Precond", tensors, wanted, encoder))
     return path
+
+
+def dhariwal_snapshot(path: Path, classes: int = 5) -> tuple[Path, Dhariwal]:
+    """A snapshot of EDM's ADM network of random weights at 16 x 16, and an independent definition of it."""
+    definition = Dhariwal(64, [1, 2], 1, [8], 16, classes)
+    definition(torch.zeros(1, 3, 16, 16, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), torch.tensor([0]))
+    saved = definition.saved()
+    path.write_bytes(snapshot("EDMPrecond", saved.tensors, saved.arguments))
+    return path, definition

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ray_sampler.config import RunConfig
 from ray_sampler.sampling.plan import sample_block
 from ray_sampler.storage.fragment import read_fragment
 from tests.cluster.runs import fragments
+from tests.cluster.small_models import dhariwal_snapshot
 from tests.loading import loaded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +80,39 @@ def test_the_plan_of_a_request_gives_the_published_numbers(name: str, case: str)
         np.testing.assert_array_equal(labels.numpy(), expected["labels"])
     else:
         assert labels is None
+
+
+def test_the_adm_network_of_edm_gives_what_its_definition_gives_in_float64(tmp_path: Path) -> None:
+    """Given c_noise of EDM, the generator's draws, and for guidance the null label, a row of zeros."""
+    path, definition = dhariwal_snapshot(tmp_path / "net.pkl")
+    flags: dict[str, Any] = {"generator": "edm", "seed": 3, "num_samples": 4, "gpus_per_actor": 0.0}
+    job = prepare(RunConfig(model=str(path), steps=4, guidance=1.5, precision="fp32", **flags))
+    with torch.inference_mode():
+        found, labels = sample_block({"main": loaded(job.networks["main"])}, job.run.plan, torch.arange(3))
+    streams = [torch.Generator().manual_seed(3 + i) for i in range(3)]
+    x = torch.stack([torch.randn(3, 16, 16, generator=g) for g in streams]).double()
+    y = torch.cat([torch.randint(5, (1,), generator=g) for g in streams])
+    assert labels is not None
+    assert labels.tolist() == y.tolist()
+
+    def denoised(x: torch.Tensor, sigma: float, y: torch.Tensor) -> torch.Tensor:
+        total = sigma**2 + 0.25
+        output = definition(x / total**0.5, torch.full((len(x),), np.log(sigma) / 4, dtype=torch.float64), y)
+        return 0.25 / total * x + sigma * 0.5 / total**0.5 * output
+
+    def slope(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        alone, null = denoised(x, sigma, y), denoised(x, sigma, torch.full_like(y, 5))
+        return (x - (null + 1.5 * (alone - null))) / sigma
+
+    levels = [(80 ** (1 / 7) + i / 3 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(4)] + [0.0]
+    x = x * levels[0]
+    with torch.inference_mode():
+        for now, then in pairwise(levels):
+            d = slope(x, now)
+            euler = x + (then - now) * d
+            x = x + (then - now) * (d + slope(euler, then)) / 2 if then else euler
+    assert x.abs().max() > 0.1
+    assert (found - x).abs().max() < 1e-4
 
 
 # Through fleets: the samples 0, 1 and 5 of a short run are the first three of the shown ones.
@@ -151,12 +186,13 @@ def test_results_as_they_are_go_through_every_command(
         fragment_format=fragment_format,
         shard_size=2,
         batch_size=2,
-        **SHORT,
+        **SHORT | {"max_actors": 1, "min_actors": 1},
     )
     result = run(config)
     arrays = archive(result.archive)
     assert Path(result.archive).name == "samples_9x16x16x3.npz"
-    assert (arrays["arr_0"].dtype, arrays["arr_0"].shape) == (np.float32, (9, 16, 16, 3))
+    assert arrays["arr_0"].dtype == np.float32
+    assert arrays["arr_0"].shape == (9, 16, 16, 3)
     expected = shown("edm2_16", "x0/plain").transpose(0, 2, 3, 1)
     assert np.abs(arrays["arr_0"][[0, 1, 5]] - expected).max() < 1e-4
     before = Path(result.archive).read_bytes()

@@ -75,3 +75,12 @@ def test_each_class_has_a_strip_of_its_own_images(images: np.ndarray) -> None:
     strip = np.asarray(Image.open(io.BytesIO(strips[7])).convert("RGB"))
     for position, image in enumerate((0, 2, 3)):
         assert np.array_equal(strip[::12, position * 104 : position * 104 + 96 : 12], images[image])
+
+
+def test_a_long_title_stays_on_the_sheet() -> None:
+    """Wrapped between its parts, and a part that is too long by itself is shortened."""
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    for title in (f"{'n' * 30}.pkl · heun 18 steps · seed 42 · 0a1b2c3d", f"{'m' * 200} · heun"):
+        sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(images, None, title, "one of one"))))
+        assert sheet.shape[1] == 480
+        assert (sheet[:, -20:] == sheet[0, 0]).all(), "nothing is drawn in the margin"
