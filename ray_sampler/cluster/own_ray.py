@@ -22,8 +22,8 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_constants, worker
 from ray._common.utils import get_default_ray_temp_dir
+from ray._private import ray_constants, worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without types
 
 from ray_sampler.cluster.machine import check_room, cpus
@@ -249,6 +249,8 @@ def reason_for(failure: BaseException) -> str:
     said = [line.strip() for line in str(failure).splitlines() if line.strip()]
     cause = printable(said[0] if said else type(failure).__name__)
     folder = session_logs()
+    if "AF_UNIX" in cause:
+        return f"{cause}; set RAY_TMPDIR to a folder with a shorter path"
     if folder is None:
         return f"{cause}; RAY_TMPDIR chooses the folder in which it keeps its sockets and logs"
     log = log_says(folder)
