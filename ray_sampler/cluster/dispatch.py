@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.pool import Failed, Finished, Lost, Pool, Ready, StartFailed, reason_of
-from ray_sampler.cluster.session import shared, why_unplaced, worker_starting
+from ray_sampler.cluster.session import shared, start_failure, why_unplaced, worker_starting
 from ray_sampler.cluster.worker import IMAGES, Task, TaskResult
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.reporting.progress import Rates, Reporter, Snapshot
@@ -225,7 +225,8 @@ class Dispatch:
                 if hopeless:
                     raise RunError(reason)
                 self._count_failure(())
-                self.start_failures += guilty
+                self.start_failures += guilty or self.pool.fleet.local  # where no other node will take it
+                reason = start_failure(reason, self.pool.fleet)
                 self.reporter.message(f"an actor could not start: {reason}", "warning")
                 if self.start_failures >= START_FAILURES:
                     raise RunError(f"{START_FAILURES} actors in a row could not start; the last one said: {reason}")

@@ -14,10 +14,10 @@ from ray_sampler.errors import RequestError, RunError
 
 CGROUPS = Path("/sys/fs/cgroup")
 
-LEAST_MEMORY = 900 * 2**20
+LEAST_MEMORY = 600 * 2**20
 """Bytes that the driver, Ray's own processes and one actor of a tiny network take together, about."""
 
-LEAST_PROCESSES = 250
+LEAST_PROCESSES = 220
 """Threads, which the system counts as processes, that they start between them, about."""
 
 KNOCK_S = 5.0
@@ -71,6 +71,15 @@ def cpus() -> int:
 def memory_limit() -> float:
     """Bytes that our processes may have together, as the control groups say; infinite without a limit."""
     return min(limits("memory", "memory.max", "memory.limit_in_bytes"), default=math.inf)
+
+
+def killed_for_memory() -> int:
+    """Processes of our control group that the system has ended for lack of memory."""
+    counts = [0]
+    for name in ("memory.events", "memory.oom_control"):
+        for text in cgroup_files("memory", name):
+            counts += [int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")]
+    return max(counts)
 
 
 def processes_left() -> float:

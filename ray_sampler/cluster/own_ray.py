@@ -249,6 +249,8 @@ def reason_for(failure: BaseException) -> str:
     said = [line.strip() for line in str(failure).splitlines() if line.strip()]
     cause = printable(said[0] if said else type(failure).__name__)
     folder = session_logs()
+    if "AF_UNIX" in cause:
+        return f"{cause}; set RAY_TMPDIR to a folder with a shorter path"
     if folder is None:
         return f"{cause}; RAY_TMPDIR chooses the folder in which it keeps its sockets and logs"
     log = log_says(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
@@ -16,7 +17,7 @@ from ray._private import services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_sampler.cluster.machine import cpus
+from ray_sampler.cluster.machine import cpus, killed_for_memory, memory_limit
 from ray_sampler.cluster.own_ray import Keeper, log_says, our_roots, session_logs
 from ray_sampler.config import FleetOptions
 from ray_sampler.errors import RequestError, require
@@ -242,6 +243,15 @@ def why_unplaced(fleet: Fleet) -> str:
     folder = session_logs()
     said = log_says(folder, ("raylet.err", "raylet.out")) if folder else None
     return f"{asked}; {f'Ray says: {said}' if said else 'Ray says nothing of it'}; its logs lie in {folder}"
+
+
+def start_failure(reason: str, fleet: Fleet) -> str:
+    """Why an actor did not start, with what this machine says of it where it is on a Ray of our own."""
+    killed = killed_for_memory() if fleet.local else 0
+    if not killed:
+        return reason
+    allowed = f", of which it may have {memory_limit() / 2**20:.0f} MiB" if math.isfinite(memory_limit()) else ""
+    return f"{reason} (the system has killed {killed} processes of this container or job for lack of memory{allowed})"
 
 
 def worker_starting() -> bool:
