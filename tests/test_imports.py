@@ -13,25 +13,25 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ray_sampler"
 
 LAYERS = (
-    {"errors", "options"},
-    {"storage", "networks"},
+    {"errors", "options", "values", "streams", "interrupts"},
+    {"storage", "networks", "published", "presets"},
     {"sampling"},
     {"reporting"},
-    {"presets", "config"},
+    {"config"},
+    {"resolved"},
     {"cluster"},
-    {"run_folder", "interrupts", "cli", "compat", "__main__", "__init__"},
+    {"run_folder", "inspection", "cli", "compat", "__main__", "__init__"},
 )
 """From the bottom up. A part may import parts of layers below it, or of its own."""
 
-FAMILIES = {"adm", "adm_options", "adm_unet", "dhariwal", "edm", "edm_unet", "edm2", "dit", "nvidia"}
+FAMILIES = {"adm", "adm_options", "adm_shapes", "adm_unet", "dhariwal", "edm", "edm2", "edm_family", "nvidia", "custom"}
 """Modules of networks/ that know one family."""
 
 LINES, FUNCTION_LINES = 400, 60
 LONGER: dict[str, str] = {
-    "ray_sampler/compat/__init__.py:karras_sample": "its many arguments are the original's",
-    "ray_sampler/storage/archive.py:merge": "one pass over the fragments, with what it must undo",
     "examples/digits/distill.py:distil": "a training loop, from top to bottom",
     "examples/digits/train.py:train": "a training loop, from top to bottom",
+    "tests/faults/disk.py:serve": "one small function for each operation of a file system",
 }
 """Files, or functions as file:name, that are longer, with the reason."""
 

@@ -13,8 +13,7 @@ from ray_sampler.cluster.session import check_own, gpus_per_actor, in_submitted_
 from ray_sampler.cluster.worker import Product
 from ray_sampler.config import FleetOptions, PrecisionOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
-from ray_sampler.networks.custom import PREFIX
-from ray_sampler.networks.family import Network, Precision
+from ray_sampler.networks.family import PREFIX, Network, Precision
 from ray_sampler.networks.opening import open_network
 from ray_sampler.presets import ModelOptions, settings_for
 from ray_sampler.resolved import Run, resolve

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ray_sampler.errors import RequestError, RunError, printable, require
-from ray_sampler.networks.family import DTYPES, NAMED, Network, NetworkSpec, Precision
+from ray_sampler.networks.family import DTYPES, NAMED, PREFIX, Network, NetworkSpec, Precision
 from ray_sampler.networks.weights import weights_hash
 
-PREFIX = "python:"
 PACKAGE = Path(__file__).resolve().parents[1]
 DECODERS = (None, "sd", "edm2")
 

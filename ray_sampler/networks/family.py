@@ -17,6 +17,9 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Script = Literal["consistency-models", "edm", "edm2"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+PREFIX = "python:"
+"""Of a model that is a user's own function, python:package.module:function."""
+
 NAMED = 3
 """How many offending tensors an error names."""
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from ray_sampler.errors import RequestError
 from ray_sampler.networks.adm import ADM
-from ray_sampler.networks.custom import PREFIX, open_custom
+from ray_sampler.networks.custom import open_custom
 from ray_sampler.networks.edm_family import EDM, EDM2
-from ray_sampler.networks.family import Family, Network, without_memory
+from ray_sampler.networks.family import PREFIX, Family, Network, without_memory
 from ray_sampler.networks.weights import Checkpoint, read_checkpoint, weights_hash
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (ADM, EDM, EDM2)}
