@@ -55,7 +55,8 @@ def write_outcome(
         timeline=tally.timeline,
     ).as_json()
     page = render_report(summary, preview.finish(merged.tiles), class_views(merged.tiles))
-    job.run_dir.write_file(REPORT, page.encode())
+    # A path may hold bytes that are no text.
+    job.run_dir.write_file(REPORT, page.encode(errors="backslashreplace"))
     job.run_dir.write_file(SUMMARY, json.dumps(summary, indent=1).encode())
     return summary
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,18 +13,25 @@ from typing import Any
 
 import ray
 import torch
-from ray._private import ray_constants, services
+from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_sampler.cluster.reaching import (
+    address_given,
+    cannot_join,
+    cannot_start,
+    check_machine,
+    entrypoint_in_text,
+    knock,
+    refuse_client_address,
+)
 from ray_sampler.config import FleetOptions
-from ray_sampler.errors import RequestError, require
+from ray_sampler.errors import RequestError
 
 LOCAL_ACTORS = 8
 """CPU actors of one machine at most; each takes an equal part of its cores."""
-
-KNOCK_S = 10.0
-"""Seconds that a cluster may take to accept a connection."""
 
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Where this is off, Ray 2.60 takes 127.0.0.1 for the node's address and listens there only."""
@@ -60,44 +66,35 @@ def connect(address: str | None) -> Iterator[None]:
     """Be connected to Ray; what this started is stopped at the end.
 
     Raises:
-        RequestError: the cluster at the address does not answer.
+        RequestError: the cluster at the address does not answer, or this machine cannot have a Ray.
+        RunError: a Ray of our own did not start.
     """
     if ray.is_initialized():
         yield
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        require(
-            not address.startswith("ray://"),
-            f"--address is {address!r}, which a Ray client takes; submit the run with `ray job submit` instead, "
-            "or give host:port of the cluster from one of its nodes",
-        )
+    if found := address_given(address):
+        where, given = found
+        refuse_client_address(where, given)
         try:
-            knock(address)
-            with handlers_kept():
-                ray.init(address=address, **quiet)
+            knock(where)
+            with handlers_kept(), entrypoint_in_text():
+                ray.init(address=where, **quiet)
+        except RequestError as error:
+            raise RequestError(f"{given}: {error}") from error
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RequestError(
-                f"--address is {address!r}, where no Ray cluster answers ({reason}); "
-                "give the address of a running one, or none to start a local Ray"
-            ) from error
+            raise cannot_join(error, given) from error
     else:
-        with on_loopback(), handlers_kept():
-            ray.init(address="local", include_dashboard=False, **quiet)
+        check_machine()
+        try:
+            with on_loopback(), handlers_kept(), entrypoint_in_text():
+                ray.init(address="local", include_dashboard=False, **quiet)
+        except (OSError, ValueError, RuntimeError, RayError) as error:
+            raise cannot_start(error) from error
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def knock(address: str) -> None:
-    """Raise OSError where nothing listens at a cluster's address: Ray itself would try for minutes, and log past us."""
-    found = services.canonicalize_bootstrap_address(address)
-    if found:
-        host, _, port = found.rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 
 from ray_sampler.errors import RequestError, RunError, redact, require
 from ray_sampler.options import option
-from ray_sampler.storage.connect import open_store
+from ray_sampler.storage.connect import check_scheme, open_store
 from ray_sampler.storage.fragment import Fragment, decode, decode_groups
 from ray_sampler.storage.local_store import LocalStore
 from ray_sampler.storage.ranges import Listing, RangeSet, cover
@@ -47,6 +47,8 @@ RUN_KINDS = {"fingerprint": str, "identity": dict, "num_samples": int, "labelled
 PROBE = ".probe"
 PROBE_SECONDS = 3600.0
 PICTURES = ("preview.png", "summary.json", "report.html")
+READ_ONLY = ("hf", "github", "gist", "git", "zip", "tar", "jar", "libarchive", "data", "reference")
+"""Protocols of places that hold files, and into which a run cannot put its own."""
 ARCHIVE = re.compile(r"samples_[0-9]+x[0-9]+x[0-9]+x[0-9]+\.npz")
 
 
@@ -75,6 +77,7 @@ def check_output(output: str) -> None:
         not output.startswith("memory://"),
         f"--output is {output!r}, the memory of one process, which no actor shares; give a directory or a bucket",
     )
+    check_scheme(output, "--output is ")
     protocol, _, path = output.partition("://") if "://" in output else ("", "", output)
     require(
         path.strip("/") != "" or not protocol, f"--output is {output!r}; a bucket or directory must follow the protocol"
@@ -82,6 +85,11 @@ def check_output(output: str) -> None:
     require(
         protocol not in ("http", "https"),
         f"--output is {redact(output)!r}, a web address, where nothing can be written; give a directory or a bucket",
+    )
+    require(
+        protocol not in READ_ONLY,
+        f"--output is {redact(output)!r}, and {protocol}:// takes no files one by one; give a directory or a bucket, and "
+        "copy the archive there afterwards",
     )
     require(
         protocol in ("", "file", "local") or "?" not in path,
