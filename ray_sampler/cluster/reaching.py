@@ -149,8 +149,8 @@ def check_machine() -> None:
         store = min(store, shutil.disk_usage("/dev/shm").total)
     if limit is not None and limit < store:
         raise RequestError(
-            f"this process may write files of {limit:,} bytes at most (`ulimit -f`), and Ray's object store is a file of "
-            f"about {store:,.0f}; raise the limit with `ulimit -f unlimited`"
+            f"this process may write files of {limit:,} bytes at most (`ulimit -f`), and Ray's object store is a file "
+            f"of about {store:,.0f}; raise the limit with `ulimit -f unlimited`"
         )
     try:
         os.getcwd().encode()

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ import ray
 import torch
 from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_sampler.cluster.lost_ray import watched
 from ray_sampler.cluster.reaching import (
     address_given,
     cannot_join,
@@ -89,10 +89,11 @@ def connect(address: str | None) -> Iterator[None]:
         try:
             with on_loopback(), handlers_kept(), entrypoint_in_text():
                 ray.init(address="local", include_dashboard=False, **quiet)
-        except (OSError, ValueError, RuntimeError, RayError) as error:
+        except Exception as error:  # Ray 2.60 raises bare ones too
             raise cannot_start(error) from error
     try:
-        yield
+        with nullcontext() if found else watched():
+            yield
     finally:
         ray.shutdown()
 

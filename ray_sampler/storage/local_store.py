@@ -83,6 +83,16 @@ class LocalStore:
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
                 return file.read()
 
+    def read_end(self, path: str, size: int) -> bytes | None:
+        with self._explained("read", path):
+            try:
+                descriptor = os.open(self._file(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            with os.fdopen(descriptor, "rb") as file:
+                file.seek(max(0, os.fstat(descriptor).st_size - size))
+                return file.read()
+
     def put(self, path: str, data: bytes) -> None:
         with self.stage(path, len(data)) as file:
             file.write(data)

@@ -48,7 +48,11 @@ READ: dict[str, tuple[str, bytes]] = {
 REFUSED: dict[str, tuple[str, bytes, str]] = {
     "index and label": ("l.csv", b"0,3\n1,1\n2,2\n", "several columns, the first of them '0,3'"),
     "index and label from one": ("l.csv", b"1 3\n2 1\n", "several columns, the first of them '1,3'"),
-    "index and label with a header": ("l.csv", b"name,label\n7,3\n4,1\n", "several columns, the first of them 'name,label'"),
+    "index and label with a header": (
+        "l.csv",
+        b"name,label\n7,3\n4,1\n",
+        "several columns, the first of them 'name,label'",
+    ),
     "beyond 64 bits": ("l.npy", npy(np.array([2**63 + 5], np.uint64)), "has 9223372036854775813 at position 0"),
     "beyond 64 bits in text": ("l.txt", b"1 9223372036854775813", "has 9223372036854775813 at position 1"),
     "a fraction": ("l.npy", npy(np.array([1.0, 0.5])), "has 0.5 at position 1"),
