@@ -69,6 +69,9 @@ def end(sentence: str) -> None:
     cursor = "\033[?25h" if sys.stderr.isatty() else ""  # which a progress bar hides
     with suppress(OSError):
         os.write(2, f"{cursor}ray-sampler: {sentence}\n".encode())
+        null = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):  # Ray is about to say pages
+            os.dup2(null, descriptor)
     for process in psutil.Process().children(recursive=True):  # what is left of Ray
         with suppress(psutil.NoSuchProcess):
             process.kill()

@@ -131,16 +131,16 @@ def check_machine() -> None:
     """Check what a Ray of our own needs of this machine, where Ray would fail late or without a word.
 
     Raises:
-        RequestError: something is missing; says what to do.
+        RunError: something is missing; says what to do about it.
     """
     folder = os.path.abspath(ray_folder())
     if len(os.fsencode(folder)) + SOCKET_PATH > LONGEST_SOCKET:
-        raise RequestError(
+        raise RunError(
             f"Ray's folder is {printable(folder)}, whose path is too long for sockets in it; set RAY_TMPDIR to a short "
             "one, as in RAY_TMPDIR=/tmp"
         )
     if not writable(Path(folder)):
-        raise RequestError(
+        raise RunError(
             f"Ray's folder is {printable(folder)}, where this user may not write; set RAY_TMPDIR to a folder of your "
             "own"
         )
@@ -148,14 +148,14 @@ def check_machine() -> None:
     with suppress(OSError):
         store = min(store, shutil.disk_usage("/dev/shm").total)
     if limit is not None and limit < store:
-        raise RequestError(
+        raise RunError(
             f"this process may write files of {limit:,} bytes at most (`ulimit -f`), and Ray's object store is a file "
             f"of about {store:,.0f}; raise the limit with `ulimit -f unlimited`"
         )
     try:
         os.getcwd().encode()
     except UnicodeEncodeError:
-        raise RequestError(
+        raise RunError(
             f"the working directory is {printable(os.getcwd())}, whose name is no UTF-8, and Ray cannot tell its "
             "workers about it; start from another folder, or rename this one"
         ) from None

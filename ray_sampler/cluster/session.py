@@ -66,8 +66,8 @@ def connect(address: str | None) -> Iterator[None]:
     """Be connected to Ray; what this started is stopped at the end.
 
     Raises:
-        RequestError: the cluster at the address does not answer, or this machine cannot have a Ray.
-        RunError: a Ray of our own did not start.
+        RequestError: the cluster at the address does not answer.
+        RunError: a Ray of our own cannot be started.
     """
     if ray.is_initialized():
         yield
