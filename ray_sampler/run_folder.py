@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rich.console import Console
@@ -20,8 +21,10 @@ from ray_sampler.storage.verify import verify
 
 WATCH_S = 10.0
 
-RECORDS_READ = 8
-"""Fragments whose records `status` reads, about: each is a whole read."""
+RECORDS_READ = {"parquet": 1000, "npz": 8}
+"""Fragments whose records `status` reads, at most: of Parquet it reads the ends alone, of npz all."""
+
+READS_AT_ONCE = 16
 
 NEEDED = {"fingerprint", "num_samples", "image_shape", "labelled", "settings"}
 """What is read of run.json."""
@@ -60,22 +63,42 @@ def print_status(url: str, as_json: bool, watch: bool) -> int:
 def status_of(run_dir: RunDir, run: dict[str, Any]) -> Status:
     """How far a run is, from the listing of its fragments and the records of a few."""
     listing = run_dir.fragments(times=True)
-    every = max(1, len(listing.fragments) // RECORDS_READ)
-    facts = []
-    for i, name in enumerate(listing.fragments):
-        made = made_by(run_dir, name, run["fingerprint"]) if i % every == 0 else {}
-        facts.append(
-            FragmentFact(
-                name.start, name.stop, listing.modified.get(name), made.get("device"), made.get("numerics_key")
-            )
+    looked_at = [
+        name
+        for kind, most in RECORDS_READ.items()
+        for name in evenly([name for name in listing.fragments if name.format == kind], most)
+    ]
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        made = dict(
+            zip(looked_at, pool.map(lambda name: made_by(run_dir, name, run["fingerprint"]), looked_at), strict=True)
         )
+    facts = [
+        FragmentFact(
+            name.start,
+            name.stop,
+            listing.modified.get(name),
+            text_or_none(made.get(name, {}).get("device")),
+            text_or_none(made.get(name, {}).get("numerics_key")),
+        )
+        for name in listing.fragments
+    ]
     archive = run_dir.archive_name(run["num_samples"], tuple(run["image_shape"]))
     return status(run["fingerprint"], run["num_samples"], facts, archive if run_dir.has(archive) else None, time.time())
 
 
+def evenly(names: Sequence[FragmentName], most: int) -> Sequence[FragmentName]:
+    """All of `names`, or so many of them at even distances."""
+    return [names[i * len(names) // most] for i in range(most)] if len(names) > most else names
+
+
+def text_or_none(value: object) -> str | None:
+    """What a record says, which may be anything."""
+    return None if value is None else str(value)
+
+
 def made_by(run_dir: RunDir, name: FragmentName, fingerprint: str) -> Mapping[str, Any]:
     try:
-        return run_dir.read_fragment(name, fingerprint).record.computed_by
+        return run_dir.read_record(name, fingerprint).computed_by
     except DamagedFragment:
         return {}  # `verify` tells of it
 

@@ -92,6 +92,7 @@ def sturdy_streams() -> Iterator[None]:
     What is logged where nobody listens is shown without control characters: a store's answer may hold them.
     """
     occupy_descriptors()
+    _commands.append(None)
     earlier = sys.stdout, sys.stderr, logging.lastResort
     sys.stdout = cast(TextIO, Sturdy(earlier[0], raises=True))
     sys.stderr = cast(TextIO, Sturdy(earlier[1], raises=False))
@@ -100,6 +101,15 @@ def sturdy_streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr, logging.lastResort = earlier
+        _commands.pop()
+
+
+_commands: list[None] = []
+
+
+def of_command() -> bool:
+    """Whether this process carries out a command line, and is nobody else's."""
+    return bool(_commands)
 
 
 class _LastResort(logging.Handler):

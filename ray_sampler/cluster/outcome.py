@@ -59,7 +59,8 @@ def write_outcome(
         weights=job.fetched(),
     ).as_json()
     page = render_report(summary, preview.finish(merged.tiles), class_views(merged.tiles))
-    job.run_dir.write_file(REPORT, page.encode())
+    # A path may hold bytes that are no text.
+    job.run_dir.write_file(REPORT, page.encode(errors="backslashreplace"))
     job.run_dir.write_file(SUMMARY, json.dumps(summary, indent=1).encode())
     return summary
 

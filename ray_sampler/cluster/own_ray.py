@@ -9,6 +9,7 @@ the thread of one of several runs. And whoever waits for it can stop waiting.
 from __future__ import annotations
 
 import ctypes
+import errno
 import glob
 import os
 import re
@@ -27,6 +28,7 @@ from ray._private import ray_constants, worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without types
 
 from ray_sampler.cluster.machine import check_room, cpus
+from ray_sampler.cluster.reaching import cannot_start, check_machine, entrypoint_in_text
 from ray_sampler.errors import RunError, printable
 from ray_sampler.interrupts import kill_trees
 
@@ -76,6 +78,7 @@ class Keeper:
         """
         if self.address is None:
             check_room(get_default_ray_temp_dir())
+            check_machine()
         self.thread.start()
         ours = self.address is None
         if not self.ready.wait(START_S if ours else None):
@@ -84,6 +87,8 @@ class Keeper:
             return
         if not ours:
             raise self.failure
+        if isinstance(self.failure, OSError) and self.failure.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise cannot_start(self.failure) from self.failure
         raise RunError(f"Ray did not start on this machine: {reason_for(self.failure)}") from self.failure
 
     def stop(self) -> None:
@@ -96,7 +101,7 @@ class Keeper:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         with ExitStack() as stack:
             try:
-                with handlers_kept():
+                with handlers_kept(), entrypoint_in_text():
                     if self.address is None:
                         stack.enter_context(own_token())
                         with settings_of_our_own():

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 import psutil
 import ray
 import torch
-from ray._private import services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_sampler.cluster.lost_ray import watched
 from ray_sampler.cluster.machine import cpus, killed_for_memory, memory_limit
 from ray_sampler.cluster.own_ray import Keeper, log_says, our_roots, session_logs
+from ray_sampler.cluster.reaching import address_given, cannot_join, knock, refuse_client_address
 from ray_sampler.config import FleetOptions
 from ray_sampler.errors import RequestError, require
 
 LOCAL_ACTORS = 8
 """CPU actors of one machine at most; each takes an equal part of its cores."""
-
-KNOCK_S = 10.0
-"""Seconds that a cluster may take to accept a connection."""
 
 LOCK = threading.RLock()
 HELD: list[Keeper] = []
@@ -74,25 +71,30 @@ def connect(address: str | None) -> Iterator[None]:
         RunError: no Ray starts on this machine.
     """
     refuse_copy()
-    address = address or os.environ.get("RAY_ADDRESS")
     keeper: Keeper | None = None
     try:
         with LOCK:
             if not ray.is_initialized() or HELD:
-                keeper = hold(address)
-        yield
+                keeper = hold(address_given(address))
+        with watched() if keeper and keeper.address is None else nullcontext():
+            yield
     finally:
         if keeper:
             let_go(keeper)
 
 
-def hold(address: str | None) -> Keeper:
-    """One more user of this process's connection to Ray, which is made if there is none."""
+def hold(found: tuple[str, str] | None) -> Keeper:
+    """One more user of this process's connection to Ray, which is made if there is none.
+
+    Args:
+        found: a cluster's address, and where it was given; None for a Ray of our own.
+    """
+    address, given = found or (None, "--address is not given")
     if HELD:
         (keeper,) = HELD
         require(
             keeper.address == address,
-            f"--address is {address!r}, but another run of this process uses "
+            f"{given}, but another run of this process uses "
             f"{keeper.address or 'a Ray on this machine'}; a process is connected to one Ray at a time",
         )
         keeper.users += 1
@@ -105,7 +107,7 @@ def hold(address: str | None) -> Keeper:
         if address is None:
             keeper.start()
         else:
-            join(address, keeper)
+            join(address, given, keeper)
     except BaseException:
         HELD.remove(keeper)
         keeper.stop()
@@ -122,26 +124,20 @@ def let_go(keeper: Keeper) -> None:
             keeper.stop()
 
 
-def join(address: str, keeper: Keeper) -> None:
+def join(address: str, given: str, keeper: Keeper) -> None:
     """Connect to a cluster.
 
     Raises:
         RequestError: it does not answer.
     """
-    require(
-        not address.startswith("ray://"),
-        f"--address is {address!r}, which a Ray client takes; submit the run with `ray job submit` instead, "
-        "or give host:port of the cluster from one of its nodes",
-    )
+    refuse_client_address(address, given)
     try:
         knock(address)
         keeper.start()
+    except RequestError as error:
+        raise RequestError(f"{given}: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RequestError(
-            f"--address is {address!r}, where no Ray cluster answers ({reason}); "
-            "give the address of a running one, or none to start a local Ray"
-        ) from error
+        raise cannot_join(error, given) from error
 
 
 def shared() -> bool:
@@ -164,14 +160,6 @@ def refuse_copy() -> None:
 
 
 os.register_at_fork(after_in_child=after_fork)
-
-
-def knock(address: str) -> None:
-    """Raise OSError where nothing listens at a cluster's address: Ray itself would try for minutes, and log past us."""
-    found = services.canonicalize_bootstrap_address(address)
-    if found:
-        host, _, port = found.rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
 
 
 def gpus_per_actor(options: FleetOptions) -> float:

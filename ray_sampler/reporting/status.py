@@ -60,6 +60,9 @@ class Status:
     """Device models with their samples among the fragments whose records were read, most samples first."""
     numerics_keys: tuple[str, ...]
     """Numerics keys among them."""
+    fragments: int = 0
+    records_read: int = 0
+    """Fragments whose records were read, and are whole."""
 
     @property
     def state(self) -> str:
@@ -97,6 +100,8 @@ class Status:
             "devices": dict(self.devices),
             "numerics_keys": list(self.numerics_keys),
             "mixed_numerics": self.mixed_numerics,
+            "fragments": self.fragments,
+            "records_read": self.records_read,
         }
 
 
@@ -138,6 +143,8 @@ def status(
         rate=rate,
         devices=tuple(sorted(samples.items(), key=lambda item: (-item[1], item[0]))),
         numerics_keys=tuple(sorted({fact.numerics for fact in facts if fact.numerics is not None})),
+        fragments=len(facts),
+        records_read=sum(fact.device is not None for fact in facts),
     )
 
 
@@ -196,7 +203,9 @@ def _rows(status: Status) -> list[tuple[str, str]]:
     if status.quiet_s is not None:
         rows.append(("last fragment", f"{format_seconds(status.quiet_s)} ago"))
     if status.devices:
-        rows.append(("devices", ", ".join(f"{device} ({samples:,} samples)" for device, samples in status.devices)))
+        devices = ", ".join(f"{device} ({samples:,} samples)" for device, samples in status.devices)
+        part = f", in {status.records_read:,} of {status.fragments:,} fragments that were looked at"
+        rows.append(("devices", devices + (part if status.records_read < status.fragments else "")))
     if status.mixed_numerics:
         rows.append(
             (

@@ -47,6 +47,19 @@ def path_text(url: str | os.PathLike[str], what: str) -> str:
     return text
 
 
+def check_scheme(url: str, named: str = "") -> None:
+    """Check that a URL's scheme is not a folder's name by a slip; `named` begins the sentence.
+
+    Raises:
+        RequestError: one slash follows a known scheme.
+    """
+    scheme, separator, rest = url.partition(":/")
+    if separator and not rest.startswith("/") and scheme in fsspec.available_protocols():
+        raise RequestError(
+            f"{named}{redact(url)!r}, with one slash after {scheme}:; give {scheme}://{'/' * (scheme == 'file')}{rest}"
+        )
+
+
 def open_store(url: str) -> LocalStore | ObjectStore:
     """The folder at a local path or any fsspec URL; nothing is read or written yet.
 
@@ -54,6 +67,7 @@ def open_store(url: str) -> LocalStore | ObjectStore:
         RequestError: its protocol is unknown, needs a package that is not installed, or its path is none that every
             store takes the same way.
     """
+    check_scheme(url)
     protocol, _ = fsspec.core.split_protocol(url)
     if "::" in url:
         raise RequestError(f"{redact(url)} chains filesystems; give the URL of one folder")

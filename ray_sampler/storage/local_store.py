@@ -99,6 +99,18 @@ class LocalStore:
 
         return self._try("read", path, once)
 
+    def read_end(self, path: str, size: int) -> bytes | None:
+        def once() -> bytes | None:
+            try:
+                descriptor = os.open(self._file(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            with os.fdopen(descriptor, "rb") as file:
+                file.seek(max(0, os.fstat(descriptor).st_size - size))
+                return file.read()
+
+        return self._try("read", path, once)
+
     def _temporary(self, target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         return target.parent / unfinished_name(target.name)

@@ -68,6 +68,15 @@ class ObjectStore:
                     raise
                 return None
 
+    def read_end(self, path: str, size: int) -> bytes | None:
+        with self._explained("read", path):
+            try:
+                return bytes(self._retry(lambda: self.filesystem.cat_file(self._full(path), start=-size)))
+            except FileNotFoundError as error:
+                if code(error) in NO_BUCKET_WORDS:
+                    raise
+                return None
+
     def put(self, path: str, data: bytes) -> None:
         with self._explained("write", path):
             self._retry(lambda: self._pipe(path, data))

@@ -9,7 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_sampler.storage.record import DamagedFragment, FragmentName, Record, Samples, check_record, image_bytes
+from ray_sampler.storage.record import (
+    DamagedFragment,
+    FragmentName,
+    Record,
+    Samples,
+    check_origin,
+    check_record,
+    image_bytes,
+)
 
 RECORD_KEY = b"ray_sampler"
 """Key of the record in a Parquet file's schema metadata."""
@@ -66,6 +74,16 @@ def decode_parquet(
         raise DamagedFragment(f"it has {file.metadata.num_rows} rows, not {rows}")
     check_groups(file.metadata, rows)
     return record, parquet_groups(file, record)
+
+
+def record_at_end(data: bytes, name: FragmentName, fingerprint: str | None) -> Record:
+    """The record of a fragment of which `data` holds the end, with the whole footer; the columns are not checked."""
+    metadata = pq.read_metadata(pa.BufferReader(data)).metadata or {}
+    if RECORD_KEY not in metadata:
+        raise DamagedFragment("it holds no record: it is another program's file")
+    record = Record.from_json(metadata[RECORD_KEY])
+    check_origin(record, name, fingerprint)
+    return record
 
 
 def check_groups(metadata: pq.FileMetaData, rows: int) -> None:

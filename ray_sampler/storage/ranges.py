@@ -48,6 +48,10 @@ class RangeSet:
         """The bytes of a range, None where it is not there."""
         return self._store.read(f"{self.folder}/{name.filename}")
 
+    def read_end(self, name: FragmentName, size: int) -> bytes | None:
+        """The last `size` bytes of a range, None where it is not there."""
+        return self._store.read_end(f"{self.folder}/{name.filename}", size)
+
 
 class Piece(NamedTuple):
     """Samples [start, stop) come from this fragment."""

@@ -183,6 +183,15 @@ def checksums(samples: Samples, before: Mapping[str, int] | None = None) -> dict
 
 def check_record(record: Record, name: FragmentName, fingerprint: str | None, size: int) -> None:
     """Check what can be checked before the columns are read; `size` is the file's, in bytes."""
+    check_origin(record, name, fingerprint)
+    if not all(n > 0 for n in record.shape) or record.dtype not in DTYPES:
+        raise DamagedFragment(f"its record says images of {record.dtype} {record.shape}")
+    if (record.stop - record.start) * image_bytes(record) > size:
+        raise DamagedFragment(f"it has {size} bytes, fewer than its images need: it was cut short")
+
+
+def check_origin(record: Record, name: FragmentName, fingerprint: str | None) -> None:
+    """Check that a record is of the run and the range that it should be."""
     if fingerprint is not None and record.fingerprint != fingerprint:
         raise DamagedFragment(
             f"it belongs to another run (fingerprint {str(record.fingerprint)[:8]}, not {fingerprint[:8]})"
@@ -191,10 +200,6 @@ def check_record(record: Record, name: FragmentName, fingerprint: str | None, si
         raise DamagedFragment(
             f"its name says samples {name.start} to {name.stop}, its record {record.start} to {record.stop}"
         )
-    if not all(n > 0 for n in record.shape) or record.dtype not in DTYPES:
-        raise DamagedFragment(f"its record says images of {record.dtype} {record.shape}")
-    if (record.stop - record.start) * image_bytes(record) > size:
-        raise DamagedFragment(f"it has {size} bytes, fewer than its images need: it was cut short")
 
 
 def image_bytes(record: Record) -> int:

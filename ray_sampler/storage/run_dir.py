@@ -20,9 +20,10 @@ import numpy as np
 from ray_sampler.errors import RequestError, RunError, redact, require
 from ray_sampler.options import option
 from ray_sampler.storage import retry
-from ray_sampler.storage.connect import open_store
-from ray_sampler.storage.fragment import Fragment, decode, decode_groups
+from ray_sampler.storage.connect import check_scheme, open_store
+from ray_sampler.storage.fragment import Fragment, decode, decode_groups, explained
 from ray_sampler.storage.local_store import LinkRefused, LocalStore
+from ray_sampler.storage.parquet_format import record_at_end
 from ray_sampler.storage.ranges import Listing, RangeSet, cover
 from ray_sampler.storage.record import (
     DamagedFragment,
@@ -53,6 +54,10 @@ PATIENCE_S = 4.0
 
 TRIAL_BYTES = b"ray-sampler"
 PICTURES = ("preview.png", "summary.json", "report.html")
+FOOTER_BYTES = 64 * 2**10
+"""Of a Parquet file's end: more than the footer of a fragment has."""
+READ_ONLY = ("hf", "github", "gist", "git", "zip", "tar", "jar", "libarchive", "data", "reference")
+"""Protocols of places that hold files, and into which a run cannot put its own."""
 ARCHIVE = re.compile(r"samples_[0-9]+x[0-9]+x[0-9]+x[0-9]+\.npz")
 
 
@@ -81,6 +86,7 @@ def check_output(output: str) -> None:
         not output.startswith("memory://"),
         f"--output is {output!r}, the memory of one process, which no actor shares; give a directory or a bucket",
     )
+    check_scheme(output, "--output is ")
     protocol, _, path = output.partition("://") if "://" in output else ("", "", output)
     require(
         path.strip("/") != "" or not protocol, f"--output is {output!r}; a bucket or directory must follow the protocol"
@@ -88,6 +94,11 @@ def check_output(output: str) -> None:
     require(
         protocol not in ("http", "https"),
         f"--output is {redact(output)!r}, a web address, where nothing can be written; give a directory or a bucket",
+    )
+    require(
+        protocol not in READ_ONLY,
+        f"--output is {redact(output)!r}, and {protocol}:// takes no files one by one; give a directory or a bucket, "
+        "and copy the archive there afterwards",
     )
     require(
         protocol in ("", "file", "local") or "?" not in path,
@@ -191,6 +202,20 @@ class RunDir:
     def read_groups(self, name: FragmentName, fingerprint: str | None) -> tuple[Record, Iterator[Samples]]:
         """As `read_fragment`, but the samples come group by group, and are proved when the last one was taken."""
         return decode_groups(self._fragment_bytes(name), name, fingerprint)
+
+    def read_record(self, name: FragmentName, fingerprint: str | None) -> Record:
+        """What a fragment says about itself. Of a Parquet file only the end is read, so its columns are not checked.
+
+        Raises:
+            DamagedFragment: it is not there, not whole, or of another run.
+        """
+        if name.format != "parquet":
+            return self.read_fragment(name, fingerprint).record
+        data = self.ranges().read_end(name, FOOTER_BYTES)
+        if data is None:
+            raise MissingFragment("it is not there any more")
+        with explained(name):
+            return record_at_end(data, name, fingerprint)
 
     def _fragment_bytes(self, name: FragmentName) -> bytes:
         path = f"{FRAGMENTS}/{name.filename}"

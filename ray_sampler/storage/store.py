@@ -74,6 +74,9 @@ class Store(Protocol):
     def read(self, path: str) -> bytes | None:
         """The whole file as it was at one moment, None where there is none."""
 
+    def read_end(self, path: str, size: int) -> bytes | None:
+        """The last `size` bytes of a file, or all of a smaller one; None where there is none."""
+
     def put(self, path: str, data: bytes) -> None:
         """Write or replace a whole file."""
 

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or broken: a run goes on without its log, and other commands end in silence."""
+"""Standard streams that are closed, full or broken: a run goes on without its log, others end in silence."""
 
 from __future__ import annotations
 

@@ -1,0 +1,120 @@
+"""A Ray of our own that cannot start, or that dies under a run: one sentence with the remedy; odd paths work."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ray_sampler.cluster.reaching import cannot_start, check_machine
+from ray_sampler.errors import RunError
+from tests.cluster.processes import started, wait_for, written
+from tests.cluster.runs import ARCHIVE, LONGER, flags_of, savez
+from tests.conftest import ROOT, Configure
+
+
+def sentence(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError) as refusal:
+        check_machine()
+    return str(refusal.value)
+
+
+def test_a_long_folder_for_sockets_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    long = str(tmp_path / ("long" * 20))
+    for variables in ({"TMPDIR": long}, {"RAY_TMPDIR": long, "TMPDIR": "/tmp"}):
+        assert "set RAY_TMPDIR to a short one" in sentence(monkeypatch, **variables)
+
+
+def test_a_folder_of_somebody_else_is_explained(monkeypatch: pytest.MonkeyPatch):
+    """To root every folder is its own, so a place that takes no folder stands for one."""
+    assert "set RAY_TMPDIR to a folder of your own" in sentence(monkeypatch, RAY_TMPDIR="/dev/null")
+
+
+def test_a_limit_on_files_is_explained(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2**20, resource.RLIM_INFINITY))
+    assert "ulimit -f unlimited" in sentence(monkeypatch)
+
+
+def test_a_working_directory_that_is_no_text_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff")
+    monkeypatch.chdir(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    assert "is no UTF-8" in sentence(monkeypatch)
+
+
+def test_whatever_else_ray_says_at_its_start_becomes_one_sentence_with_the_place_of_its_logs():
+    said = str(cannot_start(Exception("The current node timed out\n\nduring startup\x1b[2J")))
+    assert "could not be started (The current node timed out)" in said
+    assert "RAY_TMPDIR" in said
+    assert "the disk is full" in str(cannot_start(OSError(28, "No space left on device")))
+
+
+def command(configure: Configure, folder: Path, limit: Callable[[], None] | None = None, **variables: str):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
+    environment.pop("RAY_ADDRESS", None)
+    flags = flags_of(configure(output=str(folder)))
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs/sample.py"), *flags],
+        cwd=ROOT, env=environment, capture_output=True, timeout=180, preexec_fn=limit,
+    )  # fmt: skip
+
+
+@pytest.mark.accident
+def test_a_run_under_a_limit_on_files_says_so_and_shows_no_traceback(configure: Configure, tmp_path: Path):
+    done = command(configure, tmp_path / "run", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**28, 2**28)))
+    assert done.returncode == 1
+    assert b"ulimit -f unlimited" in done.stderr.splitlines()[-1]
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.accident
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        pytest.param(b"r\xffn-\xc3\xa9", {}, id="a byte that is no UTF-8"),
+        pytest.param("Bilder-ü".encode(), {"LC_ALL": "C"}, id="LC_ALL=C"),
+        pytest.param(
+            "Bilder-ü".encode(), {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, id="an ASCII Python"
+        ),
+    ],
+)
+def test_a_run_writes_to_a_path_of_any_bytes(configure: Configure, samples, tmp_path: Path, name: bytes, variables):
+    output = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    done = command(configure, output, **variables)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == os.fsencode(output) + b"/" + ARCHIVE.encode() + b"\n"
+    assert (output / ARCHIVE).read_bytes() == savez(samples)
+
+
+def part_of_ray(driver: int, names: tuple[str, ...]) -> psutil.Process:
+    for process in psutil.Process(driver).children(recursive=True):
+        if any(name in " ".join(process.cmdline()[:4]) for name in names):
+            return process
+    raise AssertionError(f"no {names} below {driver}")
+
+
+@pytest.mark.accident
+@pytest.mark.parametrize("names", [("raylet/raylet",), ("gcs_server",), ("dashboard/agent.py",)], ids=lambda n: n[0])
+def test_a_run_whose_ray_is_killed_says_so_and_goes_on_later(configure, longer_samples, tmp_path: Path, names):
+    config, log = configure(**LONGER), tmp_path / "log"
+    with started(config, log) as process:
+        wait_for(written(1), tmp_path / "run", process, log)
+        part_of_ray(process.pid, names).send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        assert process.wait(60) == 1
+        assert time.monotonic() - began < 30
+    said = log.read_text().splitlines()
+    assert said[-1].startswith("ray-sampler: the local Ray ended unexpectedly"), said
+    assert "run the same command again" in said[-1]
+    with started(config, log) as process:
+        assert process.wait(120) == 0, log.read_text()
+    assert (tmp_path / "run" / "samples_48x8x8x3.npz").read_bytes() == savez(longer_samples)

@@ -1,0 +1,112 @@
+"""Slips in a request: what was meant is named, and nothing is touched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from ray_sampler.cli import SYNONYMS, main
+from ray_sampler.config import FLAGS
+from ray_sampler.storage.local_store import LocalStore
+from tests.cluster.runs import ARCHIVE, contents, flags_of, leave
+from tests.conftest import Configure
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(argv) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert (said.out, line.startswith("ray-sampler: ")) == ("", True)
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--ckpt", "--model"),
+        ("--outdir", "--output"),
+        ("--network", "--model"),
+        ("--num-sampling-steps", "--steps"),
+        ("--cfg-scale", "--guidance"),
+        ("--class", "--labels"),
+        ("--seeds", "--generator edm --seed"),
+    ],
+)
+def test_flags_of_other_scripts_are_known(flag: str, meant: str, capsys):
+    for argument in ([flag, "1"], [f"{flag}=0-9"]):
+        assert f"{flag} is no flag of sample; it is called {meant} here" in refusal(["sample", *argument], capsys)
+
+
+def test_every_synonym_names_flags_that_exist_and_is_none_itself():
+    for name, meant in SYNONYMS.items():
+        assert name not in FLAGS
+        flags = [word.strip(",") for word in meant.split() if word.startswith("--")]
+        assert flags
+        assert all(flag[2:] in FLAGS for flag in flags), meant
+
+
+OUTPUTS = {
+    "hf://datasets/a/b": ["hf:// takes no files one by one", "directory or a bucket"],
+    "zip://x": ["zip:// takes no files one by one"],
+    "github://a:b@main/x": ["github:// takes no files"],
+    "s3:/bucket/run": ["'s3:/bucket/run', with one slash after s3:", "s3://bucket/run"],
+    "gs:/bucket/run": ["with one slash after gs:"],
+    "file:/tmp/run": ["with one slash after file:", "file:///tmp/run"],
+    "hf:/datasets/a": ["with one slash after hf:"],
+}
+
+
+@pytest.mark.parametrize(("output", "named"), OUTPUTS.items(), ids=OUTPUTS)
+def test_an_output_that_cannot_be_one_is_refused(
+    output: str, named: list[str], configure, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    for more in ([], ["--dry_run"]):
+        line = refusal(["sample", *flags_of(configure(output=output)), *more], capsys)
+        assert "--output" in line
+        assert all(text in line for text in named), line
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "merge", "preview"])
+def test_a_slash_that_was_lost_is_named_by_every_command(command: str, capsys):
+    assert "with one slash after s3:" in refusal([command, "s3:/bucket/run"], capsys)
+
+
+def test_a_folder_may_be_called_like_a_bucket(configure: Configure, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", *flags_of(configure(output="./s3:/bucket")), "--dry_run"]) == 0
+    assert json.loads(capsys.readouterr().out)["output"] == "./s3:/bucket"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_finished_run_where_nothing_can_be_written_is_found_complete(
+    configure: Configure, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    def read_only(*_: Any) -> NoReturn:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    before = contents(copy)
+    monkeypatch.setattr(LocalStore, "_temporary", read_only)
+    assert main(["sample", *flags_of(configure(progress="log"))]) == 0
+    said = capsys.readouterr()
+    assert "the archive is complete already" in said.err
+    assert said.out == f"{copy / ARCHIVE}\n"
+    assert contents(copy) == before
+    (copy / ARCHIVE).unlink()
+    assert main(["sample", *flags_of(configure())]) == 2
+    assert "the file system is read-only" in capsys.readouterr().err
+
+
+def test_a_run_directory_is_claimed_once(configure: Configure, samples, tmp_path: Path):
+    leave(configure(), samples, [])
+    before = (tmp_path / "run" / "run.json").stat()
+    leave(configure(), samples, [])
+    assert (tmp_path / "run" / "run.json").stat() == before
+    shutil.rmtree(tmp_path / "run")
