@@ -286,7 +286,10 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     if model not in BUNDLED:  # the file may have any number of channels, and classes
         options = replace(options, class_cond=settings.get("class_cond", config.labels is not None))
         asked = replace(config, guidance_channels=None)
-    run = resolve(asked, model, brought, adm.spec_of(options, settings))
+    spec = adm.spec_of(options, settings)
+    if model not in BUNDLED:  # nor is it known whether it has a null label
+        spec = replace(spec, null_label=spec.num_classes)
+    run = resolve(asked, model, brought, spec)
     result = run.as_json()
     if model not in BUNDLED and not settings.keys() & told:
         result |= dict.fromkeys((*told, *UNREAD))
@@ -295,4 +298,5 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     if config.guidance_channels is not None:
         result["guidance_channels"] = config.guidance_channels
     plan = run.plan
-    return result | {"schedule": plan.schedule.used, "nfe": plan.evaluations(), "sigmas": plan.sigmas()}
+    levels = {"schedule": plan.schedule.used, "nfe": plan.evaluations(), "sigmas": plan.sigmas()}
+    return result | (dict.fromkeys(levels) if result["steps"] is None else levels)
