@@ -390,3 +390,44 @@ def test_uv_run_samples(tmp_path: Path, checkpoint: Path, samples: Samples):
     done = sample(tmp_path, checkpoint, before=before, seconds=240)
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)
+
+
+HELD = """
+import threading, time
+import ray
+from ray_sampler import RunConfig, run
+from ray_sampler.cluster import dispatch
+
+dispatch.PLACE_S = 3.0
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+
+@ray.remote(num_cpus=1)
+class Other:
+    def there(self): return True
+
+others = [Other.remote() for _ in range({held})]
+ray.get([other.there.remote() for other in others])
+if {held} == 2:
+    threading.Timer(15, lambda: ray.kill(others[0])).start()
+result = run(RunConfig(output="run", model={model!r}, **{flags}))
+print(result.summary["num_samples"])
+"""
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_one_actor_fits_beside_whatever_else_a_node_does(held: int, tmp_path: Path, checkpoint: Path, samples: Samples):
+    """Where nothing is free, the run says so, waits, and goes on when something is."""
+    script = HELD.format(held=held, model=str(checkpoint), flags=TINY | SMALL | {"max_actors": 1})
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout == "40\n", done.stderr
+    assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)
+    told = "an actor asks for 1 CPUs; free in the whole cluster are 0 CPUs" in done.stderr
+    assert told == (held == 2)
+
+
+def test_several_batches_at_a_time_have_the_same_bytes(tmp_path: Path, checkpoint: Path, samples: Samples):
+    done = sample(tmp_path, checkpoint, "--cpus_per_actor", str(min(2, len(os.sched_getaffinity(0)))))
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)
