@@ -55,6 +55,7 @@ def test_the_process_ends_in_time(sent: signal.Signals, body: str, within: float
     )
     assert process.stdout
     assert process.stdout.readline() == b"ready\n"
+    time.sleep(0.5)  # so that it is where it will stay
     began = time.monotonic()
     process.send_signal(sent)
     out, err = process.communicate(timeout=30)
