@@ -399,7 +399,7 @@ from ray_sampler import RunConfig, run
 from ray_sampler.cluster import dispatch
 
 dispatch.PLACE_S = 3.0
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
 
 @ray.remote(num_cpus=1)
 class Other:
