@@ -93,7 +93,7 @@ def test_a_user_without_home_or_name_samples(home: str | None, tmp_path: Path, c
     folder.mkdir()
     os.chown(folder, USER, USER)
     shutil.copy(checkpoint, weights)
-    before = ("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups")
+    before: tuple[str, ...] = ("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups")
     # Reading is allowed everywhere, as the interpreter may lie in root's home; writing is not.
     before += ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
     variables = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -272,6 +272,7 @@ def test_a_sigterm_ends_a_run_within_seconds_and_leaves_nothing(whole_group, mom
         "workers": lambda: ray_processes(process) >= 5,
         "sampling": lambda: folder.is_dir() and len(list(folder.iterdir())) > 1,
     }
+    process: subprocess.Popen[str]
     with running(tmp_path, checkpoint, "--num_samples", "40000", "--steps", "18") as process:
         if moment == "imports":  # the handlers are in place, torch and Ray are not imported
             status = Path(f"/proc/{process.pid}/status")
@@ -287,99 +288,6 @@ def test_a_sigterm_ends_a_run_within_seconds_and_leaves_nothing(whole_group, mom
         assert group_is_gone(process.pid, within_s=5)
     assert [line for line in out.splitlines() if line.startswith("ray-sampler: ")] == [SENTENCE]
     assert "Traceback" not in out
-
-
-NOTEBOOK = """
-import os, signal, sys, threading, time
-import psutil
-from ray_sampler import RunConfig, run
-
-def interrupt():
-    while len(psutil.Process().children(recursive=True)) < int(sys.argv[1]):
-        time.sleep(0.01)
-    os.killpg(0, signal.SIGINT)
-
-threading.Thread(target=interrupt, daemon=True).start()
-try:
-    run(RunConfig(output="run", model={model!r}, **{flags}))
-except KeyboardInterrupt:
-    print("interrupted", [" ".join(p.cmdline())[:80] for p in psutil.Process().children(recursive=True)])
-result = run(RunConfig(output="run", model={model!r}, **{flags}))
-print("archive", result.archive, psutil.Process().children(recursive=True))
-"""
-
-
-@pytest.mark.parametrize("processes", [1, 3])
-def test_an_interrupted_cell_leaves_no_process_and_runs_again(processes: int, tmp_path: Path, checkpoint: Path):
-    """A notebook's kernel lives on, and the interrupt goes to its whole process group."""
-    script = NOTEBOOK.format(model=str(checkpoint), flags=TINY | SMALL)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(processes)],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=180, start_new_session=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()[-2:]
-    assert first == "interrupted []"
-    assert second.startswith("archive ")
-    assert second.endswith(" []")
-
-
-# Threads and copies.
-
-THREADS = """
-import threading
-from ray_sampler import RunConfig, run
-import ray
-
-results = {{}}
-def fill(name, num_samples):
-    results[name] = run(RunConfig(output=name, model={model!r}, **({flags} | {{"num_samples": num_samples}})))
-
-threads = [threading.Thread(target=fill, args=each) for each in (("a", 8), ("b", 40), ("c", 200))]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-print(sorted((name, result.summary["num_samples"]) for name, result in results.items()), ray.is_initialized())
-"""
-
-
-def test_runs_in_threads_share_one_ray_and_all_finish(tmp_path: Path, checkpoint: Path):
-    script = THREADS.format(model=str(checkpoint), flags=TINY | SMALL)
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
-    )
-    assert done.stdout == "[('a', 8), ('b', 40), ('c', 200)] False\n", done.stderr
-
-
-FORKED = """
-import multiprocessing
-from ray_sampler import RequestError, RunConfig, run
-
-def fill(name):
-    try:
-        run(RunConfig(output=name, model={model!r}, **{flags}))
-    except RequestError as error:
-        print(error, flush=True)
-
-if __name__ == "__main__":
-    fill("a")
-    process = multiprocessing.get_context("fork").Process(target=fill, args=("b",))
-    process.start()
-    process.join(30)
-    print(process.exitcode)
-    process.kill()
-"""
-
-
-def test_a_run_in_a_fork_of_a_process_that_has_used_ray_is_refused(tmp_path: Path, checkpoint: Path):
-    script = FORKED.format(model=str(checkpoint), flags=TINY | SMALL)
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=180
-    )
-    refusal, code = done.stdout.splitlines()
-    assert "spawn" in refusal
-    assert code == "0"
 
 
 @pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")

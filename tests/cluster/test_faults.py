@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from ray._private.state import state as cluster_state
@@ -65,8 +66,10 @@ def test_an_actor_that_dies_or_freezes_is_replaced_and_costs_no_sample(configure
     assert (output / LONG_ARCHIVE).read_bytes() == savez(longer_samples)
     assert summary["failures"] == 1
     assert summary["computed"] == 48
-    with pytest.raises(ProcessLookupError):
-        os.kill(struck[0], 0)
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(struck[0]):
+        assert time.monotonic() < deadline, "the process of the actor lives on"
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -92,7 +95,7 @@ def test_many_fragments_that_are_spoilt_after_they_were_written_are_all_sampled_
 
 def test_samples_that_come_out_as_nan_are_named_and_the_others_kept(configure, tmp_path, capsys):
     weights = random_weights()
-    weights["label_emb.weight"][7] = torch.nan
+    weights["label_emb.weight"][7] = torch.finfo(torch.float32).max  # finite, but no product of it is
     save_file(weights, tmp_path / "nan.safetensors")
     labels = ["1"] * 40
     labels[13] = labels[30] = "7"

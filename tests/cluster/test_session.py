@@ -10,8 +10,9 @@ import ray
 from ray._private import ray_constants
 
 from ray_sampler.cluster.own_ray import on_loopback
-from ray_sampler.cluster.session import Fleet, gpus_per_actor, joins_cluster, plan_fleet
-from ray_sampler.config import FleetOptions
+from ray_sampler.cluster.session import Fleet, check_own, gpus_per_actor, joins_cluster, plan_fleet
+from ray_sampler.config import FleetOptions, RunConfig
+from ray_sampler.errors import RequestError
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -62,3 +63,30 @@ def test_loopback_is_for_the_start_alone():
     with on_loopback():
         assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
     assert (os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"), ray_constants.ENABLE_RAY_CLUSTER) == before
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 0.6])
+def test_gpus_that_cannot_come_to_our_own_ray_are_a_wrong_request(gpus: float, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(RequestError, match="this machine has 0 GPUs"):
+        check_own(RunConfig(gpus_per_actor=gpus))
+    with pytest.raises(RequestError, match="Ray finds 0 GPUs"):  # where torch sees one and Ray does not
+        plan_fleet(RunConfig(gpus_per_actor=gpus), gpus, 10, local=True)
+    assert plan_fleet(RunConfig(gpus_per_actor=gpus), gpus, 10, local=False).max_actors == 10
+
+
+@pytest.mark.parametrize(("gpus", "there", "actors"), [(0.6, 2, 2), (0.5, 2, 4), (1, 3, 3), (2, 5, 2), (0.3, 1, 3)])
+def test_a_fraction_of_a_gpu_lies_on_one_card(gpus: float, there: int, actors: int, monkeypatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": float(there), "CPU": 8.0})
+    assert plan_fleet(RunConfig(), gpus, 100, local=True).max_actors == actors
+
+
+def test_an_actor_has_the_cpus_that_are_asked_for():
+    assert plan_fleet(RunConfig(cpus_per_actor=2), 0.0, 100, local=True) == Fleet(0, 2, 1)
+    assert plan_fleet(RunConfig(cpus_per_actor=1), 0.0, 100, local=True) == Fleet(0, 1, 2)
+    assert plan_fleet(RunConfig(cpus_per_actor=3, max_actors=5), 0.0, 100, local=False) == Fleet(0, 3, 5)
+    assert plan_fleet(RunConfig(cpus_per_actor=4), 1.0, 100, local=False) == Fleet(1.0, 4, 100)
+    with pytest.raises(RequestError, match="--cpus_per_actor is 100000"):
+        check_own(RunConfig(cpus_per_actor=100_000))
+    with pytest.raises(RequestError, match="--cpus_per_actor is 0"):
+        RunConfig(cpus_per_actor=0).check()

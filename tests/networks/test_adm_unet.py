@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ray_sampler.networks.adm_unet import Convolution, GroupNorm, UNet
-from ray_sampler.presets import BUNDLED, PRESETS
+from ray_sampler.published import ADM, BUNDLED, PRESETS
 from tests.networks.golden import golden_flags, golden_folder, golden_state, options_of
 
 ORIGINAL_DEFAULTS: dict[str, Any] = {
@@ -111,9 +111,9 @@ def shapes_of(flags: dict[str, Any]) -> Shapes:
         return {name: tuple(t.shape) for name, t in UNet(options_of(flags)).state_dict().items()}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ADM)
 def test_every_key_and_shape_of_a_published_architecture(name: str) -> None:
-    preset = PRESETS[name]
+    preset = ADM[name]
     expected = Tensors(dict(preset.settings)).all()
     assert shapes_of(dict(preset.settings)) == expected
     assert sum(map(prod, expected.values())) == preset.parameters

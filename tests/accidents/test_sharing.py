@@ -1,0 +1,149 @@
+"""Runs beside others: in notebooks, threads and forks of one process, and on nodes where something else computes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_sampler.storage.record import Samples
+from tests.accidents.test_running import environment, sample
+from tests.cluster.runs import ARCHIVE, SMALL, TINY, savez
+
+pytestmark = pytest.mark.accident
+
+NOTEBOOK = """
+import os, signal, sys, threading, time
+import psutil
+from ray_sampler import RunConfig, run
+
+def interrupt():
+    while len(psutil.Process().children(recursive=True)) < int(sys.argv[1]):
+        time.sleep(0.01)
+    os.killpg(0, signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+try:
+    run(RunConfig(output="run", model={model!r}, **{flags}))
+except KeyboardInterrupt:
+    print("interrupted", [" ".join(p.cmdline())[:80] for p in psutil.Process().children(recursive=True)])
+result = run(RunConfig(output="run", model={model!r}, **{flags}))
+print("archive", result.archive, psutil.Process().children(recursive=True))
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_an_interrupted_cell_leaves_no_process_and_runs_again(processes: int, tmp_path: Path, checkpoint: Path):
+    """A notebook's kernel lives on, and the interrupt goes to its whole process group."""
+    script = NOTEBOOK.format(model=str(checkpoint), flags=TINY | SMALL)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(processes)],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=180, start_new_session=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()[-2:]
+    assert first == "interrupted []"
+    assert second.startswith("archive ")
+    assert second.endswith(" []")
+
+
+# Threads and copies.
+
+THREADS = """
+import threading
+from ray_sampler import RunConfig, run
+import ray
+
+results = {{}}
+def fill(name, num_samples):
+    results[name] = run(RunConfig(output=name, model={model!r}, **({flags} | {{"num_samples": num_samples}})))
+
+threads = [threading.Thread(target=fill, args=each) for each in (("a", 8), ("b", 40), ("c", 200))]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(sorted((name, result.summary["num_samples"]) for name, result in results.items()), ray.is_initialized())
+"""
+
+
+def test_runs_in_threads_share_one_ray_and_all_finish(tmp_path: Path, checkpoint: Path):
+    script = THREADS.format(model=str(checkpoint), flags=TINY | SMALL)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout == "[('a', 8), ('b', 40), ('c', 200)] False\n", done.stderr
+
+
+FORKED = """
+import multiprocessing
+from ray_sampler import RequestError, RunConfig, run
+
+def fill(name):
+    try:
+        run(RunConfig(output=name, model={model!r}, **{flags}))
+    except RequestError as error:
+        print(error, flush=True)
+
+if __name__ == "__main__":
+    fill("a")
+    process = multiprocessing.get_context("fork").Process(target=fill, args=("b",))
+    process.start()
+    process.join(30)
+    print(process.exitcode)
+    process.kill()
+"""
+
+
+def test_a_run_in_a_fork_of_a_process_that_has_used_ray_is_refused(tmp_path: Path, checkpoint: Path):
+    script = FORKED.format(model=str(checkpoint), flags=TINY | SMALL)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=180
+    )
+    refusal, code = done.stdout.splitlines()
+    assert "spawn" in refusal
+    assert code == "0"
+
+
+HELD = """
+import threading, time
+import ray
+from ray_sampler import RunConfig, run
+from ray_sampler.cluster import dispatch
+
+dispatch.PLACE_S = 3.0
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+
+@ray.remote(num_cpus=1)
+class Other:
+    def there(self): return True
+
+others = [Other.remote() for _ in range({held})]
+ray.get([other.there.remote() for other in others])
+if {held} == 2:
+    threading.Timer(15, lambda: ray.kill(others[0])).start()
+result = run(RunConfig(output="run", model={model!r}, **{flags}))
+print(result.summary["num_samples"])
+"""
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_one_actor_fits_beside_whatever_else_a_node_does(held: int, tmp_path: Path, checkpoint: Path, samples: Samples):
+    """Where nothing is free, the run says so, waits, and goes on when something is."""
+    script = HELD.format(held=held, model=str(checkpoint), flags=TINY | SMALL | {"max_actors": 1})
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout == "40\n", done.stderr
+    assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)
+    told = "an actor asks for 1 CPUs; free in the whole cluster are 0 CPUs" in done.stderr
+    assert told == (held == 2)
+
+
+def test_several_batches_at_a_time_have_the_same_bytes(tmp_path: Path, checkpoint: Path, samples: Samples):
+    done = sample(tmp_path, checkpoint, "--cpus_per_actor", str(min(2, len(os.sched_getaffinity(0)))))
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)
