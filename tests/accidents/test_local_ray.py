@@ -103,7 +103,11 @@ def part_of_ray(driver: int, names: tuple[str, ...]) -> psutil.Process:
 
 
 @pytest.mark.accident
-@pytest.mark.parametrize("names", [("raylet/raylet",), ("gcs_server",), ("dashboard/agent.py",)], ids=lambda n: n[0])
+@pytest.mark.parametrize(
+    "names",
+    [("raylet/raylet",), ("gcs_server",), ("DashboardAgent", "dashboard/agent.py", "dashboard-agent")],
+    ids=lambda n: n[0],
+)
 def test_a_run_whose_ray_is_killed_says_so_and_goes_on_later(configure, longer_samples, tmp_path: Path, names):
     config, log = configure(**LONGER), tmp_path / "log"
     with started(config, log) as process:

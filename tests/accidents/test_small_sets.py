@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ray_sampler.cluster.dispatch import tasks_of
 from ray_sampler.cluster.driver import padding, run
-from ray_sampler.cluster.shards import LARGEST_SHARD, SHARDS_PER_ACTOR, expected_actors, suitable_size
-from ray_sampler.config import FleetOptions
+from ray_sampler.cluster.shards import SHARDS_PER_ACTOR, expected_actors, suitable_size
+from ray_sampler.config import LARGEST_SHARD, FleetOptions
 from ray_sampler.storage.record import FragmentName
 from tests.cluster.runs import fragments, part, sampled, savez
 from tests.conftest import Configure
