@@ -17,6 +17,7 @@ import psutil
 import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import services, utils
+from ray._private.authentication.grpc_authentication_client_interceptor import _get_authentication_metadata_tuple
 from ray.core.generated import gcs_service_pb2
 
 from ray_sampler.errors import RequestError, RunError, printable
@@ -58,7 +59,7 @@ def knock(address: str) -> None:
 
     Raises:
         OSError: no cluster's head is there; says what is.
-        RequestError: its Ray has another version.
+        RequestError: its Ray has another version, or wants another token.
     """
     found = services.canonicalize_bootstrap_address(address)
     if not found:
@@ -70,23 +71,35 @@ def knock(address: str) -> None:
                 f"port {port} is a web server's, perhaps the dashboard's, which is what `ray job submit` takes; a "
                 "cluster's own port is 6379 unless it was started with another"
             )
-    with grpc.insecure_channel(found) as channel:
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        check_head(found)
+
+
+def check_head(found: str) -> None:
+    """Ask a cluster's head whether it is one. Raises as `knock` does."""
+    port = found.rpartition(":")[2]
+    with grpc.insecure_channel(found, [("grpc.enable_http_proxy", 0)]) as channel:
         call = channel.unary_unary(
             CHECK_ALIVE,
             request_serializer=gcs_service_pb2.CheckAliveRequest.SerializeToString,
             response_deserializer=gcs_service_pb2.CheckAliveReply.FromString,
         )
         try:
-            version = call(gcs_service_pb2.CheckAliveRequest(), timeout=KNOCK_S).ray_version
+            token = _get_authentication_metadata_tuple()
+            version = call(gcs_service_pb2.CheckAliveRequest(), timeout=KNOCK_S, metadata=token).ray_version
         except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+            code = error.code()
+            if code == grpc.StatusCode.UNAUTHENTICATED:
+                raise RequestError(
+                    "the cluster asks for a token, and none or another was given; export RAY_AUTH_MODE=token, with the "
+                    "cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+                ) from error
+            if code == grpc.StatusCode.UNIMPLEMENTED:
                 raise OSError(
                     f"port {port} is not a cluster's own, but perhaps that of Ray clients; a cluster's own port is "
                     "6379 unless it was started with another"
                 ) from error
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                raise OSError(f"what listens on port {port} does not answer as Ray does") from error
-            return  # a token may be missing, of which Ray speaks
+            raise OSError(f"what listens on port {port} does not answer as Ray does ({code.name})") from error
     if version and version != ray.__version__:
         raise RequestError(other_version(version, ray.__version__, "ray", version))
 

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,12 +40,12 @@ def as_python_opens(descriptor: int) -> IO[str] | None:
     return open(descriptor, "w" if descriptor else "r", buffering=1 if descriptor == 2 else -1, closefd=False)
 
 
-def in_child(argv: list[str], spoiled: dict[str, str], texts: dict[int, IO[bytes]]) -> int:
+def in_child(argv: list[str], spoiled: dict[str, str], texts: Mapping[int, IO[bytes]]) -> int:
     for descriptor, file in texts.items():
         os.dup2(file.fileno(), descriptor)
-    for descriptor, how in spoiled.items():
-        spoil(int(descriptor), how)
-    sys.stdin, sys.stdout, sys.stderr = (as_python_opens(d) for d in (0, 1, 2))  # type: ignore[assignment]
+    for name, how in spoiled.items():
+        spoil(int(name), how)
+    sys.stdin, sys.stdout, sys.stderr = (as_python_opens(d) for d in (0, 1, 2))
     try:
         code = main(argv)
     except SystemExit as error:

@@ -49,16 +49,18 @@ def ask(configure: Configure, address: str | None, script: str = "", **variables
     return done.returncode, done.stderr.splitlines(), time.monotonic() - began
 
 
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-some-length-0123456789"}
+
+
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
     """A cluster's head: its own port and that of Ray clients."""
     port, client = free_ports(2)
     log = (tmp_path_factory.mktemp("head") / "log").open("wb")
     process = subprocess.Popen(
-        [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=1",
-         "--node-ip-address=127.0.0.1", f"--ray-client-server-port={client}", "--include-dashboard=false",
+        [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=1", f"--ray-client-server-port={client}", "--include-dashboard=false",
          "--disable-usage-stats"],
-        stdout=log, stderr=log, start_new_session=True,
+        env=os.environ | TOKEN, stdout=log, stderr=log, start_new_session=True,
     )  # fmt: skip
     try:
         for each in (port, client):
@@ -72,23 +74,31 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
         process.wait(30)
 
 
-@pytest.mark.accident
+@pytest.mark.accidents
 def test_the_port_of_clients_is_told_from_a_cluster_s_own(configure: Configure, head: tuple[int, int]):
-    code, (line,), seconds = ask(configure, f"127.0.0.1:{head[1]}")
+    code, (line,), seconds = ask(configure, f"127.0.0.1:{head[1]}", **TOKEN)
     assert (code, seconds < 60) == (2, True)
     assert f"--address is '127.0.0.1:{head[1]}'" in line
     assert "perhaps that of Ray clients" in line
 
 
-@pytest.mark.accident
+@pytest.mark.accidents
 def test_a_head_of_another_version_is_named_with_what_to_install(configure: Configure, head: tuple[int, int]):
-    code, (line,), _ = ask(configure, f"127.0.0.1:{head[0]}", "import ray; ray.__version__ = '2.1.0'")
+    code, (line,), _ = ask(configure, f"127.0.0.1:{head[0]}", "import ray; ray.__version__ = '2.1.0'", **TOKEN)
     assert code == 2
     for named in (f"Ray {ray.__version__}", "Ray 2.1.0", f"pip install 'ray[default]=={ray.__version__}'"):
         assert named in line
 
 
-@pytest.mark.accident
+@pytest.mark.accidents
+def test_a_token_that_is_missing_is_asked_for(configure: Configure, head: tuple[int, int]):
+    for variables in ({"RAY_AUTH_MODE": "disabled"}, TOKEN | {"RAY_AUTH_TOKEN": "another-token-0123456789-0123456"}):
+        code, (line,), _ = ask(configure, f"127.0.0.1:{head[0]}", **variables)
+        assert code == 2
+        assert "export RAY_AUTH_MODE=token" in line
+
+
+@pytest.mark.accidents
 def test_a_wrong_variable_is_named_as_such(configure: Configure):
     code, (line,), _ = ask(configure, None, RAY_ADDRESS="127.0.0.1:9")
     assert code == 2
@@ -96,10 +106,10 @@ def test_a_wrong_variable_is_named_as_such(configure: Configure):
     assert "--address is" not in line
 
 
-@pytest.mark.accident
+@pytest.mark.accidents
 def test_a_web_server_s_port_is_told(configure: Configure):
     """As the dashboard is one."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("", 0)) as server:  # Ray takes 127.0.0.1 for this machine's own address
 
         def answer() -> None:
             connection, _ = server.accept()

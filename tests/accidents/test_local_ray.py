@@ -68,7 +68,7 @@ def command(configure: Configure, folder: Path, limit: Callable[[], None] | None
     )  # fmt: skip
 
 
-@pytest.mark.accident
+@pytest.mark.accidents
 def test_a_run_under_a_limit_on_files_says_so_and_shows_no_traceback(configure: Configure, tmp_path: Path):
     done = command(configure, tmp_path / "run", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**28, 2**28)))
     assert done.returncode == 1
@@ -76,7 +76,7 @@ def test_a_run_under_a_limit_on_files_says_so_and_shows_no_traceback(configure: 
     assert b"Traceback" not in done.stderr
 
 
-@pytest.mark.accident
+@pytest.mark.accidents
 @pytest.mark.parametrize(
     ("name", "variables"),
     [
@@ -102,8 +102,12 @@ def part_of_ray(driver: int, names: tuple[str, ...]) -> psutil.Process:
     raise AssertionError(f"no {names} below {driver}")
 
 
-@pytest.mark.accident
-@pytest.mark.parametrize("names", [("raylet/raylet",), ("gcs_server",), ("dashboard/agent.py",)], ids=lambda n: n[0])
+@pytest.mark.accidents
+@pytest.mark.parametrize(
+    "names",
+    [("raylet/raylet",), ("gcs_server",), ("DashboardAgent", "dashboard/agent.py", "dashboard-agent")],
+    ids=lambda n: n[0],
+)
 def test_a_run_whose_ray_is_killed_says_so_and_goes_on_later(configure, longer_samples, tmp_path: Path, names):
     config, log = configure(**LONGER), tmp_path / "log"
     with started(config, log) as process:

@@ -13,7 +13,7 @@ from ray_sampler.storage.record import Samples
 from tests.accidents.test_running import environment, sample
 from tests.cluster.runs import ARCHIVE, SMALL, TINY, savez
 
-pytestmark = pytest.mark.accident
+pytestmark = pytest.mark.accidents
 
 NOTEBOOK = """
 import os, signal, sys, threading, time

@@ -41,7 +41,7 @@ def test_as_many_actors_start_here_as_have_room_on_single_cards(
 
 def test_a_machine_without_a_gpu_is_not_waited_for(gpus: Callable[[float], None]) -> None:
     gpus(0.0)
-    with pytest.raises(RequestError, match=r"--gpus_per_actor is 0.5, but Ray finds no GPU on this machine"):
+    with pytest.raises(RequestError, match=r"--gpus_per_actor is 0.5, but Ray finds 0 GPUs on this machine"):
         plan_fleet(FleetOptions(), 0.5, 100, local=True)
     assert plan_fleet(FleetOptions(), 0.5, 100, local=False).max_actors == 100  # a cluster may grow
 
@@ -51,7 +51,7 @@ def test_a_request_that_a_machine_without_a_gpu_cannot_serve_writes_nothing(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("ray_sampler.cluster.job.joins_cluster", lambda address: False)
-    with pytest.raises(RequestError, match="--gpus_per_actor is 1, but torch finds no GPU on this machine"):
+    with pytest.raises(RequestError, match="--gpus_per_actor is 1, but this machine has 0 GPUs that can be used"):
         prepare(RunConfig(model="digits", gpus_per_actor=1.0, output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
