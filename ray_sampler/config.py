@@ -27,7 +27,7 @@ from ray_sampler.sampling.schedules import Schedule
 from ray_sampler.sampling.solver_options import Order, Restarts, Sde
 from ray_sampler.sampling.solvers import Churn, Indices, SolverChoice
 from ray_sampler.sampling.stepping import check_counts
-from ray_sampler.storage.run_dir import OutputOptions
+from ray_sampler.storage.output import OutputOptions
 from ray_sampler.values import check_kinds, taken
 
 __all__ = ["Precision", "RequestError", "RunConfig", "RunError"]

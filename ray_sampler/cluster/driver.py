@@ -292,9 +292,9 @@ def padding(num_samples: int, batch_size: int) -> str | None:
     if thrown_away <= PADDING_SHARE * num_samples:
         return None
     return (
-        f"--batch_size {batch_size} computes {batches * batch_size:,} images, of which {thrown_away:,} only fill up the "
-        f"last batch and are thrown away; --batch_size {-(-num_samples // batches)} avoids that (pixels may differ by "
-        "rounding from those of another batch size)"
+        f"--batch_size {batch_size} computes {batches * batch_size:,} images, of which {thrown_away:,} only fill up "
+        f"the last batch and are thrown away; --batch_size {-(-num_samples // batches)} avoids that (pixels may differ "
+        "by rounding from those of another batch size)"
     )
 
 

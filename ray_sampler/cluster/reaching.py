@@ -8,7 +8,7 @@ import re
 import resource
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -204,7 +204,7 @@ def cannot_start(error: BaseException) -> RunError:
 @contextmanager
 def entrypoint_in_text() -> Iterator[None]:
     """Let a command line reach Ray that holds bytes which are no UTF-8: Ray 2.60 tells its dashboard about it."""
-    original = utils.get_entrypoint_name
+    original: Callable[[], str] = utils.get_entrypoint_name
     utils.get_entrypoint_name = lambda: printable(original(), None)
     try:
         yield

@@ -77,8 +77,8 @@ class Model:
         )
         require(
             isinstance(kind, str) or callable(getattr(kind, "denoiser", None)),
-            f"Model's kind is a {type(kind).__name__}; it must be the name of one, as denoiser or eps, or an object with "
-            "the methods of a Parameterisation",
+            f"Model's kind is a {type(kind).__name__}; it must be the name of one, as denoiser or eps, or an object "
+            "with the methods of a Parameterisation",
         )
         require(decoder in DECODERS, f"Model's decoder is {decoder!r}; it must be None, 'sd' or 'edm2'")
         self.network = network

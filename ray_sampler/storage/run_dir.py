@@ -12,22 +12,19 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ray_sampler.errors import RequestError, RunError, redact, require
-from ray_sampler.options import option
+from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage import retry
-from ray_sampler.storage.connect import check_scheme, open_store
+from ray_sampler.storage.connect import open_store
 from ray_sampler.storage.fragment import Fragment, decode, decode_groups, explained
 from ray_sampler.storage.local_store import LinkRefused, LocalStore
 from ray_sampler.storage.parquet_format import record_at_end
 from ray_sampler.storage.ranges import Listing, RangeSet, cover
 from ray_sampler.storage.record import (
     DamagedFragment,
-    FragmentFormat,
     FragmentName,
     MissingFragment,
     Record,
@@ -56,54 +53,7 @@ TRIAL_BYTES = b"ray-sampler"
 PICTURES = ("preview.png", "summary.json", "report.html")
 FOOTER_BYTES = 64 * 2**10
 """Of a Parquet file's end: more than the footer of a fragment has."""
-READ_ONLY = ("hf", "github", "gist", "git", "zip", "tar", "jar", "libarchive", "data", "reference")
-"""Protocols of places that hold files, and into which a run cannot put its own."""
 ARCHIVE = re.compile(r"samples_[0-9]+x[0-9]+x[0-9]+x[0-9]+\.npz")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    """Where a run lies, and as what."""
-
-    output: str | None = option(
-        None,
-        "The run directory: a local path or any fsspec URL, s3:// and gs:// among them "
-        "(runs/<model>-<start of the fingerprint>).",
-    )
-    fragment_format: FragmentFormat = option("parquet", "Of the fragments.")
-    overwrite: bool = option(False, "Delete an earlier run there first; no other driver may be writing to it.")
-
-    def validate(self) -> None:
-        """Raises RequestError: the output cannot be one."""
-        if self.output is not None:
-            check_output(self.output)
-
-
-def check_output(output: str) -> None:
-    """Raises RequestError: nothing can be written to such a path or URL."""
-    require(output != "", "--output is empty; it must be a directory or an fsspec URL")
-    require(
-        not output.startswith("memory://"),
-        f"--output is {output!r}, the memory of one process, which no actor shares; give a directory or a bucket",
-    )
-    check_scheme(output, "--output is ")
-    protocol, _, path = output.partition("://") if "://" in output else ("", "", output)
-    require(
-        path.strip("/") != "" or not protocol, f"--output is {output!r}; a bucket or directory must follow the protocol"
-    )
-    require(
-        protocol not in ("http", "https"),
-        f"--output is {redact(output)!r}, a web address, where nothing can be written; give a directory or a bucket",
-    )
-    require(
-        protocol not in READ_ONLY,
-        f"--output is {redact(output)!r}, and {protocol}:// takes no files one by one; give a directory or a bucket, "
-        "and copy the archive there afterwards",
-    )
-    require(
-        protocol in ("", "file", "local") or "?" not in path,
-        f"--output is {redact(output)!r} with a query, which no bucket has; credentials come from the environment",
-    )
 
 
 class RunDir:

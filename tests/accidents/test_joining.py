@@ -58,8 +58,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
     port, client = free_ports(2)
     log = (tmp_path_factory.mktemp("head") / "log").open("wb")
     process = subprocess.Popen(
-        [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=1", f"--ray-client-server-port={client}", "--include-dashboard=false",
-         "--disable-usage-stats"],
+        [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=1",
+         f"--ray-client-server-port={client}", "--include-dashboard=false", "--disable-usage-stats"],
         env=os.environ | TOKEN, stdout=log, stderr=log, start_new_session=True,
     )  # fmt: skip
     try:

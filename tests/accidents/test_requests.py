@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from ray_sampler.cli import SYNONYMS, main
+from ray_sampler.arguments import SYNONYMS
+from ray_sampler.cli import main
 from ray_sampler.config import FLAGS
 from ray_sampler.storage.local_store import LocalStore
 from tests.cluster.runs import ARCHIVE, contents, flags_of, leave

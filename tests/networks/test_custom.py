@@ -1,4 +1,4 @@
-"""A network of the user's own: every kind of it samples the exact distribution, and travels to where its files are not."""
+"""A network of the user's own: every kind samples the exact distribution, and travels where its files are not."""
 
 from __future__ import annotations
 
@@ -383,7 +383,7 @@ def test_a_wrong_model_is_refused_in_one_sentence(what: str, write: Write) -> No
 
 @pytest.mark.parametrize("model", ["python:", "python:module", "python::make", "python:module:", "python:module:a b"])
 def test_a_name_of_another_form_is_refused(model: str) -> None:
-    with pytest.raises(RequestError, match="python:package.module:function"):
+    with pytest.raises(RequestError, match=r"python:package\.module:function"):
         prepare(RunConfig(model=model))
 
 

@@ -1,0 +1,129 @@
+"""Flags and their values in a command line, and what is wrong with one that we do not know."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ray_sampler.errors import RequestError
+from ray_sampler.options import Flag
+
+BOOLEANS = {
+    **dict.fromkeys(("true", "yes", "t", "y", "1"), True),
+    **dict.fromkeys(("false", "no", "f", "n", "0"), False),
+}
+"""What the original script accepts as a boolean."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says in one sentence what is wrong."""
+
+    def __init__(self, command: str, usage: str, description: str) -> None:
+        super().__init__(
+            prog=f"ray-sampler {command}",
+            usage=f"ray-sampler {command} {usage}".rstrip(),
+            description=description,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
+            allow_abbrev=False,
+            exit_on_error=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(message)
+
+
+def spelled(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The arguments as argparse reads them.
+
+    Flags get underscores in their names, where they may have hyphens, and values that begin with a minus, as lists of
+    numbers may, are joined to their flags.
+    """
+    valued = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
+    result: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, separator, value = argument[2:].partition("=")
+            argument = f"--{name.replace('-', '_')}{separator}{value}"
+        elif result and result[-1] in valued and re.match(r"-(\d|\.|inf)", argument):
+            argument = f"{result.pop()}={argument}"
+        result.append(argument)
+    return result
+
+
+def without_value(error: argparse.ArgumentError, parser: argparse.ArgumentParser) -> str:
+    """What is wrong with a flag that has no value and needs one, or has one and takes none."""
+    action = next((a for a in parser._actions if error.argument_name in a.option_strings), None)
+    if action is None:
+        return str(error)
+    if action.nargs == 0:
+        return f"{error.argument_name} takes no value; give it alone or leave it out"
+    return f"{error.argument_name} needs a value of the form {action.metavar}"
+
+
+def declare_flag(section: argparse._ActionsContainer, flag: Flag) -> None:
+    """Add a flag of `sample`."""
+    shown = "" if flag.default is None else f" ({flag.default if flag.default != '' else 'empty'})"
+    details: dict[str, Any] = {"default": None, "help": flag.help.rstrip(".").replace("%", "%%") + shown}
+    if flag.kind is bool:
+        details |= {"nargs": "?", "const": True, "metavar": "True|False"}
+    elif flag.choices:
+        details["metavar"] = "|".join(map(str, flag.choices))
+    else:
+        details["metavar"] = {int: "INT", float: "FLOAT"}.get(flag.kind, "TEXT")
+    section.add_argument(f"--{flag.name}", type=str, **details)
+
+
+def value_of(flag: Flag, text: Any) -> Any:
+    """A flag's value from its text.
+
+    Raises:
+        RequestError: the text is no such value.
+    """
+    if flag.choices:
+        if text not in flag.choices:
+            raise RequestError(f"--{flag.name} is {text!r}; it must be one of {', '.join(flag.choices)}")
+        return text
+    if flag.kind is bool:
+        if isinstance(text, str) and text.lower() not in BOOLEANS:
+            raise RequestError(f"--{flag.name} is {text!r}; it must be True or False")
+        return BOOLEANS[text.lower()] if isinstance(text, str) else text
+    try:
+        return flag.kind(text)
+    except ValueError:
+        form = "INT" if flag.kind is int else "FLOAT"
+        raise RequestError(f"--{flag.name} is {text!r}; it must be of the form {form}") from None
+
+
+SYNONYMS = {
+    **dict.fromkeys(("ckpt", "ckpt_path", "checkpoint", "network", "net", "network_pkl", "weights_path"), "--model"),
+    **dict.fromkeys(("outdir", "out_dir", "output_dir", "out", "sample_dir", "save_dir", "logdir"), "--output"),
+    **dict.fromkeys(("num_sampling_steps", "num_steps", "num_inference_steps", "sampling_steps", "nfe"), "--steps"),
+    **dict.fromkeys(("cfg_scale", "cfg", "guidance_scale", "w"), "--guidance"),
+    **dict.fromkeys(("class", "class_idx", "class_labels", "class_label", "classes"), "--labels"),
+    **dict.fromkeys(("num", "n", "num_fid_samples", "n_samples", "number"), "--num_samples"),
+    **dict.fromkeys(("batch", "per_proc_batch_size", "max_batch_size", "bs"), "--batch_size"),
+    **dict.fromkeys(("global_seed", "random_seed"), "--seed"),
+    **dict.fromkeys(("gnet", "guidance_network"), "--guide"),
+    **dict.fromkeys(("solver", "sampler_type", "sampling_method", "scheduler", "mode"), "--sampler"),
+    **dict.fromkeys(("S_churn", "S_min", "S_max", "S_noise"), "--s_churn, --s_tmin, --s_tmax or --s_noise"),
+    **dict.fromkeys(("seeds", "seed_range"), "--generator edm --seed"),
+    "vae": "--decoder",
+}
+"""What other samplers call our flags. `--seeds 0-49999` is `--generator edm --seed 0 --num_samples 50000` here."""
+
+
+def unknown_argument(command: str, parser: argparse.ArgumentParser, token: str) -> str:
+    """What is wrong with an argument that no flag takes."""
+    if not token.startswith("-"):
+        return f"{token!r} is one argument too many; `ray-sampler {command} --help` lists what there is"
+    flag = token.partition("=")[0]
+    synonym = SYNONYMS.get(flag.lstrip("-").replace("-", "_")) if command == "sample" else None
+    if synonym:
+        return f"{flag} is no flag of {command}; it is called {synonym} here"
+    known = [option for action in parser._actions for option in action.option_strings]
+    close = difflib.get_close_matches("--" + flag.lstrip("-").replace("-", "_"), known, 1)
+    hint = f"did you mean {close[0]}?" if close else f"`ray-sampler {command} --help` lists the flags"
+    return f"{flag} is no flag of {command}; {hint}"
