@@ -8,9 +8,10 @@ import re
 import resource
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -78,15 +79,16 @@ def knock(address: str) -> None:
 def check_head(found: str) -> None:
     """Ask a cluster's head whether it is one. Raises as `knock` does."""
     port = found.rpartition(":")[2]
+    messages: Any = gcs_service_pb2  # generated, without types
     with grpc.insecure_channel(found, [("grpc.enable_http_proxy", 0)]) as channel:
         call = channel.unary_unary(
             CHECK_ALIVE,
-            request_serializer=gcs_service_pb2.CheckAliveRequest.SerializeToString,
-            response_deserializer=gcs_service_pb2.CheckAliveReply.FromString,
+            request_serializer=messages.CheckAliveRequest.SerializeToString,
+            response_deserializer=messages.CheckAliveReply.FromString,
         )
         try:
             token = _get_authentication_metadata_tuple()
-            version = call(gcs_service_pb2.CheckAliveRequest(), timeout=KNOCK_S, metadata=token).ray_version
+            version = call(messages.CheckAliveRequest(), timeout=KNOCK_S, metadata=token).ray_version
         except grpc.RpcError as error:
             code = error.code()
             if code == grpc.StatusCode.UNAUTHENTICATED:
@@ -204,7 +206,7 @@ def cannot_start(error: BaseException) -> RunError:
 @contextmanager
 def entrypoint_in_text() -> Iterator[None]:
     """Let a command line reach Ray that holds bytes which are no UTF-8: Ray 2.60 tells its dashboard about it."""
-    original = utils.get_entrypoint_name
+    original: Callable[[], str] = utils.get_entrypoint_name
     utils.get_entrypoint_name = lambda: printable(original(), None)
     try:
         yield
