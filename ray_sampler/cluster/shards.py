@@ -46,7 +46,7 @@ def cut(job: Job, gaps: Sequence[tuple[int, int]], run: int, product: str = IMAG
 
 
 def tapered(tasks: Sequence[Task], actors: int, size: int) -> list[Task]:
-    """The tasks, the last ones of which, one for each actor, are cut smaller: so that no actor ends long before others."""
+    """The tasks, the last of which, one for each actor, are cut smaller: so that no actor ends long before others."""
     first = max(0, len(tasks) - actors)
     parts = (tasks_of([(task.start, task.stop)], size, task.run, task.product) for task in tasks[first:])
     return [*tasks[:first], *chain.from_iterable(parts)]
