@@ -23,7 +23,7 @@ venv: .venv/installed ## .venv, with the packages that constraints.txt pins
 	@touch $@
 
 sample: venv ## 1,000 handwritten digits into runs/digits; ARGS="--num_samples 2000" passes flags on
-	$(BIN)/python jobs/sample.py $(OUTPUT) --num_samples 1000 --batch_size 50 --shard_size 50 $(ARGS)
+	$(BIN)/python jobs/sample.py $(OUTPUT) --num_samples 1000 --batch_size 25 $(ARGS)
 
 test: lint ## linter, type checker and all tests but those of `make accidents`
 	$(BIN)/python -m pytest $(ARGS)

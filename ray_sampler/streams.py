@@ -56,14 +56,9 @@ class Sturdy:
         try:
             self.stream.write(text)
         except UnicodeEncodeError:
-            # A path may hold bytes that are no text, and a terminal may know few letters.
-            encoding = self.stream.encoding or "ascii"
-            try:
-                data = text.encode(encoding, "surrogateescape")
-            except UnicodeEncodeError:
-                data = text.encode(encoding, "backslashreplace")
+            # A path may hold bytes that are no text, and a stream may know few letters.
             self.stream.flush()
-            self.stream.buffer.write(data)
+            self.stream.buffer.write(as_on_disk(text))
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -83,6 +78,14 @@ class Sturdy:
             os.close(null)
         if first and self.raises:
             raise OutputLost(error) from error
+
+
+def as_on_disk(text: str) -> bytes:
+    """The bytes of a text, those of a path among it as the file system has them."""
+    try:
+        return os.fsencode(text)
+    except UnicodeEncodeError:
+        return text.encode(errors="backslashreplace")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ray_sampler import streams
 logger = logging.getLogger(__name__)
 
 VITAL = ("raylet", "gcs_server")
-"""Processes of Ray without which a run cannot go on; its agents take the raylet with them."""
+"""Processes of Ray without which a run cannot go on."""
 
 SENTENCE = (
     "the local Ray ended unexpectedly ({name} is gone: killed, or out of memory); what was finished is kept: "
@@ -34,6 +34,7 @@ def watched() -> Iterator[None]:
     """
     processes = ray._private.worker._global_node.all_processes  # type: ignore[attr-defined]  # no public way in Ray 2.60
     pids = {info.process.pid: name for name in VITAL for info in processes.get(name, [])}
+    pids |= {pid: "an agent" for raylet in processes.get("raylet", []) for pid in agents_of(raylet.process.pid)}
     over, stop = os.pipe()
     watcher = threading.Thread(target=watch, args=(pids, over), name="watch-ray", daemon=True)
     watcher.start()
@@ -43,6 +44,17 @@ def watched() -> Iterator[None]:
         os.close(stop)
         watcher.join()
         os.close(over)
+
+
+def agents_of(raylet: int) -> list[int]:
+    """The agents of a raylet, which ends when one of them does, slowly, and ends this process before."""
+    found = []
+    with suppress(psutil.Error):
+        for process in psutil.Process(raylet).children():
+            with suppress(psutil.Error):
+                if "agent" in " ".join(process.cmdline()[:4]).lower():  # a worker's first words hold no such thing
+                    found.append(process.pid)
+    return found
 
 
 def watch(pids: dict[int, str], over: int) -> None:

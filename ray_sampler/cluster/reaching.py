@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -78,15 +79,16 @@ def knock(address: str) -> None:
 def check_head(found: str) -> None:
     """Ask a cluster's head whether it is one. Raises as `knock` does."""
     port = found.rpartition(":")[2]
+    messages: Any = gcs_service_pb2  # generated, without types
     with grpc.insecure_channel(found, [("grpc.enable_http_proxy", 0)]) as channel:
         call = channel.unary_unary(
             CHECK_ALIVE,
-            request_serializer=gcs_service_pb2.CheckAliveRequest.SerializeToString,
-            response_deserializer=gcs_service_pb2.CheckAliveReply.FromString,
+            request_serializer=messages.CheckAliveRequest.SerializeToString,
+            response_deserializer=messages.CheckAliveReply.FromString,
         )
         try:
             token = _get_authentication_metadata_tuple()
-            version = call(gcs_service_pb2.CheckAliveRequest(), timeout=KNOCK_S, metadata=token).ray_version
+            version = call(messages.CheckAliveRequest(), timeout=KNOCK_S, metadata=token).ray_version
         except grpc.RpcError as error:
             code = error.code()
             if code == grpc.StatusCode.UNAUTHENTICATED:

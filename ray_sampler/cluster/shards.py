@@ -6,6 +6,7 @@ The bytes of the archive do not depend on it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import ray
 
@@ -17,6 +18,9 @@ from ray_sampler.config import LARGEST_SHARD, FleetOptions
 
 SHARDS_PER_ACTOR = 4
 """Shards for each actor, at least, where there are as many batches: so that no actor waits long for another's last."""
+
+LAST_PARTS = 4
+"""Parts into which each of the last shards is cut."""
 
 ELASTIC_ACTORS = 8
 """A cluster may grow: it counts as having room for so many actors, at least."""
@@ -37,7 +41,15 @@ def cut(job: Job, gaps: Sequence[tuple[int, int]], run: int, product: str = IMAG
     actors = expected_actors(request.of(FleetOptions), job.gpus, job.local)
     batch_size = request.batch_size
     size = suitable_size(sum(stop - start for start, stop in gaps), batch_size, actors)
-    return list(tasks_of(gaps, size, run, product, early=actors, early_size=batch_size))
+    tasks = list(tasks_of(gaps, size, run, product, early=actors, early_size=batch_size))
+    return tapered(tasks, actors, batch_size * max(1, size // batch_size // LAST_PARTS))
+
+
+def tapered(tasks: Sequence[Task], actors: int, size: int) -> list[Task]:
+    """The tasks, the last of which, one for each actor, are cut smaller: so that no actor ends long before others."""
+    first = max(0, len(tasks) - actors)
+    parts = (tasks_of([(task.start, task.stop)], size, task.run, task.product) for task in tasks[first:])
+    return [*tasks[:first], *chain.from_iterable(parts)]
 
 
 def suitable_size(num_samples: int, batch_size: int, actors: int) -> int:

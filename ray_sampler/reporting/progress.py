@@ -264,8 +264,8 @@ class _Log:
     def message(self, text: str, level: Level = "info") -> None:
         if self.quiet and level == "info":
             return
-        line = printable(text if level == "info" else f"{level}: {text}", None)
-        self._write({"event": "message", "level": level, "text": text}, line)  # JSON escapes by itself
+        shown = text if level == "info" else f"{level}: {text}"
+        self._write({"event": "message", "level": level, "text": text}, printable(shown, None))
 
     def close(self) -> None:
         """Write the last state unless it stands there already."""

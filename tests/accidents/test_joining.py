@@ -57,11 +57,14 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
     """A cluster's head: its own port and that of Ray clients."""
     port, client = free_ports(2)
     log = (tmp_path_factory.mktemp("head") / "log").open("wb")
+    flags = [f"--port={port}", f"--ray-client-server-port={client}", "--num-cpus=1", "--include-dashboard=false"]
     process = subprocess.Popen(
-        [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=1",
-         f"--ray-client-server-port={client}", "--include-dashboard=false", "--disable-usage-stats"],
-        env=os.environ | TOKEN, stdout=log, stderr=log, start_new_session=True,
-    )  # fmt: skip
+        [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats", *flags],
+        env=os.environ | TOKEN,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
     try:
         for each in (port, client):
             deadline = time.monotonic() + 90

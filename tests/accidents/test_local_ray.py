@@ -95,6 +95,10 @@ def test_a_run_writes_to_a_path_of_any_bytes(configure: Configure, samples, tmp_
     assert (output / ARCHIVE).read_bytes() == savez(samples)
 
 
+AGENT = ("DashboardAgent", "dashboard/agent.py", "dashboard-agent")
+"""Names of Ray's agent, without which its raylet ends."""
+
+
 def part_of_ray(driver: int, names: tuple[str, ...]) -> psutil.Process:
     for process in psutil.Process(driver).children(recursive=True):
         if any(name in " ".join(process.cmdline()[:4]) for name in names):
@@ -103,11 +107,7 @@ def part_of_ray(driver: int, names: tuple[str, ...]) -> psutil.Process:
 
 
 @pytest.mark.accidents
-@pytest.mark.parametrize(
-    "names",
-    [("raylet/raylet",), ("gcs_server",), ("DashboardAgent", "dashboard/agent.py", "dashboard-agent")],
-    ids=lambda n: n[0],
-)
+@pytest.mark.parametrize("names", [("raylet/raylet",), ("gcs_server",), AGENT], ids=lambda names: names[0])
 def test_a_run_whose_ray_is_killed_says_so_and_goes_on_later(configure, longer_samples, tmp_path: Path, names):
     config, log = configure(**LONGER), tmp_path / "log"
     with started(config, log) as process:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ray_sampler.cluster.dispatch import tasks_of
 from ray_sampler.cluster.driver import padding, run
-from ray_sampler.cluster.shards import SHARDS_PER_ACTOR, expected_actors, suitable_size
+from ray_sampler.cluster.shards import SHARDS_PER_ACTOR, expected_actors, suitable_size, tapered
 from ray_sampler.config import LARGEST_SHARD, FleetOptions
 from ray_sampler.storage.record import FragmentName
 from tests.cluster.runs import fragments, part, sampled, savez
@@ -45,6 +45,31 @@ def test_the_first_shards_are_single_batches(num_samples: int, batch: int, batch
     assert all(task.stop - task.start <= batch for task in tasks[:actors])
     assert all(task.start % batch == 0 for task in tasks)
     assert all(task.start // (batch * batches) == (task.stop - 1) // (batch * batches) for task in tasks)
+
+
+@given(st.integers(1, 500), st.integers(1, 20), st.integers(1, 8), st.integers(1, 6))
+def test_the_last_shards_are_small_and_leave_nothing_out(num_samples: int, batch: int, batches: int, actors: int):
+    tasks = list(tasks_of([(0, num_samples)], batch * batches))
+    small = batch * max(1, batches // 4)
+    cut = tapered(tasks, actors, small)
+    assert [i for task in cut for i in range(task.start, task.stop)] == list(range(num_samples))
+    assert all(task.start % batch == 0 for task in cut)
+    assert all(task.stop - task.start <= small for task in cut if task.start >= tasks[-min(actors, len(tasks))].start)
+
+
+@pytest.mark.parametrize(("batch", "actors", "seconds"), [(16, 2, 1.0), (25, 3, 1.0), (64, 8, 5.0)])
+def test_no_actor_is_idle_for_long_while_samples_are_missing(batch: int, actors: int, seconds: float):
+    """In a simulation in which each actor takes the next shard when it has done one, and a batch takes `seconds`."""
+    for num_samples in (64, 500, 1000, 5000, 50_000):
+        size = suitable_size(num_samples, batch, actors)
+        tasks = tasks_of([(0, num_samples)], size, early=actors, early_size=batch)
+        shards = tapered(list(tasks), actors, batch * max(1, size // batch // 4))
+        busy = [0.0] * actors
+        for shard in shards:
+            now = busy.index(min(busy))
+            busy[now] += seconds * -(-(shard.stop - shard.start) // batch)
+        ideal = seconds * -(-num_samples // batch) / actors
+        assert max(busy) - ideal <= max(seconds, 0.06 * ideal), (num_samples, size)
 
 
 @pytest.mark.usefixtures("local_ray")
