@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from ray_sampler.arguments import SYNONYMS
+from ray_sampler.flags import SYNONYMS
 from ray_sampler.cli import main
 from ray_sampler.config import FLAGS
 from ray_sampler.storage.local_store import LocalStore
