@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import ray_sampler
 from ray_sampler import run_folder
-from ray_sampler.flags import Parser, declare_flag, spelled, unknown_argument, value_of, without_value
 from ray_sampler.errors import RequestError, RunError, printable
+from ray_sampler.flags import Parser, declare_flag, spelled, unknown_argument, value_of, without_value
 from ray_sampler.interrupts import end_now, interruptible
 from ray_sampler.networks.adm_options import AdmOptions, TrainingOptions
 from ray_sampler.options import flags_of

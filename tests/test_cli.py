@@ -257,7 +257,8 @@ def test_a_dry_run_prints_the_resolved_run_and_touches_nothing(place: Path, conf
     expected = {"model": "nowhere.pt", "output": "run", "sampler": "multistep", "ts": "0,2", "shard_size": 12}
     assert settings.items() >= (expected | {"sigma_max": 80.0, "rounding": "truncate", "labels": "random"}).items()
     recorded = {name for name, composed in FLAGS.items() if composed.flag.recorded}
-    assert settings.keys() == recorded - {"model_path", "use_fp16", "dry_run"}
+    levels = {"schedule", "nfe", "sigmas"}
+    assert settings.keys() - levels == recorded - {"model_path", "use_fp16", "dry_run"} | {"state"}
 
 
 def test_a_dry_run_shows_what_a_bundled_model_and_a_preset_bring(place: Path, capsys):

@@ -33,8 +33,8 @@ FOREIGN = {
     "--metrics-export-port": "ray start",
 }
 """Flags of Ray's commands that the pages name."""
-OTHERS = {"--json", "--watch", "--cache", "--help"}
-"""Flags of our other commands, and of examples/digits/evaluate.py."""
+OTHERS = {"--json", "--watch", "--cache", "--help"} | {f"--{name.replace('_', '-')}" for name in SYNONYMS}
+"""Flags of our other commands, of examples/digits/evaluate.py, and of other programs."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def test_make_has_the_targets(page: str, command: str) -> None:
     ).stdout
     if target == "sample":
         started = re.sub(r"^.*jobs/sample\.py", "", dry.strip().splitlines()[-1])
-        assert cli.request_of(cli.parse(["sample", *shlex.split(started)])[1]).batch_size == 50
+        assert cli.request_of(cli.parse(["sample", *shlex.split(started)])[1]).batch_size == 25
 
 
 @pytest.mark.parametrize(("page", "command"), [each for each in commands() if each[1].startswith("ray ")])

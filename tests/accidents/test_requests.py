@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from ray_sampler.flags import SYNONYMS
 from ray_sampler.cli import main
 from ray_sampler.config import FLAGS
+from ray_sampler.flags import SYNONYMS
 from ray_sampler.storage.local_store import LocalStore
 from tests.cluster.runs import ARCHIVE, contents, flags_of, leave
 from tests.conftest import Configure
