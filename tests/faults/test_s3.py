@@ -16,12 +16,13 @@ import pytest
 
 from ray_sampler.config import RequestError, RunError
 from ray_sampler.storage import connect, object_store, s3_store
-from ray_sampler.storage.record import FragmentName
-from ray_sampler.storage.run_dir import RunDir
+from ray_sampler.storage.record import FragmentName, MissingFragment
+from ray_sampler.storage.run_dir import FOOTER_BYTES, RunDir
 from tests.faults.proxy import Fault, FaultProxy, Kind, once
 from tests.faults.servers import BUCKET, KEY, SECRET, client
 from tests.faults.sweep import PASSING
 from tests.storage.conftest import moto_endpoint, rclone_endpoint, use_endpoint
+from tests.storage.fill import FINGERPRINT, encoded
 
 __all__ = ["moto_endpoint", "rclone_endpoint"]
 
@@ -317,3 +318,14 @@ def test_a_credential_in_an_address_is_refused_and_never_shown(url: str, endpoin
         shown = f"{caught.value} {run_dir!r} {caplog.text}".lower()
         assert "planted" not in shown
         assert SECRET not in shown
+
+
+def test_a_record_is_read_from_the_end_of_an_object(run_dir: RunDir, proxy: FaultProxy):
+    name, data, record, _ = encoded("parquet", 0, 600)
+    run_dir.write_fragment(name, data)
+    assert len(data) > FOOTER_BYTES
+    assert run_dir.ranges().read_end(name, 1000) == data[-1000:]
+    assert run_dir.ranges().read_end(name, 10 * len(data)) == data
+    assert run_dir.read_record(name, FINGERPRINT) == record
+    with pytest.raises(MissingFragment):
+        run_dir.read_record(FragmentName(0, 8, "parquet"), FINGERPRINT)
