@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-from ray_sampler.cli import SYNONYMS, main
+from ray_sampler.cli import main
 from ray_sampler.config import FLAGS
 from ray_sampler.storage.local_store import LocalStore
+from ray_sampler.synonyms import SYNONYMS
 from tests.cluster.runs import ARCHIVE, contents, flags_of, leave
 from tests.conftest import Configure
 
