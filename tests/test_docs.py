@@ -16,6 +16,7 @@ import pytest
 
 from ray_sampler import cli
 from ray_sampler.config import RequestError, RunConfig
+from ray_sampler.flags import SYNONYMS
 from ray_sampler.storage.run_dir import FragmentName, RunDir
 from tests.storage.fill import fill, make_samples
 

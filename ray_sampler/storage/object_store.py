@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from ray_sampler.errors import RequestError, RunError
-from ray_sampler.storage.failures import NO_BUCKET_WORDS, code, failure, families, is_passing, said, status
+from ray_sampler.storage.failures import NO_BUCKET_WORDS, code, failure, families, is_passing, kinds, said, status
 from ray_sampler.storage.retry import persist
 from ray_sampler.storage.store import (
     ABANDONED_SECONDS,
