@@ -100,7 +100,7 @@ def value_of(flag: Flag, text: Any) -> Any:
 SYNONYMS = {
     **dict.fromkeys(("ckpt", "ckpt_path", "checkpoint", "network", "net", "network_pkl", "weights_path"), "--model"),
     **dict.fromkeys(("outdir", "out_dir", "output_dir", "out", "sample_dir", "save_dir", "logdir"), "--output"),
-    **dict.fromkeys(("num_sampling_steps", "num_steps", "num_inference_steps", "sampling_steps", "nfe"), "--steps"),
+    **dict.fromkeys(("num_sampling_steps", "num_steps", "num_inference_steps", "sampling_steps"), "--steps"),
     **dict.fromkeys(("cfg_scale", "cfg", "guidance_scale", "w"), "--guidance"),
     **dict.fromkeys(("class", "class_idx", "class_labels", "class_label", "classes"), "--labels"),
     **dict.fromkeys(("num", "n", "num_fid_samples", "n_samples", "number"), "--num_samples"),

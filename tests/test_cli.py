@@ -258,7 +258,7 @@ def test_a_dry_run_prints_the_resolved_run_and_touches_nothing(place: Path, conf
     assert settings.items() >= (expected | {"sigma_max": 80.0, "rounding": "truncate", "labels": "random"}).items()
     recorded = {name for name, composed in FLAGS.items() if composed.flag.recorded}
     levels = {"schedule", "nfe", "sigmas"}
-    assert settings.keys() - levels == recorded - {"model_path", "use_fp16", "dry_run"} | {"state"}
+    assert settings.keys() - levels == recorded - {"model_path", "use_fp16", "dry_run"}
 
 
 def test_a_dry_run_shows_what_a_bundled_model_and_a_preset_bring(place: Path, capsys):
