@@ -6,6 +6,7 @@ second attempt and says nothing; here it makes one, and ours follow.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import fsspec
 from azure.core import MatchConditions
-from azure.core.exceptions import ResourceExistsError, ResourceNotFoundError
+from azure.core.exceptions import ClientAuthenticationError, ResourceExistsError, ResourceNotFoundError
 from azure.storage.blob import BlobBlock, BlobPrefix
 from fsspec.asyn import sync
 
@@ -23,6 +24,8 @@ from ray_sampler.storage.failures import NO_BUCKET_WORDS, code
 ONE_ATTEMPT = dict.fromkeys(("retry_total", "retry_connect", "retry_read", "retry_status"), 0)
 LIMITS = {"connection_timeout": 10, "read_timeout": 20}
 """Seconds."""
+LOOK_FOR_CREDENTIALS_S = 12.0
+SCOPE = "https://storage.azure.com/.default"
 
 NAMES_PER_PAGE = 5000
 
@@ -33,6 +36,7 @@ class AzureStore(BucketStore):
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, url: str) -> None:
         super().__init__(filesystem, root, url)
         self.bucket, _, self.prefix = root.partition("/")
+        self._looked = False
         # Where no credentials are found it warns of each place in which it looked, in dozens of lines.
         logging.getLogger("azure").setLevel(logging.CRITICAL)
 
@@ -40,6 +44,7 @@ class AzureStore(BucketStore):
         """What a request of the container's client gives."""
 
         async def made() -> Any:
+            await self._found_credentials()
             try:
                 return await request(self.filesystem.service_client.get_container_client(self.bucket))
             except ResourceNotFoundError as error:
@@ -52,6 +57,17 @@ class AzureStore(BucketStore):
                 raise
 
         return sync(self.filesystem.loop, made)
+
+    async def _found_credentials(self) -> None:
+        """Look once for the credentials that nobody gave; a metadata server that never answers is not waited for."""
+        credential = self.filesystem.credential
+        if self._looked or not hasattr(credential, "get_token"):
+            return
+        try:
+            await asyncio.wait_for(credential.get_token(SCOPE), LOOK_FOR_CREDENTIALS_S)
+        except asyncio.TimeoutError:
+            raise ClientAuthenticationError("no credentials were found in time") from None
+        self._looked = True
 
     def _pipe(self, path: str, data: bytes, create: bool = False) -> None:
         options = {"overwrite": not create, "length": len(data), "max_concurrency": 1, **LIMITS, **ONE_ATTEMPT}
