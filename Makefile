@@ -26,7 +26,7 @@ sample: venv ## 1,000 handwritten digits into runs/digits; ARGS="--num_samples 2
 	$(BIN)/python jobs/sample.py $(OUTPUT) --num_samples 1000 --batch_size 25 $(ARGS)
 
 test: lint ## linter, type checker and all tests but those of `make accidents`
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 accidents: venv ## tests that kill, freeze and submit whole processes and clusters
 	$(BIN)/python -m pytest -m accidents $(ARGS)
