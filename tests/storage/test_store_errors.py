@@ -11,7 +11,6 @@ import uuid
 from pathlib import Path
 
 import botocore.exceptions
-import fsspec.registry as fsspec_registry
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -27,7 +26,7 @@ def test_a_wrong_url_is_refused_in_one_sentence(tmp_path, monkeypatch):
         RunDir("nonsense://bucket/run")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     monkeypatch.delitem(sys.modules, "ray_sampler.storage.gcs_store", raising=False)  # as in a new process
-    monkeypatch.delitem(fsspec_registry._registry, "gs", raising=False)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)
     with pytest.raises(RequestError, match=r"pip install 'ray-sampler\[gcs\]'"):
         RunDir("gs://bucket/run")
     (tmp_path / "file").write_text("x")
