@@ -20,24 +20,9 @@ import torch
 from torch import Tensor
 
 from ray_sampler.networks.pickles import Blob, Inert, Name, Refused, damage_refused, read
+from ray_sampler.networks.torch_files import MAGIC, NUMBERS, PROTOCOL
 
 __all__ = ["Refused", "SavedNetwork", "looks_like_nvidia", "read_pickle"]
-
-DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-MAGIC = 0x1950A86A20F9469CFC6C
-"""With this number, and the next, begins what torch.save wrote before it wrote zip files."""
-PROTOCOL = 1001
 
 MAX_DEPTH = 16
 MAX_MODULES = 20_000
@@ -202,7 +187,7 @@ def _storage(blob: Blob) -> _Storage:
 
 
 def _storage_class(module: str, name: str) -> Callable[..., Any] | None:
-    return (lambda: DTYPES[name]) if module == "torch" and name in DTYPES else None
+    return (lambda: NUMBERS[name]) if module == "torch" and name in NUMBERS else None
 
 
 def _described(description: Any) -> tuple[torch.dtype, str, int]:

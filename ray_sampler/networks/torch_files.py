@@ -20,7 +20,7 @@ MAGIC = 0x1950A86A20F9469CFC6C
 """With this number, and the next, begins what torch.save wrote before it wrote zip files."""
 PROTOCOL = 1001
 
-STORAGES = {
+NUMBERS = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -31,6 +31,10 @@ STORAGES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+}
+"""Storages of plain numbers, by the names of their classes."""
+
+STORAGES = NUMBERS | {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
     "QUInt8Storage": torch.uint8,
@@ -165,6 +169,7 @@ def read_zip(file: BinaryIO, size: int) -> Any:
     """
     try:
         records = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
+    # A damaged directory may ask for a zip version that zipfile does not know: a NotImplementedError.
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, zlib.error, OverflowError) as error:
         raise Refused("it is truncated or damaged: a zip archive, as torch.save writes, without its end") from error
     folder = next(
