@@ -149,12 +149,7 @@ class BucketStore(ObjectStore):
 
     def _version(self, key: str) -> Version | None:
         """What stands under a key, None where there is nothing."""
-        try:
-            return self._retry(lambda: self._request_version(key))
-        except FileNotFoundError as error:
-            if code(error) in NO_BUCKET_WORDS:
-                raise
-            return None
+        return self._unless_absent(lambda: self._request_version(key))
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[OpenFile]:

@@ -55,27 +55,26 @@ class ObjectStore:
     def _retry(self, request: Callable[[], Result]) -> Result:
         return persist(request, is_passing, said, f"the store of {self.url}")
 
+    def _unless_absent(self, request: Callable[[], Result]) -> Result | None:
+        """What a request gives, tried again where that helps; None where there is no such file."""
+        try:
+            return self._retry(request)
+        except FileNotFoundError as error:
+            if code(error) in NO_BUCKET_WORDS:
+                raise
+            return None
+
     def _fetch(self, path: str) -> bytes:
         """The whole file, in one request."""
         return bytes(self.filesystem.cat_file(self._full(path)))
 
     def read(self, path: str) -> bytes | None:
         with self._explained("read", path):
-            try:
-                return self._retry(lambda: self._fetch(path))
-            except FileNotFoundError as error:
-                if code(error) in NO_BUCKET_WORDS:
-                    raise
-                return None
+            return self._unless_absent(lambda: self._fetch(path))
 
     def read_end(self, path: str, size: int) -> bytes | None:
         with self._explained("read", path):
-            try:
-                return self._retry(lambda: self._cat_end(self._full(path), size))
-            except FileNotFoundError as error:
-                if code(error) in NO_BUCKET_WORDS:
-                    raise
-                return None
+            return self._unless_absent(lambda: self._cat_end(self._full(path), size))
 
     def _cat_end(self, full: str, size: int) -> bytes:
         try:
