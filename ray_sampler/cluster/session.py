@@ -21,6 +21,7 @@ from ray_sampler.cluster.own_ray import Keeper, log_says, our_roots, session_log
 from ray_sampler.cluster.reaching import address_given, cannot_join, knock, refuse_client_address
 from ray_sampler.config import FleetOptions
 from ray_sampler.errors import RequestError, require
+from ray_sampler.reporting.progress import count
 
 LOCAL_ACTORS = 8
 """CPU actors of one machine at most; each takes an equal part of its cores."""
@@ -180,13 +181,14 @@ def check_own(options: FleetOptions) -> None:
     asked, here = options.gpus_per_actor or 0.0, torch.cuda.device_count() if options.gpus_per_actor else 0
     require(
         asked <= here,
-        f"--gpus_per_actor is {asked:g}, but this machine has {here} GPUs that can be used; give 0 for its CPUs, or "
+        f"--gpus_per_actor is {asked:g}, but this machine has {count(here, 'usable GPU')}; give 0 for its CPUs, or "
         "--address of a cluster that has GPUs",
     )
     cores = cpus()
     require(
         (options.cpus_per_actor or 1) <= cores,
-        f"--cpus_per_actor is {options.cpus_per_actor}, but {cores} CPUs can be used on this machine; give no more",
+        f"--cpus_per_actor is {options.cpus_per_actor}, but this machine has {count(cores, 'usable CPU')}; "
+        "give no more",
     )
 
 
@@ -208,8 +210,8 @@ def plan_fleet(options: FleetOptions, gpus: float, shards: int, local: bool) -> 
         room = int(there) * int(1 / gpus) if gpus < 1 else int(there // gpus)  # a fraction must fit on one card
         require(
             room > 0,
-            f"--gpus_per_actor is {gpus:g}, but Ray finds {there:g} GPUs on this machine; give 0 for its CPUs, or "
-            "--address of a cluster that has GPUs",
+            f"--gpus_per_actor is {gpus:g}, but Ray finds {count(there, 'GPU')} on this machine; give 0 for its CPUs, "
+            "or --address of a cluster that has GPUs",
         )
         return Fleet(gpus, options.cpus_per_actor or 1, max(1, min(wanted, room, shards)), local=True)
     cores = max(1, int(resources.get("CPU", 1)))
@@ -223,11 +225,14 @@ def plan_fleet(options: FleetOptions, gpus: float, shards: int, local: bool) -> 
 
 def why_unplaced(fleet: Fleet) -> str:
     """Why no actor has a process yet: what is asked for, and what is free or, of our own Ray, what its log says."""
-    asked = f"an actor asks for {fleet.cpus} CPUs" + (f" and {fleet.gpus:g} GPUs" if fleet.gpus else "")
+
+    def shown(cpus: float, gpus: float) -> str:
+        return count(cpus, "CPU") + (f" and {count(gpus, 'GPU')}" if fleet.gpus else "")
+
+    asked = f"an actor asks for {shown(fleet.cpus, fleet.gpus)}"
     if not fleet.local:
         free = ray.available_resources()
-        room = f"{free.get('CPU', 0):g} CPUs" + (f" and {free.get('GPU', 0):g} GPUs" if fleet.gpus else "")
-        return f"{asked}; free in the whole cluster are {room}"
+        return f"{asked}; the whole cluster has {shown(free.get('CPU', 0), free.get('GPU', 0))} free"
     folder = session_logs()
     said = log_says(folder, ("raylet.err", "raylet.out")) if folder else None
     return f"{asked}; {f'Ray says: {said}' if said else 'Ray says nothing of it'}; its logs lie in {folder}"

@@ -343,9 +343,10 @@ def whole_percent(snapshot: Snapshot) -> int:
     return 100 * snapshot.finished // max(snapshot.num_samples, 1)
 
 
-def count(number: int, noun: str) -> str:
-    """A number with its noun: 1 shard, 2,000 shards."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def count(number: float, noun: str) -> str:
+    """A number with its noun: 1 shard, 2,000 shards, 0.5 GPUs."""
+    shown = int(number) if number == int(number) else round(number, 3)
+    return f"{shown:,} {noun}{'' if number == 1 else 's'}"
 
 
 def format_rate(rate: float) -> str:

@@ -139,7 +139,7 @@ def test_one_actor_fits_beside_whatever_else_a_node_does(held: int, tmp_path: Pa
     )
     assert done.stdout == "40\n", done.stderr
     assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)
-    told = "an actor asks for 1 CPUs; free in the whole cluster are 0 CPUs" in done.stderr
+    told = "an actor asks for 1 CPU; the whole cluster has 0 CPUs free" in done.stderr
     assert told == (held == 2)
 
 

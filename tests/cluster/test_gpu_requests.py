@@ -51,7 +51,7 @@ def test_a_request_that_a_machine_without_a_gpu_cannot_serve_writes_nothing(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("ray_sampler.cluster.job.joins_cluster", lambda address: False)
-    with pytest.raises(RequestError, match="--gpus_per_actor is 1, but this machine has 0 GPUs that can be used"):
+    with pytest.raises(RequestError, match="--gpus_per_actor is 1, but this machine has 0 usable GPUs"):
         prepare(RunConfig(model="digits", gpus_per_actor=1.0, output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 

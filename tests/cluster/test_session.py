@@ -68,7 +68,7 @@ def test_loopback_is_for_the_start_alone():
 @pytest.mark.parametrize("gpus", [1, 2, 0.6])
 def test_gpus_that_cannot_come_to_our_own_ray_are_a_wrong_request(gpus: float, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(RequestError, match="this machine has 0 GPUs"):
+    with pytest.raises(RequestError, match="this machine has 0 usable GPUs"):
         check_own(RunConfig(gpus_per_actor=gpus))
     with pytest.raises(RequestError, match="Ray finds 0 GPUs"):  # where torch sees one and Ray does not
         plan_fleet(RunConfig(gpus_per_actor=gpus), gpus, 10, local=True)
