@@ -155,6 +155,9 @@ class ScriptedPool:
     def scale(self, wanted: int) -> None:
         pass
 
+    def unplaced_s(self) -> float:
+        return 0.0
+
     def look_around(self) -> None:
         pass
 
