@@ -16,7 +16,7 @@ from ray_sampler.storage.run_dir import FragmentName, RunDir
 from tests.cluster.processes import kill_group, started, wait_for
 from tests.cluster.runs import LONGER, savez
 from tests.conftest import Configure
-from tests.faults.clouds import ACCOUNT, CONTAINER, KEY, azurite_server, connection_string
+from tests.faults.clouds import ACCOUNT, CONTAINER, KEY, azurite_server, connection_string, use_cloud
 from tests.faults.lives import live
 
 NAME = FragmentName(0, 4, "parquet")
@@ -26,7 +26,7 @@ NAME = FragmentName(0, 4, "parquet")
 def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The connection string of an emulator with one container, which this process finds."""
     with azurite_server(tmp_path_factory.mktemp("azurite")) as endpoint, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection_string(endpoint))
+        use_cloud(patch, "azure", endpoint)
         yield endpoint
 
 
