@@ -16,6 +16,7 @@ import re
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -228,8 +229,19 @@ def our_roots() -> list[psutil.Process]:
 
 
 def end_processes() -> None:
-    """Kill all processes of our own Ray, and wait until they are gone."""
-    psutil.wait_procs(kill_trees(our_roots()), timeout=END_S)
+    """Kill all processes of our own Ray, and wait until they have ended."""
+    killed = kill_trees(our_roots())
+    deadline = time.monotonic() + END_S
+    while any(map(lives, killed)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    psutil.wait_procs(killed, timeout=0)  # our own children are there until we have asked about them
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it has not ended. One of a child that has ended too stays a zombie until the system's init asks."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def session_logs() -> Path | None:

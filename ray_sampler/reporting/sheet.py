@@ -103,7 +103,7 @@ class PreviewKeeper:
         """Of the run's fragments, as they come and go."""
         self.drawing: Thread | None = None
         self.drawn = 0
-        self.due = time.monotonic() + REDRAW_S / 4
+        self.due = time.monotonic()
 
     def redraw_when_due(self) -> None:
         if time.monotonic() < self.due or len(self.names) == self.drawn or (self.drawing and self.drawing.is_alive()):
