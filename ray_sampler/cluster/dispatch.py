@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ray_sampler.cluster.metrics import DriverMetrics
-from ray_sampler.cluster.pool import Failed, Finished, Lost, Pool, Ready, StartFailed, reason_of
+from ray_sampler.cluster.pool import Failed, Finished, Lost, Pool, Ready, StartFailed, Waiting, reason_of
 from ray_sampler.cluster.session import shared, start_failure, why_unplaced, worker_starting
 from ray_sampler.cluster.worker import IMAGES, Task, TaskResult
 from ray_sampler.errors import RequestError, RunError
@@ -221,6 +221,8 @@ class Dispatch:
                     self.deaths.update(shards)
                 for shard in reversed(shards):
                     self._return(shard, front=True, give_up=self.deaths[shard] >= DEATHS and reason)
+            case Waiting(reason):
+                self.reporter.message(reason, "warning")
             case StartFailed(reason, guilty, hopeless):
                 if hopeless:
                     raise RunError(reason)

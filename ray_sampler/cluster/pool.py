@@ -16,8 +16,9 @@ from ray._private.state import state as cluster_state
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from ray_sampler.cluster.session import Fleet
-from ray_sampler.cluster.worker import Task, TaskResult, WorkerInfo
+from ray_sampler.cluster.worker import HiddenError, Task, TaskResult, WorkerInfo
 from ray_sampler.sampling.engine import NonFiniteError, OutOfDeviceMemoryError
+from ray_sampler.storage.retry import HIDDEN_S
 
 MOST_IN_FLIGHT = 8
 """Shards of one actor at once, however slow its uploads are: this bounds its memory."""
@@ -81,6 +82,12 @@ class Ready(NamedTuple):
     info: WorkerInfo
 
 
+class Waiting(NamedTuple):
+    """An actor waits for its output to show what the driver wrote."""
+
+    reason: str
+
+
 class StartFailed(NamedTuple):
     """An actor could not start."""
 
@@ -91,7 +98,7 @@ class StartFailed(NamedTuple):
     """Whether every other actor would fail as well: the run does not fit on its device."""
 
 
-Event = Finished | Failed | Lost | Ready | StartFailed
+Event = Finished | Failed | Lost | Ready | Waiting | StartFailed
 
 
 @dataclass
@@ -275,6 +282,9 @@ class Pool:
         try:
             member.info = ray.get(member.hello)
         except RayError as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, HiddenError):
+                member.hello = member.handle.start.remote(HIDDEN_S)
+                return Waiting(reason_of(error))
             self.remove(member)
             self.start_failed = time.monotonic()
             too_large = isinstance(error, RayTaskError) and isinstance(error.cause, OutOfDeviceMemoryError)

@@ -111,6 +111,10 @@ class TaskResult:
     """Encoding and writing."""
 
 
+class HiddenError(RunError):
+    """A process does not see, at first sight, what the driver wrote to an output: a cache may hide it for a while."""
+
+
 class Worker:
     """Samples shards and writes their fragments. All computing happens on one dedicated thread."""
 
@@ -121,15 +125,19 @@ class Worker:
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
 
-    def start(self) -> WorkerInfo:
-        """Prove access to the outputs and load the networks; to be called once, before anything else.
+    def start(self, patience_s: float = 0.0) -> WorkerInfo:
+        """Prove access to the outputs and load the networks; before anything else, and again after HiddenError.
+
+        Args:
+            patience_s: seconds for which it looks for what the driver wrote.
 
         Raises:
+            HiddenError: it looked at once and only once, and did not see that.
             RunError: this node does not share an output.
             OutOfDeviceMemoryError: the networks, or a batch, do not fit on the device.
         """
         for run, run_dir in zip(self.runs, self.run_dirs, strict=True):
-            prove_access(run_dir, run.probe)
+            prove_access(run_dir, run.probe, patience_s)
         self.engine = self.compute.submit(self._build).result()
         self.metrics = [ActorMetrics(run.fingerprint[:8]) for run in self.runs]
         return self.info()
@@ -216,16 +224,22 @@ class Worker:
         }
 
 
-def prove_access(run_dir: RunDir, probe: str) -> None:
+def prove_access(run_dir: RunDir, probe: str, patience_s: float) -> None:
     """Check that this process reads what the driver wrote to the output, and writes there itself.
 
     Raises:
+        HiddenError: it does not see it yet, and was to look only once.
         RunError: it does not; says where and what to do.
     """
     where = f"node {socket.gethostname()}"
-    if not run_dir.probe_seen(probe, HIDDEN_S):
+    if not run_dir.probe_seen(probe, patience_s):
+        if not patience_s:
+            raise HiddenError(
+                f"{where} does not see yet what the driver wrote to {run_dir.url}; it looks again for up to "
+                f"{HIDDEN_S:.0f} s, as a cache may hide it"
+            )
         raise RunError(
-            f"{where} does not see what the driver wrote to {run_dir.url}, though it looked for {HIDDEN_S:.0f} s; "
+            f"{where} does not see what the driver wrote to {run_dir.url}, though it looked for {patience_s:.0f} s; "
             "give an --output that every node shares, such as a bucket"
         )
     try:
