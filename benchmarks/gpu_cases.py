@@ -313,7 +313,7 @@ def job() -> Found:
     with tempfile.TemporaryDirectory() as folder:
         result = run(
             RunConfig(
-                model="digits",
+                model="digits-v1",
                 output=str(Path(folder) / "run"),
                 num_samples=16384 if CUDA else 16,
                 batch_size=512 if CUDA else 2,

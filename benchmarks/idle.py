@@ -30,7 +30,7 @@ REPEATS = 3
 def request(output: str) -> RunConfig:
     """About 2 s a shard on one core: three images a second."""
     return RunConfig(
-        model="digits", output=output, num_samples=SHARDS * SHARD, batch_size=SHARD, shard_size=SHARD,
+        model="digits-v1", output=output, num_samples=SHARDS * SHARD, batch_size=SHARD, shard_size=SHARD,
         max_actors=1, gpus_per_actor=0, progress="none",
     )  # fmt: skip
 

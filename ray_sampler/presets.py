@@ -16,6 +16,9 @@ __all__ = ["BUNDLED", "PRESETS", "Bundled", "ModelOptions", "Preset", "settings_
 
 DEFAULT_MODEL = "digits"
 
+OLDER = {("digits", "bf1eba975c89ac9afa013e0727a65ff3a29bf5e008028cfd83a777ac6b5fe849"): "digits-v1"}
+"""Today's name of the weights that a bundled name meant before, by that name and their hash."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -23,8 +26,8 @@ class ModelOptions:
 
     model: str | None = option(
         None,
-        "Weights: a bundled model's name (digits, digits-cd), which brings its settings; a checkpoint, by a local path "
-        "or any fsspec URL; or python:module:function, a network of your own (digits).",
+        "Weights: a bundled model's name (digits, digits-v1, digits-cd), which brings its settings; a checkpoint, by a "
+        "local path or any fsspec URL; or python:module:function, a network of your own (digits).",
     )
     model_path: str = option("", "The same as --model.")
     weights_key: str | None = option(
@@ -71,6 +74,17 @@ def settings_for(options: ModelOptions) -> tuple[str, dict[str, Any]]:
             f"--model is {weights!r}; there is no such file, and of the bundled models {_known(weights, BUNDLED)}"
         )
     return weights, {**(bundled.settings if bundled else {}), **(preset.settings if preset else {})}
+
+
+def older_name(model: str) -> str | None:
+    """Today's name of the weights that a bundled name meant before; None where it always meant the same."""
+    return next((older for (name, _), older in OLDER.items() if name == model), None)
+
+
+def as_begun(model: str, brought: dict[str, Any], weights: str | None) -> tuple[str, dict[str, Any]]:
+    """What a bundled name meant when a directory was begun with weights of this hash, and the settings of these."""
+    older = OLDER.get((model, weights or ""))
+    return (older, dict(BUNDLED[older].settings)) if older else (model, brought)
 
 
 def _known(name: str, names: Iterable[str]) -> str:

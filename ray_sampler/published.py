@@ -94,6 +94,8 @@ ONE_STEP = {"sampler": "onestep", "steps": 40}
 IMAGENET64_PARAMETERS = 295_899_267
 LSUN256_PARAMETERS = 526_304_771
 DIGITS_PARAMETERS = 1_372_387
+DIGITS_EMBEDDING = 128
+"""Of a label."""
 
 
 def _multistep(ts: str, steps: int = 40) -> dict[str, Any]:
@@ -294,6 +296,12 @@ BUNDLED: dict[str, Bundled] = {
     "digits": Bundled(
         "EDM, handwritten digits 32x32",
         "digits.safetensors",
+        DIGITS_PARAMETERS + DIGITS_EMBEDDING,
+        {**DIGITS, "label_dropout": 0.1, "training_mode": "edm", "sampler": "dpmpp_2m_sde", "steps": 12},
+    ),
+    "digits-v1": Bundled(
+        "EDM, handwritten digits 32x32, the first weights",
+        "digits-v1.safetensors",
         DIGITS_PARAMETERS,
         {**DIGITS, "training_mode": "edm", "sampler": "heun", "steps": 18},
     ),

@@ -263,7 +263,7 @@ def test_a_dry_run_prints_the_resolved_run_and_touches_nothing(place: Path, conf
 
 def test_a_dry_run_shows_what_a_bundled_model_and_a_preset_bring(place: Path, capsys):
     assert main(["sample", "--dry_run"]) == 0
-    assert json.loads(capsys.readouterr().out).items() >= {"model": "digits", "image_size": 32, "steps": 18}.items()
+    assert json.loads(capsys.readouterr().out).items() >= {"model": "digits", "image_size": 32, "steps": 12}.items()
     assert main(["sample", "--dry_run", "--preset", "cd-imagenet64-l2", "--model_path", "x.pt", "--seed", "1"]) == 0
     settings = json.loads(capsys.readouterr().out)
     assert settings.items() >= {"model": "x.pt", "image_size": 64, "ts": "0,22,39", "seed": 1}.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ray_sampler.cluster.job import prepare
+from ray_sampler.config import RunConfig
+from ray_sampler.networks.opening import open_network
+from ray_sampler.presets import BUNDLED, OLDER
 from tests.cluster.runs import contents
 from tests.golden import adapter
 from tests.golden.machine import cpu
@@ -30,6 +35,8 @@ ARCHIVES_SHA256 = {
     "half-done-npz": "2ed8e4adad9b52fd9227ab2315d7ce17c92616b1e66d86cbaebb0d315e1b8924",
     "half-done-parquet": "776cd57c4c8df826ee14e578c660349e31032c17ac3684c7fe875c9bad629b61",
 }
+
+DIGITS_V1_SHA256 = "5974445af42b7f40eedeff04798f9cbcb4082e2903d355ccac5015816d6cc2e6"
 
 SETTINGS_ADDED_SINCE: set[str] = set()
 """Flags that version 1 did not have: they may stand among the settings, and nothing else may be new there."""
@@ -120,15 +127,19 @@ def test_a_request_has_the_fingerprint_that_it_had(name: str) -> None:
 def test_a_command_line_resolves_to_the_settings_that_it_had(name: str) -> None:
     entry = read("dry_run.json")[name]
     assert entry["arguments"] == COMMAND_LINES[name]
-    resolved = adapter.dry_run_of(entry["arguments"])
+    of_old_digits = entry["resolved"]["model"] == "digits"
+    resolved = adapter.dry_run_of([*entry["arguments"], *(["--model", "digits-v1"] if of_old_digits else [])])
+    resolved["model"] = "digits" if of_old_digits else resolved["model"]
     assert as_version_1({k: v for k, v in resolved.items() if k not in SHOWN_SINCE}) == entry["resolved"]
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "half-done-dummy"])  # which draws a seed
 def test_a_request_has_the_run_json_that_it_had(name: str, folder: Path) -> None:
-    actual = adapter.run_json_of(RUNS[name])
-    pinned = read(f"{name}/run.json")
-    actual |= {"settings": as_version_1(actual["settings"]), "created": pinned["created"]}
+    flags, pinned = RUNS[name], read(f"{name}/run.json")
+    now = {"model": "digits-v1"} if flags["model"] == "digits" else {}
+    actual = adapter.run_json_of(flags | now)
+    settings = as_version_1(actual["settings"]) | {"model": flags["model"]}
+    actual |= {"settings": settings, "created": pinned["created"]}
     assert json.dumps(actual, sort_keys=True) == json.dumps(pinned, sort_keys=True)
 
 
@@ -248,3 +259,35 @@ def test_a_run_that_version_1_left_half_done_goes_on(name: str, folder: Path) ->
     old = sum(len(adapter.read_fragment(HERE / name / path)["images"]) for path in before if "fragments" in path)
     assert (summary["reused"], summary["computed"]) == (old, RUNS[name]["num_samples"] - old)
     assert_pinned_archive(archive, name)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("default_folder", [False, True])
+def test_a_run_that_was_begun_with_the_old_digits_goes_on_with_them(
+    folder: Path, named: bool, default_folder: bool
+) -> None:
+    flags = dict(RUNS["half-done-digits"])
+    begun = Path("run")
+    if default_folder:
+        begun = Path("runs") / f"digits-{read('half-done-digits/run.json')['fingerprint'][:8]}"
+        del flags["output"]
+    if not named:
+        del flags["model"]
+    shutil.copytree(HERE / "half-done-digits", begun)
+    job = prepare(RunConfig(**flags))
+    assert (Path(job.output), job.run.model) == (begun.resolve(), "digits-v1")
+    assert job.fingerprint == read("half-done-digits/run.json")["fingerprint"]
+    [note] = job.notes()
+    assert note == "this run was begun with older weights of digits: it goes on with them, --model digits-v1"
+    assert prepare(RunConfig(**flags | {"overwrite": True})).run.model == "digits"
+    assert prepare(RunConfig(**flags | {"output": "elsewhere"})).run.model == "digits"
+
+
+def test_the_old_digits_are_known_by_their_hash() -> None:
+    [((_, weights), name)] = OLDER.items()
+    assert open_network(name, BUNDLED[name].settings).weights == weights
+
+
+def test_the_old_digits_are_the_file_of_version_1() -> None:
+    file = files("ray_sampler.networks") / "digits" / "digits-v1.safetensors"
+    assert sha256(file.read_bytes()) == DIGITS_V1_SHA256

@@ -67,6 +67,7 @@ def users(folder: Path) -> str:
 
 MAKERS: dict[str, Callable[[Path], str]] = {
     "digits": lambda folder: "digits",
+    "digits-v1": lambda folder: "digits-v1",
     "digits-cd": lambda folder: "digits-cd",
     "adm": adm,
     "edm, DDPM++": lambda folder: str(REFERENCE / "edm_ddpmpp16" / "net.pkl"),
@@ -82,7 +83,14 @@ EDM = {"clip_denoised": False, "rounding": "nearest", "state": "fp64", "steps": 
 EDM2 = {"clip_denoised": False, "rounding": "nearest", "state": "fp32", "steps": 32}
 
 EXPECTED: dict[str, dict[str, Any]] = {
-    "digits": {"family": "adm", "parameters": 1_372_387, "shape": [3, 32, 32], "num_classes": 10, "null_label": None},
+    "digits": {"family": "adm", "parameters": 1_372_515, "shape": [3, 32, 32], "num_classes": 10, "null_label": 10},
+    "digits-v1": {
+        "family": "adm",
+        "parameters": 1_372_387,
+        "shape": [3, 32, 32],
+        "num_classes": 10,
+        "null_label": None,
+    },
     "digits-cd": {"family": "adm", "parameters": 1_372_387, "shape": [3, 32, 32], "num_classes": 10},
     "adm": {"family": "adm", "shape": [3, None, None], "num_classes": 10, "null_label": None, "weights_key": "ema"},
     "edm, DDPM++": {"family": "edm", "parameters": 189_667, "shape": [3, 16, 16], "num_classes": 10, "null_label": 10},
@@ -94,7 +102,8 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "python": {"family": "python", "parameters": 20, "shape": [4, 8, 8], "num_classes": 6, "null_label": 6},
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"sampler": "heun", "steps": 18, "clip_denoised": True, "rounding": "truncate", "state": "fp32"},
+    "digits": {"sampler": "dpmpp_2m_sde", "steps": 12, "clip_denoised": True, "rounding": "truncate", "state": "fp32"},
+    "digits-v1": {"sampler": "heun", "steps": 18, "clip_denoised": True, "rounding": "truncate", "state": "fp32"},
     "digits-cd": {"sampler": "onestep", "steps": 18},
     "adm": {"sampler": "heun", "steps": 40, "clip_denoised": True, "rounding": "truncate", "state": "fp32"},
     "edm, DDPM++": EDM,

@@ -154,8 +154,8 @@ def test_a_preset_wins_over_a_bundled_model() -> None:
 def test_without_a_model_the_bundled_digits_run_with_their_own_settings() -> None:
     run = resolved()
     assert run.model == "digits"
-    assert (run.plan.sampler, run.plan.schedule.steps, run.settings["training_mode"]) == ("heun", 18, "edm")
-    assert (run.spec.shape, run.spec.num_classes) == ((3, 32, 32), 10)
+    assert (run.plan.sampler, run.plan.schedule.steps, run.settings["training_mode"]) == ("dpmpp_2m_sde", 12, "edm")
+    assert (run.spec.shape, run.spec.num_classes, run.spec.null_label) == ((3, 32, 32), 10, 10)
     assert resolved(model_path="digits").spec == run.spec
 
 
@@ -163,7 +163,7 @@ def test_the_consistency_digits_take_one_step_or_two() -> None:
     assert resolved(model="digits-cd").plan.sampler == "onestep"
     two = resolved(model="digits-cd", sampler="multistep")
     assert (two.settings["steps"], two.settings["ts"], two.spec.kind) == (18, "0,9,17", "consistency")
-    assert two.spec.options == resolved(model="digits").spec.options
+    assert two.spec.options == resolved(model="digits-v1").spec.options
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_the_consistency_digits_take_one_step_or_two() -> None:
         ({"preset": "cd-imagenet-lpips", "model": "a.pt"}, "cd-imagenet64-lpips"),
         ({"preset": "something", "model": "a.pt"}, "it must be one of edm-imagenet64"),
         ({"model": "digit"}, "the closest is digits"),
-        ({"model": "imagenet"}, "it must be one of digits, digits-cd"),
+        ({"model": "imagenet"}, "it must be one of digits, digits-v1, digits-cd"),
         ({"model": "ct-cat256"}, "a preset; give --preset ct-cat256"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

@@ -1,7 +1,7 @@
 """Measure an archive of digits with a small classifier that was trained on real digits only.
 
-Two questions: does the classifier see in each sample the digit that its label asks for, and how far is the
-distribution of its features on samples from that on real digits?
+Three questions: does the classifier see in each sample the digit that its label asks for, how far is the distribution
+of its features on samples from that on real digits, and do the samples of a class differ as much as real digits do?
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ class Measures:
     frechet_real: float
     """Between real digits and other real digits: what a perfect model would reach on average."""
     frechet_real_deviation: float
+    within_class_variance: float
+    """Of the samples, see `within_class_variance`."""
+    within_class_variance_real: float
+    """Of the real digits that were trained on."""
 
 
 class Seen(NamedTuple):
@@ -155,6 +159,13 @@ def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
     return float(shift @ shift + np.trace(cov_one) + np.trace(cov_other) - 2 * np.sqrt(product.clip(min=0)).sum())
 
 
+def within_class_variance(digits: Digits) -> float:
+    """Mean over the classes of the variance of a pixel's red value, from 0 to 1, summed over all pixels."""
+    red = (digits.images[:, 0] + 1) / 2
+    classes = np.unique(digits.labels)
+    return float(np.mean([red[digits.labels == each].var(axis=0, dtype=np.float64).sum() for each in classes]))
+
+
 def load_archive(path: Path) -> Digits:
     """The samples of an archive as images (N, 3, 32, 32) float32 in [-1, 1] and labels (N,) int64.
 
@@ -215,6 +226,8 @@ def measure(samples: Digits, cache: Path | None = None) -> Measures:
         frechet_deviation=float(np.std(distances)),
         frechet_real=float(np.mean(real_distances)),
         frechet_real_deviation=float(np.std(real_distances)),
+        within_class_variance=within_class_variance(samples),
+        within_class_variance_real=within_class_variance(train),
     )
 
 
@@ -229,6 +242,8 @@ accuracy on real digits, held out{m.held_out_accuracy:12.1%}   of {m.held_out}
 agreement with the samples' labels{m.agreement:11.1%}   of {m.samples}{by_class}
 Frechet distance, samples to real{m.frechet:12.3f}   deviation {m.frechet_deviation:.3f}
 Frechet distance, real to real{m.frechet_real:15.3f}   deviation {m.frechet_real_deviation:.3f}
+variance within a class, samples{m.within_class_variance:11.1f}
+variance within a class, real{m.within_class_variance_real:14.1f}
 Both distances: {m.compared} images to {m.reference} real digits, {FEATURES} features, mean of {SPLITS} splits."""
 
 

@@ -1,4 +1,4 @@
-"""Distance to real digits against NFE, for every solver: samples them, measures them and draws docs/solvers.png.
+"""Distance to real digits against NFE for every solver, and against guidance: samples, measures and draws them.
 
 Every point has the same noise and labels. The measures are those of evaluate.py.
 """
@@ -67,50 +67,56 @@ def module_of(network: Network) -> nn.Module:
     return network.prepare(module.requires_grad_(False).eval(), "fp32")
 
 
-def measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measured(arguments: argparse.Namespace, **flags: Any) -> dict[str, Any] | None:
+    """What the model's samples are like with these flags; None for a request that is refused."""
+    config = RunConfig(
+        model=arguments.model, num_samples=arguments.samples, labels="balanced", seed=arguments.seed, **flags
+    )
+    try:
+        job = prepare(config)
+    except RequestError as error:
+        print(f"{flags}: {error}", file=sys.stderr)
+        return None
+    plan = job.run.plan
+    engine = Engine({MAIN: module_of(job.networks[MAIN])}, batch_size=BATCH, device=torch.device("cpu"), compile="off")
+    began = time.monotonic()
+    pictures = engine.sample(plan, 0, arguments.samples)()
+    seconds = time.monotonic() - began
+    assert pictures.labels is not None
+    images = (pictures.images.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
+    m = measure(Digits(images, pictures.labels.astype(np.int64)), arguments.cache)
+    return {
+        "solver": plan.sampler,
+        "steps": plan.schedule.steps,
+        "schedule": plan.schedule.used,
+        "nfe": plan.evaluations(),
+        "guidance": plan.guidance.guidance,
+        "frechet": round(m.frechet, 4),
+        "frechet_real": round(m.frechet_real, 4),
+        "agreement": round(m.agreement, 4),
+        "within_class_variance": round(m.within_class_variance, 2),
+        "within_class_variance_real": round(m.within_class_variance_real, 2),
+        "seconds": round(seconds, 1),
+    }
+
+
+def all_solvers(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each solver and NFE that it can take."""
     for name, line in LINES.items():
         used: set[int] = set()
         for nfe in arguments.nfe:
-            config = RunConfig(
-                model=arguments.model,
-                num_samples=arguments.samples,
-                labels="balanced",
-                seed=arguments.seed,
-                nfe=nfe,
-                **line.flags,
-            )
-            try:
-                job = prepare(config)
-            except RequestError as error:
-                print(f"{name} at {nfe}: {error}", file=sys.stderr)
-                continue
-            plan = job.run.plan
-            if plan.evaluations() in used:
-                continue
-            used.add(plan.evaluations())
-            engine = Engine(
-                {MAIN: module_of(job.networks[MAIN])}, batch_size=BATCH, device=torch.device("cpu"), compile="off"
-            )
-            began = time.monotonic()
-            pictures = engine.sample(plan, 0, arguments.samples)()
-            assert pictures.labels is not None
-            images = (pictures.images.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
-            labels = pictures.labels.astype(np.int64)
-            m = measure(Digits(images, labels), arguments.cache)
-            red = pictures.images[..., 0] / 255
-            spread = np.mean([red[labels == digit].var(axis=0).sum() for digit in range(10)])
-            yield {
-                "solver": name,
-                "steps": plan.schedule.steps,
-                "schedule": plan.schedule.used,
-                "nfe": plan.evaluations(),
-                "frechet": round(m.frechet, 4),
-                "frechet_real": round(m.frechet_real, 4),
-                "agreement": round(m.agreement, 4),
-                "within_class_variance": round(float(spread), 2),
-                "seconds": round(time.monotonic() - began, 1),
-            }
+            row = measured(arguments, nfe=nfe, guidance=1.0, **line.flags)
+            if row is not None and row["nfe"] not in used:
+                used.add(row["nfe"])
+                yield row | {"solver": name}
+
+
+def all_weights(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each guidance weight, with the model's own solver."""
+    for weight in arguments.guidance:
+        row = measured(arguments, guidance=weight)
+        if row is not None:
+            yield row
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -142,7 +148,8 @@ def main() -> None:
     parser.add_argument("--model", default="digits")
     parser.add_argument("--samples", type=int, default=500, help="for each point")
     parser.add_argument("--nfe", type=int, nargs="+", default=[6, 10, 16])
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0, 3.0])
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cache", type=Path, help="folder where the trained classifier is kept for the next time")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "solvers.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "solvers.png")
@@ -151,10 +158,12 @@ def main() -> None:
     if arguments.draw:
         results = json.loads(arguments.results.read_text())
     else:
-        results = {"model": arguments.model, "samples": arguments.samples, "seed": arguments.seed, "rows": []}
-        for row in measured(arguments):
-            print(json.dumps(row), file=sys.stderr, flush=True)
-            results["rows"].append(row)
+        results = {"model": arguments.model, "samples": arguments.samples, "seed": arguments.seed}
+        for part, rows in (("rows", all_solvers(arguments)), ("guidance", all_weights(arguments))):
+            results[part] = []
+            for row in rows:
+                print(json.dumps(row), file=sys.stderr, flush=True)
+                results[part].append(row)
         arguments.results.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, arguments.picture)
 

@@ -1,18 +1,20 @@
-"""Train the bundled digits model: a class-conditional EDM UNet on 4,500 real digits.
+"""Train the bundled digits model: a class-conditional EDM UNet on 4,500 real digits, in three cycles.
 
-Interrupted, it goes on from its last checkpoint when the same command is run again.
+The first made the teacher of `digits-cd`, the second `digits-v1`, the third `digits`. Interrupted, it goes on from its
+last checkpoint when the same command is run again.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import load_digits
@@ -33,28 +35,45 @@ ARCHITECTURE = AdmOptions(
     class_cond=True,
     num_classes=10,
 )
+"""Without a null label."""
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One warm-up and cosine decay of the learning rate."""
+
+    images: int
+    """Training images seen, repeats included."""
+    lr: float
+    """Peak learning rate of AdamW, after a linear warm-up of 200 steps, before the decay to 0."""
+    p_mean: float
+    p_std: float
+    """Mean and deviation of ln sigma. The structure of a digit is decided at high noise."""
+    ema: float = 0.998
+    """Decay of the averaged weights, a step."""
+    label_dropout: float = 0.0
+    """Share of labels that are replaced by the null label."""
+    augment: float = 0.0
+    """Share of images that are turned, scaled and sheared a little, at the beginning; it falls linearly to 0."""
+
+
+CYCLES = {
+    1: Cycle(images=320_000, lr=2e-3, p_mean=-0.6, p_std=1.5),
+    2: Cycle(images=140_000, lr=1e-3, p_mean=0.3, p_std=1.4),
+    3: Cycle(images=560_000, lr=1e-3, p_mean=0.2, p_std=1.4, ema=0.999, label_dropout=0.1, augment=0.8),
+}
+"""By number."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     out: Path = Path("runs/train-digits")
     """Folder of the checkpoint and of the finished weights."""
-    images: int = 320_000
-    """Training images seen in the first cycle of the learning rate, repeats included."""
-    more_images: int = 140_000
-    """Training images of a second cycle, at half the peak rate, which looks at higher noise: there the structure of
-    a digit is decided."""
+    cycles: str = "1,2,3"
+    """Which are run, in this order."""
+    start: Path = Path("")
+    """Weights to begin with, which have the earlier cycles behind them; empty means new ones."""
     batch: int = 64
-    lr: float = 2e-3
-    """Peak learning rate of AdamW, after a linear warm-up of 200 steps, before a cosine decay to 0."""
-    ema: float = 0.998
-    """Decay of the averaged weights, a step."""
-    p_mean: float = -0.6
-    p_std: float = 1.5
-    """Mean and deviation of ln sigma."""
-    more_p_mean: float = 0.3
-    more_p_std: float = 1.4
-    """The same in the second cycle."""
     seed: int = 0
     checkpoint_every: int = 250
     """Steps."""
@@ -69,9 +88,35 @@ def edm_loss(network: UNet, images: Tensor, labels: Tensor, sigma: Tensor, noise
     return ((denoise(noisy, sigma) - images) / c_out[:, None, None, None]).square().mean()
 
 
+def moved(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """`images` (B, 3, 32, 32), of which a `share` is turned by some 6 degrees, scaled by 5% and sheared by 5%."""
+    count = len(images)
+    turn, wide, high, shear = torch.randn((4, count), generator=generator) * torch.tensor(
+        [[0.1], [0.05], [0.05], [0.05]]
+    )
+    wide, high = wide.exp(), high.exp()
+    rows = (wide * turn.cos(), shear - turn.sin(), turn.sin(), high * turn.cos())
+    still = torch.rand(count, generator=generator) >= share
+    matrix = torch.stack(rows, dim=1).view(count, 2, 2)
+    matrix[still] = torch.eye(2)
+    matrix = torch.cat([matrix, torch.zeros(count, 2, 1)], dim=2)
+    grid = F.affine_grid(matrix, [count, 1, 32, 32], align_corners=False)
+    drawn = F.grid_sample(images[:, :1] + 1, grid, "bilinear", "zeros", align_corners=False) - 1
+    return torch.where(still[:, None, None, None], images[:, :1], drawn).repeat(1, 3, 1, 1)
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     warm = min(1.0, (step + 1) / 200)
     return peak * warm * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
+
+
+def fitted(weights: dict[str, Tensor], network: UNet) -> dict[str, Tensor]:
+    """Weights in float32; where the network has a null label and they have none, with a row of zeros for it."""
+    weights = {name: weight.float() for name, weight in weights.items()}
+    labels = weights["label_emb.weight"]
+    if len(labels) < network.arch.num_labels:
+        weights["label_emb.weight"] = torch.cat([labels, torch.zeros_like(labels[:1])])
+    return weights
 
 
 def channels_last(network: UNet) -> UNet:
@@ -94,12 +139,16 @@ def train(recipe: Recipe) -> None:
     torch.use_deterministic_algorithms(True)
     data, _ = load_digits()
     images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    network = channels_last(UNet(ARCHITECTURE))
+    chosen = [CYCLES[int(number)] for number in recipe.cycles.split(",")]
+    label_dropout = max(cycle.label_dropout for cycle in chosen)
+    network = channels_last(UNet(replace(ARCHITECTURE, label_dropout=label_dropout)))
+    if recipe.start.name:
+        network.load_state_dict(fitted(load_file(recipe.start), network))
     generator = torch.Generator().manual_seed(recipe.seed)
     averaged = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
-    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.lr, weight_decay=0.01)
-    first, second = recipe.images // recipe.batch, recipe.more_images // recipe.batch
-    step, steps = 0, first + second
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
+    plan = [(cycle, at) for cycle in chosen for at in range(cycle.images // recipe.batch)]
+    step, steps, null_label = 0, len(plan), ARCHITECTURE.num_classes
 
     recipe.out.mkdir(parents=True, exist_ok=True)
     checkpoint = recipe.out / "checkpoint.pt"
@@ -113,25 +162,27 @@ def train(recipe: Recipe) -> None:
     began, running = time.monotonic(), 0.0
     began_at = step
     while step < steps:
-        if step < first:
-            rate, p_mean, p_std = learning_rate(step, first, recipe.lr), recipe.p_mean, recipe.p_std
-        else:
-            rate = learning_rate(step - first, second, recipe.lr / 2)
-            p_mean, p_std = recipe.more_p_mean, recipe.more_p_std
+        cycle, at = plan[step]
+        of = cycle.images // recipe.batch
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(at, of, cycle.lr)
         rows = torch.randint(len(images), (recipe.batch,), generator=generator)
-        sigma = (p_mean + p_std * torch.randn(recipe.batch, generator=generator)).exp()
-        batch = images[rows].to(memory_format=torch.channels_last)
+        sigma = (cycle.p_mean + cycle.p_std * torch.randn(recipe.batch, generator=generator)).exp()
+        batch, asked = images[rows], labels[rows]
+        if cycle.augment:
+            batch = moved(batch, cycle.augment * (1 - at / of), generator)
+        if cycle.label_dropout:
+            asked = asked.where(torch.rand(recipe.batch, generator=generator) >= cycle.label_dropout, null_label)
+        batch = batch.to(memory_format=torch.channels_last)
         noise = torch.randn(batch.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = edm_loss(network, batch, labels[rows], sigma, noise)
+            loss = edm_loss(network, batch, asked, sigma, noise)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         step += 1
-        decay = min(recipe.ema, (1 + step) / (10 + step))
+        decay = min(cycle.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for name, weight in network.state_dict().items():
                 averaged[name].lerp_(weight, 1 - decay)
@@ -152,7 +203,7 @@ def train(recipe: Recipe) -> None:
             )
 
     weights = {name: weight.to(torch.float16).contiguous() for name, weight in averaged.items()}
-    recorded = {name: str(value) for name, value in asdict(recipe).items() if name != "out"}
+    recorded = {name: str(value) for name, value in asdict(recipe).items() if name not in ("out", "start")}
     save_file(weights, recipe.out / "digits.safetensors", metadata=recorded)
     print(f"wrote {recipe.out / 'digits.safetensors'}")
 

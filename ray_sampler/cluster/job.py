@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ray_sampler.config import FleetOptions, PrecisionOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
 from ray_sampler.networks.family import PREFIX, Network, Precision
 from ray_sampler.networks.opening import open_network
-from ray_sampler.presets import ModelOptions, settings_for
+from ray_sampler.presets import ModelOptions, as_begun, older_name, settings_for
 from ray_sampler.resolved import Run, resolve
 from ray_sampler.sampling.guidance import guide_of
 from ray_sampler.sampling.numerics import Compile
@@ -94,6 +95,11 @@ class Job:
     def notes(self) -> list[str]:
         """What the user should know of what `auto` became."""
         request, notes = self.run.request, []
+        asked, _ = settings_for(request.of(ModelOptions))
+        if self.run.model != asked:
+            notes.append(
+                f"this run was begun with older weights of {asked}: it goes on with them, --model {self.run.model}"
+            )
         if self.compile != request.compile:
             notes.append(
                 "--compile auto does not compile this run: it calls the network too rarely to repay the minutes that "
@@ -149,15 +155,18 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     if local:
         check_own(config.of(FleetOptions))
     model, brought = settings_for(config.of(ModelOptions))
+    if config.output is None and not config.overwrite:
+        config = replace(config, output=begun_folder(config, model))
+    run_dir = RunDir(config.output) if config.output else None
+    there = run_dir.read_run() if run_dir and not config.overwrite else None
+    earlier = there.get("identity", {}) if there else {}
+    model, brought = as_begun(model, brought, earlier.get("weights"))
     settings = brought | config.given()
     networks = {MAIN: open_network(model, settings, frozenset(settings))}
     if (name := guide_of(settings)) is not None:
         networks[GUIDE] = open_guide(name, settings)
-    run_dir = RunDir(config.output) if config.output else None
-    there = run_dir.read_run() if run_dir and not config.overwrite else None
     gpus = gpus_per_actor(config.of(FleetOptions))
     specs = {role: network.spec for role, network in networks.items()}
-    earlier = there.get("identity") if there else None
     run = resolve(config, model, brought, specs[MAIN], specs.get(GUIDE), gpus, earlier)
     guide_hash = identity_hash(networks[GUIDE]) if GUIDE in networks else "null"
     identity = run.identity(networks[MAIN].weights, guide_hash)
@@ -168,6 +177,20 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     if not config.overwrite:
         refuse_another(job, there if config.output else run_dir.read_run())
     return job
+
+
+def begun_folder(config: RunConfig, model: str) -> str | None:
+    """The default folder in which the request was begun when its bundled name meant older weights, None without one."""
+    folders = glob.glob(default_output(glob.escape(model), "*"))
+    older = older_name(model)
+    if older is None or not folders:
+        return None
+    try:
+        begun = prepare(replace(config, model=older, model_path=""))
+    except RequestError:  # what is asked for today is beyond the older weights
+        return None
+    folder = default_output(model, begun.fingerprint)
+    return folder if folder in folders else None
 
 
 def open_guide(name: str, settings: Mapping[str, Any]) -> Network:

@@ -33,11 +33,12 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     Raises:
         RequestError: flags contradict the tensors, or the tensors are those of no ADM network.
     """
-    told = adm_flags(checkpoint.tensors)
+    told = adm_flags(checkpoint.tensors, null_label=bool(settings.get("label_dropout")))
     if told is None:
         options = pick(AdmOptions, settings)
     else:
-        contradiction = explain_misfit(checkpoint.tensors, {name: settings[name] for name in given if name in settings})
+        flags = {name: settings[name] for name in given | {"label_dropout"} if name in settings}
+        contradiction = explain_misfit(checkpoint.tensors, flags)
         require(not contradiction, f"--model is {checkpoint.shown}; {contradiction}")
         options = described(told, settings, given)
     options.validate()
@@ -72,6 +73,7 @@ def spec_of(options: AdmOptions, settings: Mapping[str, Any]) -> NetworkSpec:
         kind="consistency" if consistency else "edm",
         kind_options={"c_noise": "250log"},
         num_classes=options.num_classes if options.class_cond else 0,
+        null_label=options.num_classes if options.class_cond and options.label_dropout else None,
         defaults={"clip_denoised": True, "rounding": "truncate", "state": "fp32"},
     )
 

@@ -27,6 +27,11 @@ class AdmOptions:
     channel_mult: str = option("", "Width multiplier of each level, as 1,2,3,4; empty means by image size.")
     class_cond: bool = option(False, "Whether the model takes class labels.")
     num_classes: int = option(1000, "Classes of a class-conditional model.")
+    label_dropout: float = option(
+        0.0,
+        "Share of labels that training dropped; above 0, the last row of label_emb is the null label.",
+        recorded=False,
+    )
     use_scale_shift_norm: bool = option(True, "Whether the embedding scales as well as shifts.")
     resblock_updown: bool = option(False, "Whether residual blocks change the resolution.")
     learn_sigma: bool = option(
@@ -39,6 +44,11 @@ class AdmOptions:
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def num_labels(self) -> int:
+        """Rows of label_emb: the classes, and the null label where there is one."""
+        return self.num_classes + (1 if self.label_dropout else 0)
 
     @property
     def embedding_channels(self) -> int:
@@ -72,7 +82,8 @@ class AdmOptions:
         for name in ("num_heads_upsample", "num_head_channels"):
             value = getattr(self, name)
             require(value == -1 or value >= 1, f"--{name} is {value}; it must be -1 or at least 1")
-        require(0 <= self.dropout < 1, f"--dropout is {self.dropout}; it must be in [0, 1)")
+        for name in ("dropout", "label_dropout"):
+            require(0 <= getattr(self, name) < 1, f"--{name} is {getattr(self, name)}; it must be in [0, 1)")
         if not self.channel_mult:
             require(
                 self.image_size in CHANNEL_MULTIPLIERS,

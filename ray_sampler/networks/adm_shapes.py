@@ -19,8 +19,12 @@ PLAIN = ("num_channels", "num_res_blocks", "use_scale_shift_norm", "resblock_upd
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def adm_flags(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+def adm_flags(tensors: Mapping[str, Tensor], null_label: bool = False) -> dict[str, Any] | None:
     """Everything that the state dict of an ADM network tells, by flag name; None for a network of another kind.
+
+    Args:
+        tensors: the state dict.
+        null_label: whether the last row of label_emb is no class.
 
     Returns:
         num_channels, channel_mult, num_res_blocks, resblock_updown (where there is more than one level),
@@ -31,12 +35,12 @@ def adm_flags(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
-        return _flags(shapes)
+        return _flags(shapes, null_label)
     except (KeyError, IndexError, ValueError, ZeroDivisionError):  # a name or a dimension that an ADM network has
         return None
 
 
-def _flags(shapes: Shapes) -> dict[str, Any]:
+def _flags(shapes: Shapes, null_label: bool) -> dict[str, Any]:
     width = shapes["time_embed.0.weight"][1]
     first, in_channels = shapes["input_blocks.0.0.weight"][:2]
     out_channels = shapes["out.2.weight"][0]
@@ -65,7 +69,7 @@ def _flags(shapes: Shapes) -> dict[str, Any]:
     if ups:
         flags["resblock_updown"] = ups[0]
     if flags["class_cond"]:
-        flags["num_classes"] = shapes["label_emb.weight"][0]
+        flags["num_classes"] = shapes["label_emb.weight"][0] - null_label
     if first != channels[0] or res_blocks < 1:
         raise ValueError("the input convolution is as wide as the first level")
     return flags
@@ -104,7 +108,7 @@ def explain_misfit(tensors: Mapping[str, Tensor], flags: Mapping[str, Any]) -> s
         tensors: a state dict.
         flags: values by flag name, as of an `AdmOptions`; a flag that is not in it contradicts nothing.
     """
-    told = adm_flags(tensors)
+    told = adm_flags(tensors, null_label=bool(flags.get("label_dropout")))
     if told is None:
         return ""
     size = flags.get("image_size")

@@ -217,7 +217,7 @@ class UNet(nn.Module):
             nn.Linear(arch.embedding_channels, arch.embedding_channels),
         )
         if arch.class_cond:
-            self.label_emb = nn.Embedding(arch.num_classes, arch.embedding_channels)
+            self.label_emb = nn.Embedding(arch.num_labels, arch.embedding_channels)
 
         def attention(channels: int, heads: int) -> AttentionBlock:
             return AttentionBlock(channels, arch.heads_at(channels, heads))

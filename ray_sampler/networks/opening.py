@@ -17,7 +17,7 @@ from ray_sampler.networks.weights import Checkpoint, read_checkpoint, weights_ha
 FAMILIES: dict[str, Family] = {family.name: family for family in (ADM, EDM, EDM2)}
 """By name, in the order in which they are asked; another family is one name more here."""
 
-BUNDLED = {"digits": "digits.safetensors", "digits-cd": "digits-cd.safetensors"}
+BUNDLED = {name: f"{name}.safetensors" for name in ("digits", "digits-v1", "digits-cd")}
 """Models whose weights are in the package: their files in networks/digits."""
 
 NAMED = 3

@@ -24,7 +24,7 @@ from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.opening import open_network
 from ray_sampler.options import pick
-from ray_sampler.presets import ModelOptions, settings_for
+from ray_sampler.presets import OLDER, ModelOptions, as_begun, settings_for
 from ray_sampler.resolved import resolve
 from ray_sampler.sampling import numerics
 from ray_sampler.sampling.plan import MAIN, sample_block
@@ -32,6 +32,9 @@ from ray_sampler.storage import record
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import Samples
 from tests.loading import loaded
+
+[(_, DIGITS_V1)] = OLDER
+"""The hash of the weights that the name digits meant in version 1."""
 
 
 def identity_of(
@@ -45,7 +48,7 @@ def identity_of(
         dummy_seed: what --generator dummy drew.
     """
     request = config.RunConfig(**flags)
-    model, brought = settings_for(request.of(ModelOptions))
+    model, brought = as_begun(*settings_for(request.of(ModelOptions)), DIGITS_V1)
     settings = brought | request.given()
     spec = spec_of(pick(AdmOptions, settings), settings)
     there = {} if dummy_seed is None else {"generator": "dummy", "seed": dummy_seed}

@@ -31,7 +31,7 @@ TINY: dict[str, Any] = {
 }
 SETTINGS: dict[str, Mapping[str, Any]] = {
     "tiny": TINY,
-    "digits": BUNDLED["digits"].settings,
+    "digits": BUNDLED["digits-v1"].settings,
     "imagenet64": IMAGENET64,
     "lsun256": LSUN256,
 }

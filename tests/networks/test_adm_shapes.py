@@ -62,7 +62,7 @@ def architectures(draw: st.DrawFn) -> AdmOptions:
 
 
 def check_told(arch: AdmOptions) -> None:
-    told = adm_flags(state_dict(arch))
+    told = adm_flags(state_dict(arch), null_label=bool(arch.label_dropout))
     assert told is not None
     effective = arch.identity()
     for name in TOLD:

@@ -71,7 +71,10 @@ class Tensors:
         self.affine("time_embed.0", 4 * self.width, self.width)
         self.affine("time_embed.2", 4 * self.width, 4 * self.width)
         if self.flags["class_cond"]:
-            self.shapes["label_emb.weight"] = (self.flags["num_classes"], 4 * self.width)
+            self.shapes["label_emb.weight"] = (
+                self.flags["num_classes"] + ("label_dropout" in self.flags),
+                4 * self.width,
+            )
 
         outputs = [widths[0]]  # channels after each input block
         self.affine("input_blocks.0.0", widths[0], 3, 3, 3)
