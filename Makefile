@@ -5,8 +5,9 @@ BIN := .venv/bin
 ARGS ?=
 PY ?=
 
-# `make sample ARGS="--model ..."` is another run, so it gets its own folder, runs/<model>-<fingerprint>.
-OUTPUT := $(if $(filter --model% --preset%,$(ARGS)),,--output runs/digits)
+# Flags that make another run, as `make sample ARGS="--guidance 3"`, give it a folder of its own, runs/<model>-<fingerprint>.
+SAME := --num_samples% --max_actors% --progress% --shard_size% --overwrite%
+OUTPUT := $(if $(filter-out $(SAME),$(filter --%,$(ARGS))),,--output runs/digits)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv sample test accidents chaos bench gpu lint system chromium azurite fuse clean
