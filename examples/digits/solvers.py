@@ -129,7 +129,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.plot(*zip(*points, strict=True), line.dashes, color=line.colour, marker="o", markersize=4, label=name)
     axes.axhline(rows[0]["frechet_real"], color="#9aa0a6", linewidth=0.8, linestyle=":")
     axes.annotate(
-        "real to real", (1, rows[0]["frechet_real"]), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+        "real to real", (0.01, rows[0]["frechet_real"]), xycoords=("axes fraction", "data"), ha="left", va="bottom"
     )
     axes.set_xticks(range(min(row["nfe"] for row in rows), 1 + max(row["nfe"] for row in rows)))
     axes.set(
