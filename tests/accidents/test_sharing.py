@@ -25,6 +25,7 @@ def interrupt():
         time.sleep(0.01)
     os.killpg(0, signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may have SIGINT ignored
 threading.Thread(target=interrupt, daemon=True).start()
 try:
     run(RunConfig(output="run", model={model!r}, **{flags}))
