@@ -234,11 +234,11 @@ def end_processes() -> None:
     deadline = time.monotonic() + END_S
     while any(map(lives, killed)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    psutil.wait_procs(killed, timeout=0)  # our own children are there until we have asked about them
+    psutil.wait_procs(killed, timeout=0)  # reaps our own children
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether it has not ended. One of a child that has ended too stays a zombie until the system's init asks."""
+    """Whether a process still runs. An orphan that has ended stays a zombie until init reaps it, perhaps late."""
     with suppress(psutil.NoSuchProcess):
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     return False

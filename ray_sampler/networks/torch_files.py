@@ -169,7 +169,7 @@ def read_zip(file: BinaryIO, size: int) -> Any:
     """
     try:
         records = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
-    # A damaged directory may ask for a zip version that zipfile does not know: a NotImplementedError.
+    # zipfile raises NotImplementedError where a damaged directory asks for a zip version that it does not know.
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, zlib.error, OverflowError) as error:
         raise Refused("it is truncated or damaged: a zip archive, as torch.save writes, without its end") from error
     folder = next(
