@@ -47,6 +47,8 @@ class Run:
     """Every flag's resolved value."""
     request: RunConfig = field(repr=False)
     """Where the settings that need no resolving are read."""
+    chosen_precision: bool = False
+    """Whether the precision was left to the moment."""
 
     def as_json(self) -> dict[str, Any]:
         """Every setting under its flag's name, without a credential, for --dry_run and run.json."""
@@ -83,6 +85,7 @@ def resolve(
     """The run that a request means.
 
     Args:
+        config: the request, checked.
         model: a bundled model's name, or a path or URL.
         brought: settings that the named model or preset brings, by flag name.
         spec: of the network.
@@ -93,9 +96,9 @@ def resolve(
     Raises:
         RequestError: a value is wrong, by itself or beside another.
     """
-    config.check()
     settings = settings_of(config, brought, spec)
     settings["model"] = model
+    chosen_precision = settings["precision"] == "auto"
     if gpus is not None:
         settings |= settled(settings, gpus, earlier or {})
     guidance = pick(Guidance, settings)
@@ -110,6 +113,7 @@ def resolve(
         shard_size=settings["shard_size"],
         settings=settings,
         request=config,
+        chosen_precision=chosen_precision,
     )
 
 
@@ -276,6 +280,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     Raises:
         RequestError: a value is wrong.
     """
+    config.check()
     model, brought = settings_for(config.of(ModelOptions))
     settings = brought | config.given()
     options = pick(AdmOptions, settings)

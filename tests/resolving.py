@@ -29,6 +29,7 @@ def resolve(brought: Mapping[str, Any] | None = None, **flags: Any) -> Run:
 
 
 def resolved(request: RunConfig, model: str, brought: Mapping[str, Any], gpus: float | None = None) -> Run:
+    request.check()
     settings = dict(brought) | request.given()
     options = pick(AdmOptions, settings)
     options.validate()

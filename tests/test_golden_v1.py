@@ -277,7 +277,7 @@ def test_a_run_that_was_begun_with_the_old_digits_goes_on_with_them(
     job = prepare(RunConfig(**flags))
     assert (Path(job.output), job.run.model) == (begun.resolve(), "digits-v1")
     assert job.fingerprint == read("half-done-digits/run.json")["fingerprint"]
-    [note] = job.notes()
+    [note] = job.notes
     assert note == "this run was begun with older weights of digits: it goes on with them, --model digits-v1"
     assert prepare(RunConfig(**flags | {"overwrite": True})).run.model == "digits"
     assert prepare(RunConfig(**flags | {"output": "elsewhere"})).run.model == "digits"

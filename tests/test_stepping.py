@@ -32,6 +32,7 @@ NEEDED: dict[str, dict[str, Any]] = {"restart": {"restarts": RESTARTS}, "multist
 def run_of(brought: dict[str, Any] | None = None, **flags: Any) -> Run:
     """Of the bundled digits, or of what a model brings."""
     config = RunConfig(**flags)
+    config.check()
     model, bundled = settings_for(config.of(ModelOptions))
     settings = (bundled if brought is None else brought) | config.given()
     spec = spec_of(pick(AdmOptions, settings), settings)
@@ -274,7 +275,9 @@ class NoOptions:
 
 def labelled_run(**flags: Any) -> Run:
     spec = NetworkSpec("mine", AdmOptions(), (1, 2, 2), "denoiser", num_classes=3, null_label=3)
-    return resolve(RunConfig(model="m.pt", labels="balanced", **flags), "m.pt", {}, spec, gpus=0)
+    config = RunConfig(model="m.pt", labels="balanced", **flags)
+    config.check()
+    return resolve(config, "m.pt", {}, spec, gpus=0)
 
 
 @pytest.mark.parametrize("state", ["fp32", "fp64"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from ray_sampler.cluster.job import Job, claim, prepare, still_ours
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.outcome import already_done, write_outcome
 from ray_sampler.cluster.pool import Pool, reason_of
-from ray_sampler.cluster.session import Fleet, beside_driver, connect, joins_cluster, plan_fleet, refuse_copy
+from ray_sampler.cluster.session import Fleet, beside_driver, connect, joined, plan_fleet
 from ray_sampler.cluster.shipping import Shipped, ship
 from ray_sampler.cluster.tasks import Damage, Merged, merge_task, pack_pieces
 from ray_sampler.cluster.worker import CONCURRENCY, Loaded, RunSpec, Task, TaskResult, Worker
@@ -53,9 +53,7 @@ def run(config: RunConfig) -> RunResult:
         RunError: the run failed or is incomplete; what was finished is kept.
     """
     began = time.monotonic()
-    refuse_copy()
-    joined = connect(config.address) if joins_cluster(config.address) else nullcontext()
-    with reporter(config.progress, config.json_log) as report, joined:
+    with reporter(config.progress, config.json_log) as report, joined(config.address):
         return drive([prepare(config)], report, began)[0]
 
 
@@ -99,7 +97,7 @@ def announce(job: Job, report: Reporter) -> None:
     plan = job.run.plan
     if plan.schedule.nfe is not None:
         report.message(f"--nfe: {plan.sampler} takes {plan.schedule.steps} steps, {plan.evaluations()} evaluations")
-    for note in job.notes():
+    for note in job.notes:
         report.message(note)
     if warning := plan.solver_options.warning(plan.schedule):
         report.message(warning, "warning")

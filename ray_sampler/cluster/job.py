@@ -10,10 +10,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ray_sampler.cluster.session import check_own, gpus_per_actor, in_submitted_job, joins_cluster
+from ray_sampler.cluster.session import place
 from ray_sampler.cluster.worker import Product
-from ray_sampler.config import FleetOptions, PrecisionOptions, RunConfig
-from ray_sampler.errors import RequestError, RunError, printable, redact, require
+from ray_sampler.config import FleetOptions, RunConfig
+from ray_sampler.errors import RequestError, RunError, printable, redact
 from ray_sampler.networks.family import PREFIX, Network, Precision
 from ray_sampler.networks.opening import open_network
 from ray_sampler.presets import ModelOptions, as_begun, older_name, settings_for
@@ -40,6 +40,8 @@ class Job:
     output: str
     """Absolute path or URL of the run directory, credentials and all: not to be shown."""
     run_dir: RunDir
+    there: dict[str, Any] | None
+    """The content of the run.json that stands in it."""
     networks: dict[str, Network]
     """By role."""
     gpus: float
@@ -49,6 +51,8 @@ class Job:
     identity: dict[str, Any]
     products: Mapping[str, Product]
     """What is made of the pictures beside them, by name."""
+    begun_as: str | None = None
+    """The name that the model had when the run was begun, where it means other weights now."""
 
     @property
     def fingerprint(self) -> str:
@@ -92,20 +96,21 @@ class Job:
         )
         return networks, self.precision, request.batch_size, self.compile, self.gpus, self.local
 
+    @property
     def notes(self) -> list[str]:
-        """What the user should know of what `auto` became."""
-        request, notes = self.run.request, []
-        asked, _ = settings_for(request.of(ModelOptions))
-        if self.run.model != asked:
+        """What the user should know of what a name or `auto` became."""
+        notes = []
+        if self.begun_as:
             notes.append(
-                f"this run was begun with older weights of {asked}: it goes on with them, --model {self.run.model}"
+                f"this run was begun with older weights of {self.begun_as}: it goes on with them, "
+                f"--model {self.run.model}"
             )
-        if self.compile != request.compile:
+        if self.compile != self.run.request.compile:
             notes.append(
                 "--compile auto does not compile this run: it calls the network too rarely to repay the minutes that "
                 "this takes; give --compile on to compile all the same"
             )
-        if self.gpus and request.of(PrecisionOptions).resolved() == "auto" and self.precision == "fp32":
+        if self.gpus and self.run.chosen_precision and self.precision == "fp32":
             notes.append(
                 "--precision auto stays fp32, which an earlier start without GPUs chose for this run; fp16 is several "
                 "times as fast on a GPU: for that give --precision fp16 and another --output"
@@ -150,22 +155,18 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
         RequestError: the request is wrong, or the directory belongs to another run.
     """
     config.check()
-    check_submitted(config.output)
-    local = not joins_cluster(config.address)
-    if local:
-        check_own(config.of(FleetOptions))
-    model, brought = settings_for(config.of(ModelOptions))
+    local, gpus = place(config.of(FleetOptions), config.output)
+    asked, brought = settings_for(config.of(ModelOptions))
     if config.output is None and not config.overwrite:
-        config = replace(config, output=begun_folder(config, model))
+        config = replace(config, output=begun_folder(config, asked))
     run_dir = RunDir(config.output) if config.output else None
     there = run_dir.read_run() if run_dir and not config.overwrite else None
     earlier = there.get("identity", {}) if there else {}
-    model, brought = as_begun(model, brought, earlier.get("weights"))
+    model, brought = as_begun(asked, brought, earlier.get("weights"))
     settings = brought | config.given()
     networks = {MAIN: open_network(model, settings, frozenset(settings))}
     if (name := guide_of(settings)) is not None:
         networks[GUIDE] = open_guide(name, settings)
-    gpus = gpus_per_actor(config.of(FleetOptions))
     specs = {role: network.spec for role, network in networks.items()}
     run = resolve(config, model, brought, specs[MAIN], specs.get(GUIDE), gpus, earlier)
     guide_hash = identity_hash(networks[GUIDE]) if GUIDE in networks else "null"
@@ -173,9 +174,11 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     output = config.output or default_output(model, fingerprint(identity))
     run_dir = run_dir or RunDir(output)
     output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
-    job = Job(run, output, run_dir, networks, gpus, local, identity, products or {})
-    if not config.overwrite:
-        refuse_another(job, there if config.output else run_dir.read_run())
+    if not (config.output or config.overwrite):
+        there = run_dir.read_run()
+    begun_as = asked if model != asked else None
+    job = Job(run, output, run_dir, there, networks, gpus, local, identity, products or {}, begun_as)
+    refuse_another(job, there)
     return job
 
 
@@ -202,21 +205,6 @@ def open_guide(name: str, settings: Mapping[str, Any]) -> Network:
 def identity_hash(network: Network) -> str:
     """What stands for a guide network in the fingerprint."""
     return fingerprint(network.spec.identity(network.weights))
-
-
-def check_submitted(output: str | None) -> None:
-    """Raises RequestError: the output of a submitted job would lie in its working directory, which is temporary."""
-    if not in_submitted_job():
-        return
-    require(
-        output is not None,
-        "--output is missing; a submitted job's working directory is temporary, so give a bucket or a shared path",
-    )
-    require(
-        "://" in str(output) or Path(str(output)).is_absolute(),
-        f"--output is {output!r}, relative to a submitted job's working directory, which is temporary; "
-        "give an absolute path that every node shares, or a bucket",
-    )
 
 
 def default_output(model: str, print_: str) -> str:
@@ -262,7 +250,7 @@ def claim(job: Job) -> None:
     if job.run.request.overwrite:
         job.run_dir.delete()
     # A run that stands already is only read: a finished one may lie where nothing can be written.
-    there = job.run_dir.read_run() or job.run_dir.create_run(job.record())
+    there = job.there or job.run_dir.create_run(job.record())
     refuse_another(job, there)
     if there["num_samples"] != job.num_samples:
         job.run_dir.replace_run(there | {"num_samples": job.num_samples})

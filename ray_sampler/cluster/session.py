@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import ray
@@ -47,15 +49,55 @@ class Fleet:
     """Whether they are on a Ray of our own."""
 
 
+class Place(NamedTuple):
+    """Where a run is computed."""
+
+    local: bool
+    """Whether by a Ray of our own, on this machine alone."""
+    gpus: float
+    """Of an actor."""
+
+
+def place(options: FleetOptions, output: str | None) -> Place:
+    """Where a request is computed, before its own Ray is started.
+
+    Raises:
+        RequestError: this machine has no room for an actor, or the output would be lost with a submitted job.
+    """
+    check_submitted(output)
+    local = not joins_cluster(options.address)
+    if local:
+        check_own(options)
+    return Place(local, gpus_per_actor(options))
+
+
 def joins_cluster(address: str | None) -> bool:
     """Whether the run uses a Ray that somebody else started."""
     with LOCK:
         return bool(address or os.environ.get("RAY_ADDRESS") or (ray.is_initialized() and not HELD))
 
 
-def in_submitted_job() -> bool:
-    """Whether this process is the entry point of a submitted Ray job, whose working directory is temporary."""
-    return RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
+@contextmanager
+def joined(address: str | None) -> Iterator[None]:
+    """Be connected to the cluster that the run uses, if it uses one. Raises as `connect` does."""
+    refuse_copy()
+    with connect(address) if joins_cluster(address) else nullcontext():
+        yield
+
+
+def check_submitted(output: str | None) -> None:
+    """Raises RequestError: the output of a submitted job would lie in its working directory, which is temporary."""
+    if RAY_JOB_CONFIG_JSON_ENV_VAR not in os.environ:
+        return
+    require(
+        output is not None,
+        "--output is missing; a submitted job's working directory is temporary, so give a bucket or a shared path",
+    )
+    require(
+        "://" in str(output) or Path(str(output)).is_absolute(),
+        f"--output is {output!r}, relative to a submitted job's working directory, which is temporary; "
+        "give an absolute path that every node shares, or a bucket",
+    )
 
 
 def beside_driver() -> NodeAffinitySchedulingStrategy:

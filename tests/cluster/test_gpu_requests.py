@@ -50,7 +50,7 @@ def test_a_request_that_a_machine_without_a_gpu_cannot_serve_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("ray_sampler.cluster.job.joins_cluster", lambda address: False)
+    monkeypatch.setattr("ray_sampler.cluster.session.joins_cluster", lambda address: False)
     with pytest.raises(RequestError, match="--gpus_per_actor is 1, but this machine has 0 usable GPUs"):
         prepare(RunConfig(model="digits", gpus_per_actor=1.0, output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
@@ -80,15 +80,15 @@ LONG = REPAID_CALLS // 10 * 4
 def test_auto_compiles_what_repays_it(gpus: float, samples: int, asked: str, done: str) -> None:
     found = job(gpus, compile=asked, num_samples=samples)
     assert found.compile == done
-    assert any("--compile auto does not compile" in note for note in found.notes()) == (asked != done)
+    assert any("--compile auto does not compile" in note for note in found.notes) == (asked != done)
 
 
 def test_auto_says_when_an_earlier_start_bound_it_to_fp32() -> None:
     bound = job(1.0, "fp32", num_samples=LONG)
-    assert [note for note in bound.notes() if note.startswith("--precision auto stays fp32")]
+    assert [note for note in bound.notes if note.startswith("--precision auto stays fp32")]
     for other in (
         job(1.0, "fp16", num_samples=LONG),
         job(0.0, "fp32", num_samples=LONG),
         job(1.0, num_samples=LONG, use_fp16=False),  # asked for, so no surprise
     ):
-        assert other.notes() == []
+        assert other.notes == []

@@ -90,7 +90,13 @@ CASES = [
     Case("no inodes", no_inodes(), 1, "inodes", computed=True),
     Case("a quota", (DiskFault("write", "EDQUOT", name="00000000"),), 1, "quota", computed=True),
     Case("a full disk", (DiskFault("write", "ENOSPC", name="00000000"),), 1, "the disk is full", computed=True),
-    Case("a quota that is found at the close", (DiskFault("flush", "EDQUOT", name="00000000"),), 1, "quota", computed=True),
+    Case(
+        "a quota that is found at the close",
+        (DiskFault("flush", "EDQUOT", name="00000000"),),
+        1,
+        "quota",
+        computed=True,
+    ),
     Case("a read-only disk", (DiskFault("create", "EROFS"),), 2, "read-only"),
     Case("no right to write", (DiskFault("create", "EACCES"),), 2, "permission denied"),
     # House-keeping.
