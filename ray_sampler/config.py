@@ -188,7 +188,7 @@ class RunConfig(_Request):  # type: ignore[misc, valid-type]  # made of the comp
 
     def of(self, component: type) -> Any:
         """The options of a component, as the request has them."""
-        return pick(component, {f.name: getattr(self, f.name) for f in fields(component)})
+        return component(**{f.name: value for f in fields(component) if (value := getattr(self, f.name)) is not None})
 
     def check(self) -> None:
         """Check what can be checked before anything is opened.

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Job:
     begun_as: str | None = None
     """The name that the model had when the run was begun, where it means other weights now."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.identity)
 
@@ -250,8 +251,10 @@ def claim(job: Job) -> None:
     if job.run.request.overwrite:
         job.run_dir.delete()
     # A run that stands already is only read: a finished one may lie where nothing can be written.
-    there = job.there or job.run_dir.create_run(job.record())
-    refuse_another(job, there)
+    there = job.there
+    if there is None:
+        there = job.run_dir.create_run(job.record())
+        refuse_another(job, there)
     if there["num_samples"] != job.num_samples:
         job.run_dir.replace_run(there | {"num_samples": job.num_samples})
 
