@@ -20,11 +20,16 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `python -m build --wheel` makes of a copy of the checkout."""
+    """What `python -m build --wheel` makes of the part of the checkout that .dockerignore lets into an image."""
     pytest.importorskip("build", reason="build is not installed")
     source = tmp_path_factory.mktemp("source") / "checkout"
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "runs")
-    shutil.copytree(ROOT, source, ignore=left_out)
+    source.mkdir()
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    for path in [ROOT / line.removeprefix("!") for line in lines if line.startswith("!")]:
+        if path.is_dir():
+            shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, source)
     isolation = ["--no-isolation"] if importlib.util.find_spec("setuptools") else []
     done = subprocess.run(
         [sys.executable, "-m", "build", "--wheel", *isolation, "--outdir", str(source.parent / "dist")],
