@@ -20,7 +20,7 @@ from ray_sampler.cluster.metrics import ActorMetrics
 from ray_sampler.cluster.shipping import Shipped
 from ray_sampler.errors import RunError
 from ray_sampler.networks.family import Precision
-from ray_sampler.sampling.engine import Engine, Pictures
+from ray_sampler.sampling.engine import Engine, Pictures, why_not_compiled
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, ran_out_of_memory, take_share
 from ray_sampler.sampling.numerics import Compile, numerics_key, pin
 from ray_sampler.sampling.plan import SamplePlan
@@ -133,7 +133,7 @@ class Worker:
 
         Raises:
             HiddenError: it looked at once and only once, and did not see that.
-            RunError: this node does not share an output.
+            RunError: this node does not share an output, or cannot compile.
             OutOfDeviceMemoryError: the networks, or a batch, do not fit on the device.
         """
         for run, run_dir in zip(self.runs, self.run_dirs, strict=True):
@@ -153,7 +153,15 @@ class Worker:
             compile=loaded.compile,
             cores=loaded.cores,
         )
-        engine.warm_up(self.runs[0].plan)
+        try:
+            engine.warm_up(self.runs[0].plan)
+        except Exception as error:
+            if (why := why_not_compiled(error)) is None:
+                raise
+            raise RunError(
+                f"node {socket.gethostname()} cannot compile the network ({why}); give --compile off, or install there "
+                "what is missing"
+            ) from error
         return engine
 
     def _load(self) -> dict[str, nn.Module]:

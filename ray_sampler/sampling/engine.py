@@ -256,6 +256,14 @@ class Engine:
         return True
 
 
+def why_not_compiled(error: Exception) -> str | None:
+    """What torch.compile says in its first line where it failed, as without a C compiler; None for another error."""
+    if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        return None
+    cause = getattr(error, "inner_exception", error)
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+
+
 def compiled(network: nn.Module, mode: Compile) -> Network:
     """The network under torch.compile: with kernels chosen by timing (on), or without (auto)."""
     return torch.compile(network, mode="max-autotune" if mode == "on" else "default", dynamic=False)
