@@ -89,8 +89,8 @@ class Engine:
         self.networks: Mapping[str, Network] = (
             {role: compiled(network, compile) for role, network in networks.items()} if self.compiles else networks
         )
-        # CUDA graphs, which chosen kernels come with, are recorded at the second call.
-        self.warm_ups = 2 if compile == "on" and device.type == "cuda" else 1
+        # CUDA graphs come with chosen kernels: they are recorded at the second call, and reuse the memory of results.
+        self.graphs = compile == "on" and device.type == "cuda"
         self.batch_size = batch_size
         self.device = device
         self.evaluations = 0
@@ -154,7 +154,7 @@ class Engine:
             OutOfDeviceMemoryError: names the batch size and one that fits.
         """
         if self.compiles:
-            for _ in range(self.warm_ups):
+            for _ in range(2 if self.graphs else 1):
                 with suppress(NonFiniteError):
                     self.sample(plan, 0, self.batch_size)()
             self.ended = None
@@ -214,6 +214,8 @@ class Engine:
         def watched(network: Network) -> Network:
             def watch(x: Tensor, times: Tensor, y: Tensor | None) -> Tensor:
                 output = network(x, times, y)
+                if self.graphs:
+                    output = output.clone()
                 self.evaluations += 1
                 # A doubled batch, for guidance, holds every sample twice.
                 finite.logical_and_(output.isfinite().flatten(1).all(dim=1).view(-1, len(finite)).all(dim=0))
