@@ -1,4 +1,4 @@
-"""An actor whose node cannot compile says so, and what to do, and not what the compiler says of itself."""
+"""An actor whose node lacks what it needs says so, and what to do, and not what torch says to its own authors."""
 
 from __future__ import annotations
 
@@ -61,3 +61,22 @@ def test_what_a_network_raises_itself_is_not_blamed_on_the_compiler(
     monkeypatch.setattr(engine, "compiled", broken)
     with pytest.raises(ZeroDivisionError, match="of its own"):
         builds._build()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AssertionError("Torch not compiled with CUDA enabled"), RuntimeError("Found no NVIDIA driver.\nPlease check.")],
+)
+def test_a_node_whose_torch_cannot_use_its_gpu_is_named_with_what_to_do(
+    error: Exception, builds: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init() -> None:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    builds.device = torch.device("cuda")
+    with pytest.raises(RunError) as failed:
+        builds._build()
+    said = str(failed.value)
+    assert f"has a GPU, but torch {torch.__version__} cannot use it there ({str(error).splitlines()[0]}); inst" in said
+    assert said.endswith("or give --gpus_per_actor 0")
