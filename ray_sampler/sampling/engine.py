@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from ray_sampler.errors import require
 from ray_sampler.options import option
 from ray_sampler.sampling.clock import Mark, mark, seconds_between
-from ray_sampler.sampling.memory import OutOfDeviceMemoryError, keep_freed_memory, ran_out_of_memory, release
+from ray_sampler.sampling.memory import (
+    OutOfDeviceMemoryError,
+    keep_freed_memory,
+    page_locked,
+    ran_out_of_memory,
+    release,
+)
 from ray_sampler.sampling.numerics import Compile, compiles
 from ray_sampler.sampling.parameterisation import Network
 from ray_sampler.sampling.plan import SamplePlan, sample_block
@@ -114,7 +120,7 @@ class Engine:
         computed whole and cut.
 
         Raises:
-            OutOfDeviceMemoryError: names the batch size and one that fits.
+            OutOfDeviceMemoryError: names the batch size and one that fits, or says that the host lacks memory.
             NonFiniteError: names the samples; from the returned function.
         """
         size = self.batch_size
@@ -124,7 +130,7 @@ class Engine:
             self.ended = ended = mark(self.device)
         except Exception as error:
             self.ended = None
-            if not ran_out_of_memory(error):
+            if isinstance(error, OutOfDeviceMemoryError) or not ran_out_of_memory(error):
                 raise
             # What is raised below must not hold this error: its frames hold the tensors that took the memory.
             arrive = None
@@ -175,10 +181,7 @@ class Engine:
             tensors = self._block(plan, block)
             if not host:
                 host = [
-                    None
-                    if t is None
-                    else torch.empty((size * len(blocks), *t.shape[1:]), dtype=t.dtype, pin_memory=True)
-                    for t in tensors
+                    None if t is None else page_locked((size * len(blocks), *t.shape[1:]), t.dtype) for t in tensors
                 ]
             self.copies.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.copies):
