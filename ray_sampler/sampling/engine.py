@@ -216,7 +216,8 @@ class Engine:
 
         def watched(network: Network) -> Network:
             def watch(x: Tensor, times: Tensor, y: Tensor | None) -> Tensor:
-                output = network(x, times, y)
+                # A compiler takes another layout of x for another network.
+                output = network(x.contiguous() if self.compiles else x, times, y)
                 if self.graphs:
                     output = output.clone()
                 self.evaluations += 1
