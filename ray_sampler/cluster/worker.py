@@ -20,7 +20,7 @@ from ray_sampler.cluster.metrics import ActorMetrics
 from ray_sampler.cluster.shipping import Shipped
 from ray_sampler.errors import RunError
 from ray_sampler.networks.family import Precision
-from ray_sampler.sampling.engine import Engine, Pictures
+from ray_sampler.sampling.engine import Engine, Pictures, why_not_compiled
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, ran_out_of_memory, take_share
 from ray_sampler.sampling.numerics import Compile, numerics_key, pin
 from ray_sampler.sampling.plan import SamplePlan
@@ -133,7 +133,7 @@ class Worker:
 
         Raises:
             HiddenError: it looked at once and only once, and did not see that.
-            RunError: this node does not share an output.
+            RunError: this node does not share an output, or cannot compile, or its torch cannot use its GPU.
             OutOfDeviceMemoryError: the networks, or a batch, do not fit on the device.
         """
         for run, run_dir in zip(self.runs, self.run_dirs, strict=True):
@@ -145,6 +145,7 @@ class Worker:
     def _build(self) -> Engine:
         loaded = self.loaded
         pin(self.device, loaded.compile)  # before anything touches a GPU
+        prove_gpu(self.device)
         take_share(self.device, loaded.gpus)
         engine = Engine(
             self._load(),
@@ -153,7 +154,15 @@ class Worker:
             compile=loaded.compile,
             cores=loaded.cores,
         )
-        engine.warm_up(self.runs[0].plan)
+        try:
+            engine.warm_up(self.runs[0].plan)
+        except Exception as error:
+            if (why := why_not_compiled(error)) is None:
+                raise
+            raise RunError(
+                f"node {socket.gethostname()} cannot compile the network ({why}); give --compile off, or install there "
+                "what is missing"
+            ) from error
         return engine
 
     def _load(self) -> dict[str, nn.Module]:
@@ -222,6 +231,24 @@ class Worker:
             "numpy": np.__version__,
             "seconds": round(seconds, 3),
         }
+
+
+def prove_gpu(device: torch.device) -> None:
+    """Check that torch can use the GPU that Ray gave this process.
+
+    Raises:
+        RunError: it cannot; says where, why and what to do.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:  # the first where torch was built for CPUs
+        raise RunError(
+            f"node {socket.gethostname()} has a GPU, but torch {torch.__version__} cannot use it there "
+            f"({str(error).strip().partition(chr(10))[0]}); install a torch for that GPU and its driver, or give "
+            "--gpus_per_actor 0"
+        ) from error
 
 
 def prove_access(run_dir: RunDir, probe: str, patience_s: float) -> None:

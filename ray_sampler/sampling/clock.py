@@ -20,9 +20,11 @@ def mark(device: torch.device) -> Mark:
 
 
 def seconds_between(begin: Mark, end: Mark) -> float:
-    """Seconds from one mark to a later one of the same device; both must have passed."""
+    """Seconds from one mark to a later one of the same device, which is waited for: what the host knows to be done may
+    have been queued before it."""
     if isinstance(begin, float):
         assert isinstance(end, float), "marks are of one device"
         return end - begin
     assert not isinstance(end, float), "marks are of one device"
+    end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3

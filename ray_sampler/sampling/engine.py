@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from ray_sampler.errors import require
 from ray_sampler.options import option
 from ray_sampler.sampling.clock import Mark, mark, seconds_between
-from ray_sampler.sampling.memory import OutOfDeviceMemoryError, keep_freed_memory, ran_out_of_memory, release
+from ray_sampler.sampling.memory import (
+    OutOfDeviceMemoryError,
+    keep_freed_memory,
+    page_locked,
+    ran_out_of_memory,
+    release,
+)
 from ray_sampler.sampling.numerics import Compile, compiles
 from ray_sampler.sampling.parameterisation import Network
 from ray_sampler.sampling.plan import SamplePlan, sample_block
@@ -89,8 +95,8 @@ class Engine:
         self.networks: Mapping[str, Network] = (
             {role: compiled(network, compile) for role, network in networks.items()} if self.compiles else networks
         )
-        # CUDA graphs, which chosen kernels come with, are recorded at the second call.
-        self.warm_ups = 2 if compile == "on" and device.type == "cuda" else 1
+        # CUDA graphs come with chosen kernels: they are recorded at the second call, and reuse the memory of results.
+        self.graphs = compile == "on" and device.type == "cuda"
         self.batch_size = batch_size
         self.device = device
         self.evaluations = 0
@@ -114,7 +120,7 @@ class Engine:
         computed whole and cut.
 
         Raises:
-            OutOfDeviceMemoryError: names the batch size and one that fits.
+            OutOfDeviceMemoryError: names the batch size and one that fits, or says that the host lacks memory.
             NonFiniteError: names the samples; from the returned function.
         """
         size = self.batch_size
@@ -124,7 +130,7 @@ class Engine:
             self.ended = ended = mark(self.device)
         except Exception as error:
             self.ended = None
-            if not ran_out_of_memory(error):
+            if isinstance(error, OutOfDeviceMemoryError) or not ran_out_of_memory(error):
                 raise
             # What is raised below must not hold this error: its frames hold the tensors that took the memory.
             arrive = None
@@ -154,7 +160,7 @@ class Engine:
             OutOfDeviceMemoryError: names the batch size and one that fits.
         """
         if self.compiles:
-            for _ in range(self.warm_ups):
+            for _ in range(2 if self.graphs else 1):
                 with suppress(NonFiniteError):
                     self.sample(plan, 0, self.batch_size)()
             self.ended = None
@@ -175,10 +181,7 @@ class Engine:
             tensors = self._block(plan, block)
             if not host:
                 host = [
-                    None
-                    if t is None
-                    else torch.empty((size * len(blocks), *t.shape[1:]), dtype=t.dtype, pin_memory=True)
-                    for t in tensors
+                    None if t is None else page_locked((size * len(blocks), *t.shape[1:]), t.dtype) for t in tensors
                 ]
             self.copies.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.copies):
@@ -213,7 +216,10 @@ class Engine:
 
         def watched(network: Network) -> Network:
             def watch(x: Tensor, times: Tensor, y: Tensor | None) -> Tensor:
-                output = network(x, times, y)
+                # A compiler takes another layout of x for another network.
+                output = network(x.contiguous() if self.compiles else x, times, y)
+                if self.graphs:
+                    output = output.clone()
                 self.evaluations += 1
                 # A doubled batch, for guidance, holds every sample twice.
                 finite.logical_and_(output.isfinite().flatten(1).all(dim=1).view(-1, len(finite)).all(dim=0))
@@ -254,6 +260,14 @@ class Engine:
                 raise
             return False
         return True
+
+
+def why_not_compiled(error: Exception) -> str | None:
+    """What torch.compile says in its first line where it failed, as without a C compiler; None for another error."""
+    if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        return None
+    cause = getattr(error, "inner_exception", error)
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
 
 
 def compiled(network: nn.Module, mode: Compile) -> Network:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Parameters of glibc's mallopt, from its malloc.h."""
@@ -56,6 +57,24 @@ def take_share(device: torch.device, gpus: float) -> None:
 def share_of(gpus: float, total: int) -> float:
     """The fraction of a GPU of `total` bytes that torch may allocate, so that as many processes as fit by `gpus` do."""
     return max(gpus - CONTEXT_BYTES / total, gpus / 2)
+
+
+def page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory of the host that a GPU copies into by itself; the first dimension is a shard's samples.
+
+    Raises:
+        OutOfDeviceMemoryError: the host has none left; no other batch size would change that.
+    """
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        size = torch.Size(shape).numel() * dtype.itemsize
+    raise OutOfDeviceMemoryError(
+        f"the host has no {size / 2**20:.0f} MiB of memory that stay in place, in which the {shape[0]} samples of a "
+        "shard come from the GPU; try a smaller --shard_size, or a host or container with more memory"
+    )
 
 
 def release(device: torch.device) -> None:

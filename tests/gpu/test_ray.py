@@ -26,10 +26,10 @@ def started_ray(device: torch.device) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    from ray_sampler.cluster.session import connect
-
-    connection = connect(None)
     try:
+        from ray_sampler.cluster.session import connect
+
+        connection = connect(None)
         connection.__enter__()
     except Exception as error:
         pytest.skip(f"Ray cannot start here: {type(error).__name__}: {error}")

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ray_sampler.sampling.engine import Engine
-from ray_sampler.sampling.memory import CONTEXT_BYTES, OutOfDeviceMemoryError, ran_out_of_memory, share_of
+from ray_sampler.sampling.memory import (
+    CONTEXT_BYTES,
+    OutOfDeviceMemoryError,
+    page_locked,
+    ran_out_of_memory,
+    share_of,
+)
 from ray_sampler.sampling.plan import MAIN, SamplePlan
 from tests.gpu.networks import plan_of, tiny
 
@@ -69,6 +75,21 @@ def test_an_engine_goes_on_after_a_batch_that_did_not_fit(plan: SamplePlan) -> N
 def test_other_errors_stay_what_they_are(plan: SamplePlan) -> None:
     with pytest.raises(ZeroDivisionError):
         engine(Limited(0, ZeroDivisionError), 4).sample(plan, 0, 4)
+
+
+def no_room(*shape: Any, **options: Any) -> Tensor:
+    raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+
+def test_a_host_without_room_for_a_shard_is_not_told_of_batch_sizes(
+    plan: SamplePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A smaller batch would fit on the device, and the next run would end in the same way."""
+    one = engine(Limited(64), 64)
+    monkeypatch.setattr(one, "_compute", lambda plan, blocks: page_locked((512, 256, 256, 3), torch.uint8))
+    monkeypatch.setattr(torch, "empty", no_room)
+    with pytest.raises(OutOfDeviceMemoryError, match=r"no 96 MiB .* 512 samples of a shard .*smaller --shard_size"):
+        one.sample(plan, 0, 512)
 
 
 def caused(outer: Exception, inner: Exception) -> Exception:
