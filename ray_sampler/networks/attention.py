@@ -16,7 +16,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     guidance and churn can make 1e-4 of a difference in the last bit.
     """
     if not q.is_cpu:
-        a = F.scaled_dot_product_attention(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))
-        return a.transpose(2, 3)
+        # Its fast kernels want the numbers of one pixel beside each other; others hold all pairs of pixels in memory.
+        q, k, v = (t.transpose(2, 3).contiguous() for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
     weights = torch.einsum("nhcq,nhck->nhqk", q, k / math.sqrt(q.shape[2])).float().softmax(3).to(q.dtype)
     return torch.einsum("nhqk,nhck->nhcq", weights, v)
