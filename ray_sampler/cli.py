@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import platform
 import sys
 import threading
@@ -147,6 +148,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         if name.startswith("-"):
             raise RequestError(f"{name} is no flag of ray-sampler; `ray-sampler --help` lists the commands")
         raise RequestError(f"{name!r} is no command; it must be one of {', '.join(COMMANDS)}")
+    check_place()
     command = COMMANDS[name]
     parser = Parser(name, command.usage, command.help)
     command.declare(parser)
@@ -157,6 +159,16 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if unknown:
         raise RequestError(unknown_argument(name, parser, unknown[0]))
     return command, arguments
+
+
+def check_place() -> None:
+    """Raises RequestError: the working directory is gone, without which torch ends the process at its import."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise RequestError(
+            f"the working directory cannot be found ({error.strerror}); change to a folder that exists"
+        ) from error
 
 
 def version() -> str:

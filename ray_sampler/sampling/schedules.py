@@ -16,6 +16,8 @@ from torch import Tensor
 from ray_sampler.errors import require
 from ray_sampler.options import option
 
+MOST_STEPS = 10**6
+
 RHO = 7.0
 
 
@@ -76,6 +78,8 @@ class Schedule:
         """Raises RequestError: a value is wrong, by itself or beside another."""
         require(self.steps >= 1, f"--steps is {self.steps}; it must be at least 1")
         require(self.nfe is None or self.nfe >= 1, f"--nfe is {self.nfe}; it must be at least 1")
+        for name, count in (("steps", self.steps), ("nfe", self.nfe or 1)):
+            require(count <= MOST_STEPS, f"--{name} is {count}; it must be at most {MOST_STEPS}")
         require(
             self.sigmas is not None or 0 < self.sigma_min < self.sigma_max < math.inf,
             f"--sigma_min is {self.sigma_min:g} and --sigma_max {self.sigma_max:g}; "
