@@ -274,9 +274,8 @@ def reason_for(failure: BaseException) -> str:
     said = [line.strip() for line in str(failure).splitlines() if line.strip()]
     cause = printable(said[0] if said else type(failure).__name__)
     if (space := address_space()) is not None:
-        cause += (
-            f" (`ulimit -v` allows {space / 2**20:.0f} MiB of addresses, and Ray needs many times its memory: lift it)"
-        )
+        allowed = f"ulimit -v allows {space / 2**20:.0f} MiB of addresses"
+        cause += f" ({allowed}, and Ray reserves many times the memory that it uses: raise it)"
     folder = session_logs()
     if "AF_UNIX" in cause:
         return f"{cause}; set RAY_TMPDIR to a folder with a shorter path"
