@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import fsspec
 import pytest
 
 from ray_sampler.cli import main
 from ray_sampler.config import FLAGS
 from ray_sampler.flags import SYNONYMS
-from ray_sampler.storage import connect
 from ray_sampler.storage.local_store import LocalStore
 from tests.cluster.runs import ARCHIVE, contents, flags_of, leave
 from tests.conftest import ROOT, Configure
@@ -125,7 +125,7 @@ def test_a_store_of_hugging_face_that_does_not_answer_is_one_sentence(library: s
     def unreachable(*_: Any, **__: Any) -> NoReturn:
         raise raised
 
-    monkeypatch.setattr(connect.fsspec.core, "url_to_fs", unreachable)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", unreachable)
     assert main(["status", "hf://datasets/a/b"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot open hf://datasets/a/b" in line
