@@ -85,12 +85,8 @@ class Schedule:
             f"--sigma_min is {self.sigma_min:g} and --sigma_max {self.sigma_max:g}; "
             "they must satisfy 0 < sigma_min < sigma_max",
         )
-        for name in ("rho", "shift"):
-            value = getattr(self, name)
-            require(
-                0 < value < math.inf,
-                f"--{name} is {value:g}; it must be above 0, as in {'7' if name == 'rho' else '3'}",
-            )
+        require(0 < self.rho < math.inf, f"--rho is {self.rho:g}; it must be above 0, as in 7")
+        require(1e-6 <= self.shift <= 1e6, f"--shift is {self.shift:g}; it must be from 1e-6 to 1e6, as in 3")
 
     def identity(self, used: tuple[str, ...]) -> dict[str, Any]:
         """What decides a sample where a solver takes the values `used`."""

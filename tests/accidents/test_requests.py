@@ -100,6 +100,12 @@ def test_a_number_beyond_all_use_is_refused_before_room_is_made_for_it(name: str
     assert "it must be at most" in refusal(["sample", "--dry_run", f"--{name}", value], capsys)
 
 
+@pytest.mark.parametrize("interval", ["99999999999999999999,1,1,2", "3,99999999999999999999,1,2"])
+def test_restarts_beyond_all_use_are_refused(interval: str, capsys):
+    said = refusal(["sample", "--dry_run", "--sampler", "restart", "--restarts", interval], capsys)
+    assert "it must be at most 1000000 steps" in said
+
+
 @pytest.mark.parametrize(("output", "named"), OUTPUTS.items(), ids=OUTPUTS)
 def test_an_output_that_cannot_be_one_is_refused(
     output: str, named: list[str], configure, tmp_path, capsys, monkeypatch
