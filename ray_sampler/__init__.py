@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ray_sampler.errors import RequestError, RunError
-from ray_sampler.storage.fragment import Fragment, read_fragment
-from ray_sampler.storage.read_archive import Archive, ArchiveRange, read_archive
 
 if TYPE_CHECKING:
     from ray_sampler.cluster.driver import RunResult
     from ray_sampler.config import RunConfig
     from ray_sampler.networks.custom import Model
+    from ray_sampler.storage.fragment import Fragment, read_fragment
+    from ray_sampler.storage.read_archive import Archive, ArchiveRange, read_archive
 
 __all__ = [
     "Archive",
@@ -46,14 +47,20 @@ def run(config: RunConfig) -> RunResult:
     return drive(config)
 
 
+LATER = {
+    "Archive": "storage.read_archive",
+    "ArchiveRange": "storage.read_archive",
+    "Fragment": "storage.fragment",
+    "Model": "networks.custom",
+    "RunConfig": "config",
+    "read_archive": "storage.read_archive",
+    "read_fragment": "storage.fragment",
+}
+"""Names that come with their first use, and where from: torch takes seconds to import, numpy and pyarrow half of one,
+in which the command line would not hear a signal yet."""
+
+
 def __getattr__(name: str) -> Any:
-    """Torch, which takes seconds to import, comes with the first request: reading a fragment needs none."""
-    if name == "RunConfig":
-        from ray_sampler.config import RunConfig
-
-        return RunConfig
-    if name == "Model":
-        from ray_sampler.networks.custom import Model
-
-        return Model
+    if name in LATER:
+        return getattr(import_module(f"ray_sampler.{LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

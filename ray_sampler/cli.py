@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import platform
 import sys
 import threading
@@ -14,7 +15,6 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import ray_sampler
-from ray_sampler import run_folder
 from ray_sampler.errors import RequestError, RunError, printable
 from ray_sampler.flags import Parser, declare_flag, spelled, unknown_argument, value_of, without_value
 from ray_sampler.interrupts import end_now, interruptible
@@ -148,6 +148,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         if name.startswith("-"):
             raise RequestError(f"{name} is no flag of ray-sampler; `ray-sampler --help` lists the commands")
         raise RequestError(f"{name!r} is no command; it must be one of {', '.join(COMMANDS)}")
+    check_place()
     command = COMMANDS[name]
     parser = Parser(name, command.usage, command.help)
     command.declare(parser)
@@ -158,6 +159,16 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if unknown:
         raise RequestError(unknown_argument(name, parser, unknown[0]))
     return command, arguments
+
+
+def check_place() -> None:
+    """Raises RequestError: the working directory is gone, without which torch ends the process at its import."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise RequestError(
+            f"the working directory cannot be found ({error.strerror}); change to a folder that exists"
+        ) from error
 
 
 def version() -> str:
@@ -239,6 +250,30 @@ def folder_of(command: str, arguments: argparse.Namespace) -> str:
     return url
 
 
+def execute_status(arguments: argparse.Namespace) -> int:
+    from ray_sampler.run_folder import print_status
+
+    return print_status(folder_of("status", arguments), arguments.json, arguments.watch)
+
+
+def execute_verify(arguments: argparse.Namespace) -> int:
+    from ray_sampler.run_folder import verify_run
+
+    return verify_run(folder_of("verify", arguments))
+
+
+def execute_merge(arguments: argparse.Namespace) -> int:
+    from ray_sampler.run_folder import merge_run
+
+    return merge_run(folder_of("merge", arguments))
+
+
+def execute_preview(arguments: argparse.Namespace) -> int:
+    from ray_sampler.run_folder import preview_run
+
+    return preview_run(folder_of("preview", arguments))
+
+
 def declare_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="a bundled model, a checkpoint or python:module:function"
@@ -287,25 +322,25 @@ COMMANDS: dict[str, Command] = {
     "status": Command(
         "How far a run is, from its directory alone: no Ray, no GPU, from any machine.",
         declare_status,
-        lambda a: run_folder.print_status(folder_of("status", a), a.json, a.watch),
+        execute_status,
         "[--json] [--watch] URL",
     ),
     "verify": Command(
         "Read and check every fragment; set aside what is damaged or foreign, so that the next run samples it again.",
         declare_folder,
-        lambda a: run_folder.verify_run(folder_of("verify", a)),
+        execute_verify,
         "URL",
     ),
     "merge": Command(
         "Write the archive of a complete set of fragments, without Ray.",
         declare_folder,
-        lambda a: run_folder.merge_run(folder_of("merge", a)),
+        execute_merge,
         "URL",
     ),
     "preview": Command(
         "Draw preview.png from the fragments that are there.",
         declare_folder,
-        lambda a: run_folder.preview_run(folder_of("preview", a)),
+        execute_preview,
         "URL",
     ),
     "inspect": Command(

@@ -163,7 +163,8 @@ class _Taking:
 
     def __post_init__(self) -> None:
         for name, composed in FLAGS.items():
-            object.__setattr__(self, name, taken(composed.flag, getattr(self, name)))
+            value = taken(composed.flag, getattr(self, name))
+            object.__setattr__(self, name, composed.unset if value is None else value)
 
 
 _Request = make_dataclass(

@@ -25,6 +25,12 @@ def printable(text: object, longest: int | None = 400) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
+def shortened(text: str, longest: int = 200) -> str:
+    """A path, URL or list that a request names: no credential of it, and not all of a list of thousands."""
+    shown = str(redact(text))
+    return shown if len(shown) <= longest else f"{shown[:longest]}…"
+
+
 def redact(url: str | None) -> str | None:
     """`url` without user names, passwords and query strings, any of which may hold a credential."""
     if url is None or "://" not in url:

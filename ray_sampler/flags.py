@@ -18,6 +18,10 @@ BOOLEANS = {
 """What the original script accepts as a boolean."""
 
 
+DASHES = tuple("\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FIGURE DASH}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}")
+"""What text processors and web pages make of hyphens."""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that says in one sentence what is wrong."""
 
@@ -40,7 +44,11 @@ def spelled(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[s
 
     Flags get underscores in their names, where they may have hyphens, and values that begin with a minus, as lists of
     numbers may, are joined to their flags.
+
+    Raises:
+        RequestError: another dash stands before a flag's name.
     """
+    known = {name for action in parser._actions for name in action.option_strings}
     valued = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
     result: list[str] = []
     for argument in arguments:
@@ -49,6 +57,10 @@ def spelled(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[s
             argument = f"--{name.replace('-', '_')}{separator}{value}"
         elif result and result[-1] in valued and re.match(r"-(\d|\.|inf)", argument):
             argument = f"{result.pop()}={argument}"
+        elif argument.startswith(DASHES):
+            flag = "--" + argument.partition("=")[0].lstrip("-" + "".join(DASHES)).replace("-", "_")
+            if flag in known:
+                raise RequestError(f"{argument} begins with another dash than a hyphen; write {flag}")
         result.append(argument)
     return result
 
@@ -108,7 +120,7 @@ SYNONYMS = {
     **dict.fromkeys(("global_seed", "random_seed"), "--seed"),
     **dict.fromkeys(("gnet", "guidance_network"), "--guide"),
     **dict.fromkeys(("solver", "sampler_type", "sampling_method", "scheduler", "mode"), "--sampler"),
-    **dict.fromkeys(("S_churn", "S_min", "S_max", "S_noise"), "--s_churn, --s_tmin, --s_tmax or --s_noise"),
+    **{"S_churn": "--s_churn", "S_min": "--s_tmin", "S_max": "--s_tmax", "S_noise": "--s_noise"},
     **dict.fromkeys(("seeds", "seed_range"), "--generator edm --seed"),
     "vae": "--decoder",
 }

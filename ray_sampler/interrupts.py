@@ -39,8 +39,9 @@ def interruptible(received: list[int], sentence: str) -> Iterator[None]:
     Winding up may take `wind_up_s()`; when they are over, or at a second signal, the process says `sentence` and ends
     at once. That is safe, as a run may be killed anywhere. Only a main thread hears signals.
 
-    The exception may be lost: Python drops what is raised in a hook of fork or a destructor, and does not come to raise
-    it while the main thread is in C. So a thread watches a pipe into which the system's own handler writes.
+    The exception may be lost: Python drops what is raised in a hook of fork or a destructor, with a traceback that is
+    not shown here, and does not come to raise it while the main thread is in C. So a thread watches a pipe into which
+    the system's own handler writes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -55,15 +56,23 @@ def interruptible(received: list[int], sentence: str) -> Iterator[None]:
             received.append(number)
             raise KeyboardInterrupt
 
+    dropped = sys.unraisablehook
+
+    def say_dropped(lost: sys.UnraisableHookArgs) -> None:
+        if not (received and isinstance(lost.exc_value, KeyboardInterrupt)):
+            dropped(lost)
+
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     watcher = threading.Thread(target=watch, args=(reader, sentence), name="signals", daemon=True)
     watcher.start()
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     earlier = [signal.signal(each, interrupt) for each in SIGNALS]
+    sys.unraisablehook = say_dropped
     try:
         yield
     finally:
+        sys.unraisablehook = dropped
         for each, handler in zip(SIGNALS, earlier, strict=True):
             signal.signal(each, handler)
         signal.set_wakeup_fd(woken)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ray_sampler.config import FLAGS, LARGEST_SHARD, SAMPLING_VERSION, PrecisionOptions, RunConfig
-from ray_sampler.errors import redact, require
+from ray_sampler.errors import redact, require, shortened
 from ray_sampler.networks import adm
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.family import NetworkSpec, Precision, Script
@@ -154,13 +154,14 @@ def label_rule(labels: str | None, spec: NetworkSpec, read: bool = True) -> Labe
     """
     require(
         labels is None or spec.num_classes > 0,
-        f"--labels is {labels!r}, but the model is unconditional; leave it out or give --class_cond True",
+        f"--labels is {shortened(str(labels))!r}, but the model is unconditional; leave it out or give --class_cond "
+        "True",
     )
     if not spec.num_classes:
         return None
     if labels in (None, "random", "balanced") or not read:
         return LabelRule("balanced" if labels == "balanced" else "random", spec.num_classes)
-    return listed_labels(read_labels(str(labels)), spec.num_classes, repr(labels))
+    return listed_labels(read_labels(str(labels)), spec.num_classes, repr(shortened(labels)))
 
 
 def check_guide(guidance: Guidance, spec: NetworkSpec, guide: NetworkSpec | None) -> None:

@@ -28,9 +28,12 @@ def taken(flag: Flag, value: Any) -> Any:
         return bool(value) if isinstance(value, int) and value in (0, 1) else value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
-    if flag.kind is float:
-        return float(value)
-    return math.floor(value) if math.isfinite(value) and value == math.floor(value) else value
+    try:
+        if flag.kind is float:
+            return float(value)
+        return math.floor(value) if isinstance(value, int) or value == math.floor(value) else value
+    except (OverflowError, ValueError):  # too large for a float, or no number
+        return value
 
 
 def text_of(flag: Flag, value: Any) -> Any:

@@ -40,6 +40,13 @@ def test_importing_the_package_imports_neither_torch_nor_ray(tmp_path: Path):
     assert done.stdout == "set()\n", done.stderr
 
 
+def test_the_command_line_hears_signals_before_it_imports_what_takes_long(tmp_path: Path):
+    """Until then Ctrl-C would be answered by Python's traceback."""
+    slow = "{'torch', 'ray', 'numpy', 'pyarrow', 'fsspec', 'rich'}"
+    done = python(f"import sys, ray_sampler.cli; print({slow} & set(sys.modules))", tmp_path)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_what_needs_no_network_imports_no_torch(tmp_path: Path):
     """So that `status` answers at once, wherever it is asked."""
     done = python("import sys, ray_sampler.run_folder, ray_sampler.cli; print('torch' in sys.modules)", tmp_path)

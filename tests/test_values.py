@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ray_sampler import RequestError, RunConfig, read_fragment, run
+from ray_sampler.config import FLAGS
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,9 @@ def test_a_value_with_one_meaning_is_taken(name: str, value: Any, same: Any):
         ("num_samples", "5"),
         ("num_samples", np.arange(3)),
         ("num_samples", [3]),
+        ("num_samples", 10**400),
+        ("rho", 10**400),
+        ("seed", 10**400),
         ("seed", True),
         ("seed", object()),
         ("rho", 1j),
@@ -84,3 +88,8 @@ def test_a_fragment_is_named_by_text_or_a_path():
         read_fragment(Path("a/b.parquet"))
     with pytest.raises(RequestError, match="cannot name a fragment"):
         read_fragment(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_none_is_what_a_request_says_that_does_not_name_the_setting(name: str):
+    assert RunConfig(**{name: None}) == RunConfig()

@@ -82,6 +82,12 @@ def killed_for_memory() -> int:
     return max(counts)
 
 
+def address_space() -> int | None:
+    """Bytes of addresses that a process may have; None for any number."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
 def processes_left() -> float:
     """Processes and threads that may still be started, as far as limits say."""
     left = [math.inf]

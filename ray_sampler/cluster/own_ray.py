@@ -24,12 +24,11 @@ from typing import Any
 
 import psutil
 import ray
-from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants, worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without types
 
-from ray_sampler.cluster.machine import check_room, cpus
-from ray_sampler.cluster.reaching import cannot_start, check_machine, entrypoint_in_text
+from ray_sampler.cluster.machine import address_space, check_room, cpus
+from ray_sampler.cluster.reaching import cannot_start, check_machine, entrypoint_in_text, ray_folder
 from ray_sampler.errors import RunError, printable
 from ray_sampler.interrupts import kill_trees
 
@@ -50,7 +49,10 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "conf
 LOG_FILES = ("raylet.err", "raylet.out", "gcs_server.err", "gcs_server.out", "agent*.log", "runtime_env_agent.log")
 """Where Ray says why it did not start, the likeliest first."""
 
-COMPLAINT = re.compile(r"\b[EFC] \d+ \d+\]|\bERROR\b|\bFATAL\b|Error\b|error:|Check failed|terminate called|what\(\)")
+COMPLAINT = re.compile(
+    r"^(?!.*@ +0x).*(\b[EFC] \d+ \d+\]|\bERROR\b|\bFATAL\b|Error\b|error:|Check failed|terminate called|what\(\))"
+)
+"""What a line says that complains; one of a stack does not."""
 
 
 class Keeper:
@@ -78,7 +80,7 @@ class Keeper:
             OSError, ValueError, RuntimeError: by Ray, of a cluster.
         """
         if self.address is None:
-            check_room(get_default_ray_temp_dir())
+            check_room(ray_folder())
             check_machine()
         self.thread.start()
         ours = self.address is None
@@ -106,7 +108,13 @@ class Keeper:
                     if self.address is None:
                         stack.enter_context(own_token())
                         with settings_of_our_own():
-                            ray.init(address="local", include_dashboard=False, num_cpus=cpus(), **QUIET)
+                            ray.init(
+                                address="local",
+                                include_dashboard=False,
+                                num_cpus=cpus(),
+                                _temp_dir=ray_folder(),
+                                **QUIET,
+                            )
                     else:
                         ray.init(address=self.address, **QUIET)
             except BaseException as error:  # Ray raises SystemExit too; whoever waits hears of it
@@ -246,7 +254,7 @@ def lives(process: psutil.Process) -> bool:
 
 def session_logs() -> Path | None:
     """Where the Ray that this process started last keeps its logs."""
-    found = glob.glob(f"{glob.escape(get_default_ray_temp_dir())}/session_*_{os.getpid()}/logs")
+    found = glob.glob(f"{glob.escape(ray_folder())}/session_*_{os.getpid()}/logs")
     return Path(max(found, key=os.path.getmtime)) if found else None
 
 
@@ -265,6 +273,9 @@ def reason_for(failure: BaseException) -> str:
     """Why our own Ray did not start, in one sentence, and where its log lies."""
     said = [line.strip() for line in str(failure).splitlines() if line.strip()]
     cause = printable(said[0] if said else type(failure).__name__)
+    if (space := address_space()) is not None:
+        allowed = f"ulimit -v allows {space / 2**20:.0f} MiB of addresses"
+        cause += f" ({allowed}, and Ray reserves many times the memory that it uses: raise it)"
     folder = session_logs()
     if "AF_UNIX" in cause:
         return f"{cause}; set RAY_TMPDIR to a folder with a shorter path"

@@ -138,8 +138,8 @@ def cannot_join(error: BaseException, given: str) -> RequestError:
 
 
 def ray_folder() -> str:
-    """Where a Ray of our own keeps its sockets and logs."""
-    return str(get_default_ray_temp_dir())
+    """Where a Ray of our own keeps its sockets and logs. Absolute: its processes work in other ones."""
+    return os.path.abspath(get_default_ray_temp_dir())
 
 
 def check_machine() -> None:
@@ -148,7 +148,7 @@ def check_machine() -> None:
     Raises:
         RunError: something is missing; says what to do about it.
     """
-    folder = os.path.abspath(ray_folder())
+    folder = ray_folder()
     if len(os.fsencode(folder)) + SOCKET_PATH > LONGEST_SOCKET:
         raise RunError(
             f"Ray's folder is {printable(folder)}, whose path is too long for sockets in it; set RAY_TMPDIR to a short "
@@ -167,13 +167,14 @@ def check_machine() -> None:
             f"this process may write files of {limit:,} bytes at most (`ulimit -f`), and Ray's object store is a file "
             f"of about {store:,.0f}; raise the limit with `ulimit -f unlimited`"
         )
-    try:
-        os.getcwd().encode()
-    except UnicodeEncodeError:
-        raise RunError(
-            f"the working directory is {printable(os.getcwd())}, whose name is no UTF-8, and Ray cannot tell its "
-            "workers about it; start from another folder, or rename this one"
-        ) from None
+    for what, path in (("the working directory", os.getcwd()), ("Ray's folder", folder)):
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise RunError(
+                f"{what} is {printable(path)}, whose name is no UTF-8, and Ray cannot tell its workers about it; "
+                "start from another folder with another RAY_TMPDIR, or rename it"
+            ) from None
 
 
 def file_limit() -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +10,9 @@ from ray_sampler.options import option
 
 CHANNEL_MULTIPLIERS = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
 """What an empty channel_mult means, by image size."""
+
+LARGEST = 10**6
+"""What the numbers of a list stay below."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,12 @@ class AdmOptions:
         """Attention heads of a block with so many channels, where `num_heads` is asked for."""
         return num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
 
-    def validate(self) -> None:
+    def check_values(self) -> None:
+        """Check each value by itself.
+
+        Raises:
+            RequestError: one is wrong whatever the others are.
+        """
         for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_classes"):
             require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("num_heads_upsample", "num_head_channels"):
@@ -84,19 +91,22 @@ class AdmOptions:
             require(value == -1 or value >= 1, f"--{name} is {value}; it must be -1 or at least 1")
         for name in ("dropout", "label_dropout"):
             require(0 <= getattr(self, name) < 1, f"--{name} is {getattr(self, name)}; it must be in [0, 1)")
+        for name, kind in (("channel_mult", float), ("attention_resolutions", int)):
+            text = getattr(self, name)
+            try:
+                positive = all(0 < kind(part) < LARGEST for part in text.split(",") if text)
+            except ValueError:
+                positive = False
+            require(positive, f"--{name} is {text!r}; it must be positive numbers with commas, as in 1,2,2")
+
+    def validate(self) -> None:
+        self.check_values()
         if not self.channel_mult:
             require(
                 self.image_size in CHANNEL_MULTIPLIERS,
                 f"--channel_mult is needed for --image_size {self.image_size}; "
                 f"only {', '.join(map(str, sorted(CHANNEL_MULTIPLIERS)))} have one by default",
             )
-        for name, kind in (("channel_mult", float), ("attention_resolutions", int)):
-            text = getattr(self, name)
-            try:
-                positive = all(0 < kind(part) < math.inf for part in text.split(",") if text)
-            except ValueError:
-                positive = False
-            require(positive, f"--{name} is {text!r}; it must be positive numbers with commas, as in 1,2,2")
         multipliers = self.channel_multipliers
         factor = 2 ** (len(multipliers) - 1)
         require(

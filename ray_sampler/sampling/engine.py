@@ -31,6 +31,9 @@ PROBED_CALLS = 2
 """Calls of the network after which a batch that is tried for its memory is known to fit: no later one takes more."""
 
 
+LARGEST_BATCH = 10**6
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """How a device computes."""
@@ -45,6 +48,9 @@ class EngineOptions:
     def validate(self) -> None:
         """Raises RequestError: a value is wrong."""
         require(self.batch_size >= 1, f"--batch_size is {self.batch_size}; it must be at least 1")
+        require(
+            self.batch_size <= LARGEST_BATCH, f"--batch_size is {self.batch_size}; it must be at most {LARGEST_BATCH}"
+        )
 
 
 class NonFiniteError(RuntimeError):

@@ -16,6 +16,8 @@ from torch import Tensor
 from ray_sampler.errors import require
 from ray_sampler.options import option
 
+MOST_STEPS = 10**6
+
 RHO = 7.0
 
 
@@ -76,17 +78,15 @@ class Schedule:
         """Raises RequestError: a value is wrong, by itself or beside another."""
         require(self.steps >= 1, f"--steps is {self.steps}; it must be at least 1")
         require(self.nfe is None or self.nfe >= 1, f"--nfe is {self.nfe}; it must be at least 1")
+        for name, count in (("steps", self.steps), ("nfe", self.nfe or 1)):
+            require(count <= MOST_STEPS, f"--{name} is {count}; it must be at most {MOST_STEPS}")
         require(
             self.sigmas is not None or 0 < self.sigma_min < self.sigma_max < math.inf,
             f"--sigma_min is {self.sigma_min:g} and --sigma_max {self.sigma_max:g}; "
             "they must satisfy 0 < sigma_min < sigma_max",
         )
-        for name in ("rho", "shift"):
-            value = getattr(self, name)
-            require(
-                0 < value < math.inf,
-                f"--{name} is {value:g}; it must be above 0, as in {'7' if name == 'rho' else '3'}",
-            )
+        require(0 < self.rho < math.inf, f"--rho is {self.rho:g}; it must be above 0, as in 7")
+        require(1e-6 <= self.shift <= 1e6, f"--shift is {self.shift:g}; it must be from 1e-6 to 1e6, as in 3")
 
     def identity(self, used: tuple[str, ...]) -> dict[str, Any]:
         """What decides a sample where a solver takes the values `used`."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ray_sampler.errors import RequestError, require
 from ray_sampler.options import option
-from ray_sampler.sampling.schedules import Schedule
+from ray_sampler.sampling.schedules import MOST_STEPS, Schedule
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,10 @@ class Restarts(Plain):
             require(
                 each.points >= 2 and each.times >= 1 and 0 < each.sigma_min < each.sigma_max < math.inf,
                 f"--restarts has {shown}; it must be N,K,tmin,tmax with N at least 2, K at least 1 and 0 < tmin < tmax",
+            )
+            require(
+                each.points * each.times <= MOST_STEPS,
+                f"--restarts has {shown}; it must be at most {MOST_STEPS} steps, K times N",
             )
             at = snapped(each, levels)
             require(

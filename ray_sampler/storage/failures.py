@@ -26,6 +26,8 @@ FAMILIES = (
     ("gcsfs.retry", "HttpError"),
     ("gcsfs.retry", "NonRetryableError"),
     ("requests.exceptions", "RequestException"),
+    ("httpx", "HTTPError"),  # of Hugging Face's file system, as the next
+    ("httpx2", "HTTPError"),
 )
 """What stores raise beside OSError, by module; a module that is not loaded raises nothing."""
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 import io
-import re
 import zipfile
 from typing import Any
 
-import fsspec
 import numpy as np
 
-from ray_sampler.errors import RequestError, printable, redact
+from ray_sampler.errors import RequestError, printable, shortened
+from ray_sampler.storage.number_file import NPY, NPZ, is_list, number, read_given, table_of
 
 EXACT = 2**53
 """Whole numbers below it are exact as float64."""
@@ -30,34 +28,26 @@ def read_labels(text: str) -> np.ndarray:
     parts = [part.strip() for part in text.removesuffix(",").split(",")]
     if all(part.removeprefix("-").isdigit() for part in parts):
         return whole_numbers(np.array(parts), text)
-    try:
-        with fsspec.open(text, "rb") as file:
-            data = file.read()
-    except (OSError, ValueError, ImportError) as error:
-        raise RequestError(
-            f"--labels is {redact(text)!r}; it must be random, balanced, a list as 0,3,999, or a readable file "
-            f"({type(error).__name__})"
-        ) from error
+    data = read_given(text, "--labels", "random, balanced, a list as 0,3,999")
     return whole_numbers(parse(data, text), text)
 
 
 def refused(source: str, found: str, expected: str = "it must hold one label for each sample") -> RequestError:
-    return RequestError(f"--labels {redact(source)} {found}; {expected}")
+    return RequestError(f"--labels {shortened(source)} {found}; {expected}")
 
 
 def parse(data: bytes, source: str) -> np.ndarray:
     """The values in a file, of whatever kind and shape."""
     try:
-        if source.endswith(".npz"):
+        if data.startswith(NPZ):
             return labels_of_npz(data, source)
-        if source.endswith(".npy"):
+        if data.startswith(NPY):
             return np.load(io.BytesIO(data), allow_pickle=False)
-        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return parse_text(data.decode("utf-16" if wide else "utf-8-sig"), source)
+        return labels_of_text(data, source)
     except RequestError:
         raise
-    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise RequestError(f"--labels {redact(source)} cannot be read as labels: {printable(error)}") from error
+    except Exception as error:  # what is damaged fails in zipfile, its decompressors or numpy, each in its own way
+        raise RequestError(f"--labels {shortened(source)} cannot be read as labels: {printable(error)}") from error
 
 
 def labels_of_npz(data: bytes, source: str) -> np.ndarray:
@@ -77,31 +67,15 @@ def labels_of_npz(data: bytes, source: str) -> np.ndarray:
     raise refused(source, f"holds {printable(found) or 'nothing'}", "it must hold arr_1, or one list of integers")
 
 
-def is_list(shape: tuple[int, ...]) -> bool:
-    """Whether an array is a list, or a list as one column or row."""
-    return len(shape) == 1 or (len(shape) == 2 and 1 in shape)
-
-
-def parse_text(text: str, source: str) -> np.ndarray:
+def labels_of_text(data: bytes, source: str) -> np.ndarray:
     """The numbers of a text, as they are written there."""
-    lines = (line.partition("#")[0].strip(" \t,;") for line in text.splitlines())
-    rows = [[word.strip("\"'") for word in re.split(r"[\s,;]+", line)] for line in lines if line]
-    header = rows[0] if len(rows) > 1 and not any(map(number, rows[0])) else []
-    rows = rows[1:] if header else rows
+    header, rows = table_of(data)
     pairs = len(rows) > 1 and all(len(row) == 2 for row in rows)
     counts = pairs and all(number(row[0]) and float(row[0]) == float(rows[0][0]) + i for i, row in enumerate(rows))
     if counts or (len(header) > 1 and any(len(row) > 1 for row in rows)):
         shown = ",".join(header or rows[0])
         raise refused(source, f"holds lines of several columns, the first of them {printable(shown, 60)!r}")
     return np.array([word for row in rows for word in row])
-
-
-def number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def whole_numbers(values: np.ndarray, source: str) -> np.ndarray:

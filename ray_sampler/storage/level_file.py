@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-import zipfile
 from collections.abc import Sequence
 
-import fsspec
 import numpy as np
 
-from ray_sampler.errors import RequestError, redact, require
+from ray_sampler.errors import RequestError, printable, require, shortened
+from ray_sampler.storage.number_file import NPY, NPZ, is_list, read_given, table_of
 
 
 def read_levels(text: str | Sequence[float]) -> tuple[float, ...]:
@@ -18,7 +17,8 @@ def read_levels(text: str | Sequence[float]) -> tuple[float, ...]:
 
     Args:
         text: "80,10,1", or the path or URL of an .npz with arr_0, of an .npy, or of a text file with numbers between
-            white space or commas. From Python also the levels themselves.
+            white space or commas, a header line and comments after a # passed over. From Python also
+            the levels themselves.
 
     Raises:
         RequestError: there is no such file, or it holds no falling levels.
@@ -30,40 +30,34 @@ def read_levels(text: str | Sequence[float]) -> tuple[float, ...]:
     except ValueError as error:
         if isinstance(error, RequestError):
             raise
-    try:
-        with fsspec.open(text, "rb") as file:
-            data = file.read()
-    except (OSError, ValueError, ImportError) as error:
-        raise RequestError(
-            f"--sigmas is {redact(text)!r}; it must be a list of falling noise levels as 80,10,1, or a readable file "
-            f"({type(error).__name__})"
-        ) from error
+    data = read_given(text, "--sigmas", "a list of falling noise levels as 80,10,1")
     return falling(parse(data, text), text)
 
 
 def parse(data: bytes, source: str) -> list[float]:
     """The numbers in a file's content. Raises RequestError: there are none."""
     try:
-        if source.endswith((".npz", ".npy")):
-            array = np.load(io.BytesIO(data), allow_pickle=False)
-            values = array["arr_0"] if source.endswith(".npz") else array
-            require(
-                isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iuf",
-                f"--sigmas {redact(source)} holds no list of numbers; it must hold the noise levels, one after another",
-            )
-            return [float(value) for value in values]
-        return [float(part) for part in data.decode().replace(",", " ").split()]
+        if not data.startswith((NPZ, NPY)):
+            return [float(word) for row in table_of(data)[1] for word in row]
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        values = array["arr_0"] if data.startswith(NPZ) else array
     except KeyError:
-        raise RequestError(f"--sigmas {redact(source)} has no arr_0; an .npz of levels must hold them there") from None
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"--sigmas {redact(source)} cannot be read as noise levels: {error}") from error
+        raise RequestError(
+            f"--sigmas {shortened(source)} has no arr_0; an .npz of levels must hold them there"
+        ) from None
+    except Exception as error:  # what is damaged fails in zipfile, its decompressors or numpy, each in its own way
+        said = printable(error)
+        raise RequestError(f"--sigmas {shortened(source)} cannot be read as noise levels: {said}") from error
+    require(
+        isinstance(values, np.ndarray) and is_list(values.shape) and values.dtype.kind in "iuf",
+        f"--sigmas {shortened(source)} holds no list of numbers; it must hold the noise levels, one after another",
+    )
+    return [float(value) for value in values.reshape(-1)]
 
 
 def falling(values: list[float], source: str) -> tuple[float, ...]:
     """The levels, with 0 at the end. Raises RequestError: they do not fall, or one is no level."""
-    shown = f"--sigmas is {redact(source)!r}"
+    shown = f"--sigmas is {shortened(source)!r}"
     require(bool(values) and values[0] > 0, f"{shown}; it must begin with a noise level above 0, as in 80,10,1")
     for level, lower in zip(values, [*values[1:], 0.0][: len(values) - (values[-1] == 0)], strict=False):
         require(

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ray_sampler.cluster.reaching import cannot_start, check_machine
+from ray_sampler.cluster.own_ray import log_says, reason_for
+from ray_sampler.cluster.reaching import cannot_start, check_machine, ray_folder
 from ray_sampler.errors import RunError
 from tests.cluster.processes import started, wait_for, written
 from tests.cluster.runs import ARCHIVE, LONGER, flags_of, savez
@@ -49,6 +50,30 @@ def test_a_working_directory_that_is_no_text_is_explained(monkeypatch: pytest.Mo
     os.mkdir(os.fsencode(tmp_path) + b"/\xff")
     monkeypatch.chdir(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     assert "is no UTF-8" in sentence(monkeypatch)
+
+
+def test_a_folder_of_ray_that_is_no_text_is_explained(monkeypatch: pytest.MonkeyPatch):
+    assert "is no UTF-8" in sentence(monkeypatch, RAY_TMPDIR=os.fsdecode(b"/tmp/\xff"))
+
+
+@pytest.mark.parametrize("variables", [{"RAY_TMPDIR": "here"}, {"RAY_TMPDIR": ""}])
+def test_rays_folder_does_not_depend_on_where_its_processes_work(variables, monkeypatch: pytest.MonkeyPatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert ray_folder() == str(Path.cwd() / variables["RAY_TMPDIR"] / "ray")
+
+
+def test_a_limit_on_addresses_is_named_where_ray_did_not_start(monkeypatch: pytest.MonkeyPatch):
+    assert "ulimit -v" not in reason_for(TimeoutError("it was not up"))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2**31, resource.RLIM_INFINITY))
+    assert "ulimit -v allows 2048 MiB" in reason_for(TimeoutError("it was not up"))
+
+
+def test_a_stack_is_no_reason(tmp_path: Path):
+    complaint = "[2026-01-01 00:00:00,000 C 1 2] (raylet) socket.cc:1: no such folder"
+    frame = "[2026-01-01 00:00:00,000 E 1 2] (raylet) logging.cc:474:     @     0x7ff792066d10  (unknown)"
+    (tmp_path / "raylet.out").write_text(f"{complaint}\n{frame}\n")
+    assert log_says(tmp_path) == complaint
 
 
 def test_whatever_else_ray_says_at_its_start_becomes_one_sentence_with_the_place_of_its_logs():

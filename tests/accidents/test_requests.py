@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import fsspec
 import pytest
 
 from ray_sampler.cli import main
@@ -15,7 +19,7 @@ from ray_sampler.config import FLAGS
 from ray_sampler.flags import SYNONYMS
 from ray_sampler.storage.local_store import LocalStore
 from tests.cluster.runs import ARCHIVE, contents, flags_of, leave
-from tests.conftest import Configure
+from tests.conftest import ROOT, Configure
 
 
 def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -63,6 +67,45 @@ OUTPUTS = {
 }
 
 
+@pytest.mark.parametrize("dash", ["\u2014", "\u2013", "\u2013-", "\u2212\u2212", "\u2010\u2010"])
+@pytest.mark.parametrize("before", [[], ["--dry_run"], ["--dry_run", "--seed", "1"]])
+def test_another_dash_before_a_flag_is_named(dash: str, before: list[str], capsys):
+    """As word processors and web pages write them."""
+    for given in (["num-samples", "4"], ["num_samples=4"]):
+        argv = ["sample", *before, dash + given[0], *given[1:]]
+        assert refusal(argv, capsys).endswith("begins with another dash than a hyphen; write --num_samples")
+
+
+def test_a_folder_may_begin_with_another_dash(capsys):
+    assert "\u2014x holds no run.json" in refusal(["status", "\u2014x"], capsys)
+
+
+@pytest.mark.parametrize("argv", [["sample", "--dry_run"], ["inspect", "digits"], ["status", "run"], ["presets"]])
+def test_a_working_directory_that_is_gone_is_named(argv: list[str], tmp_path: Path):
+    """torch would end the process while it is imported."""
+    script = "import os, sys; os.rmdir(os.getcwd()); from ray_sampler.cli import entry; entry(sys.argv[1:])"
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", script, *argv],
+        cwd=tmp_path / "gone", env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "the working directory cannot be found" in line
+
+
+@pytest.mark.parametrize("name", ["steps", "nfe", "batch_size", "num_samples"])
+@pytest.mark.parametrize("value", ["1000000000001", "9223372036854775808", "9" * 4000])
+def test_a_number_beyond_all_use_is_refused_before_room_is_made_for_it(name: str, value: str, capsys):
+    assert "it must be at most" in refusal(["sample", "--dry_run", f"--{name}", value], capsys)
+
+
+@pytest.mark.parametrize("interval", ["99999999999999999999,1,1,2", "3,99999999999999999999,1,2"])
+def test_restarts_beyond_all_use_are_refused(interval: str, capsys):
+    said = refusal(["sample", "--dry_run", "--sampler", "restart", "--restarts", interval], capsys)
+    assert "it must be at most 1000000 steps" in said
+
+
 @pytest.mark.parametrize(("output", "named"), OUTPUTS.items(), ids=OUTPUTS)
 def test_an_output_that_cannot_be_one_is_refused(
     output: str, named: list[str], configure, tmp_path, capsys, monkeypatch
@@ -79,6 +122,19 @@ def test_an_output_that_cannot_be_one_is_refused(
 @pytest.mark.parametrize("command", ["status", "verify", "merge", "preview"])
 def test_a_slash_that_was_lost_is_named_by_every_command(command: str, capsys):
     assert "with one slash after s3:" in refusal([command, "s3:/bucket/run"], capsys)
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2"])
+def test_a_store_of_hugging_face_that_does_not_answer_is_one_sentence(library: str, capsys, monkeypatch):
+    raised = pytest.importorskip(library).ConnectError("no such host")
+
+    def unreachable(*_: Any, **__: Any) -> NoReturn:
+        raise raised
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", unreachable)
+    assert main(["status", "hf://datasets/a/b"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot open hf://datasets/a/b" in line
 
 
 def test_a_folder_may_be_called_like_a_bucket(configure: Configure, tmp_path: Path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,26 @@ def test_a_given_flag_that_contradicts_the_weights_is_refused_with_both_values(
     message = str(refused.value)
     assert advice in message
     assert f"not {next(iter(change.values()))}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attention_resolutions", "x"),
+        ("attention_resolutions", "16,0"),
+        ("attention_resolutions", "1.5"),
+        ("channel_mult", " "),
+        ("channel_mult", "1,nan"),
+        ("channel_mult", "1e308"),
+        ("num_head_channels", 0),
+        ("num_heads", 0),
+    ],
+)
+def test_a_flag_that_no_weights_could_fit_is_refused_by_itself(
+    name: str, value: Any, state: dict[str, Tensor], opened: Any
+) -> None:
+    with pytest.raises(RequestError, match=f"^--{name} is {re.escape(repr(value))}; it must be "):
+        opened(state, replace(ARCH, **{name: value}))
 
 
 def test_what_the_weights_tell_need_not_be_given(state: dict[str, Tensor], tmp_path: Path) -> None:

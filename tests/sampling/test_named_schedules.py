@@ -110,7 +110,13 @@ def test_only_what_applies_and_differs_from_version_1_is_in_the_identity(
 
 @pytest.mark.parametrize(
     ("options", "flag"),
-    [({"rho": 0.0}, "--rho"), ({"shift": 0.0}, "--shift"), ({"shift": math.nan}, "--shift"), ({"nfe": 0}, "--nfe")],
+    [
+        ({"rho": 0.0}, "--rho"),
+        ({"shift": 0.0}, "--shift"),
+        ({"shift": math.nan}, "--shift"),
+        ({"shift": 1e-320}, "--shift"),
+        ({"nfe": 0}, "--nfe"),
+    ],
 )
 def test_wrong_values_are_refused(options: dict[str, Any], flag: str) -> None:
     with pytest.raises(RequestError, match=f"{flag} is"):

@@ -27,6 +27,23 @@ def npy(array: np.ndarray) -> bytes:
 
 COLUMN = np.array([[3], [1], [2]])
 IMAGES = np.zeros((3, 4, 4, 3), np.uint8)
+
+
+def encrypted(data: bytes) -> bytes:
+    """A zip file whose first member says that it is encrypted."""
+    changed = bytearray(data)
+    changed[6] |= 1
+    changed[data.index(b"PK\x01\x02") + 8] |= 1
+    return bytes(changed)
+
+
+def other_method(data: bytes) -> bytes:
+    """A zip file whose first member says that it is packed in a way which nobody knows."""
+    changed = bytearray(data)
+    changed[8] = changed[data.index(b"PK\x01\x02") + 10] = 99
+    return bytes(changed)
+
+
 READ: dict[str, tuple[str, bytes]] = {
     "plain": ("l.txt", b"3 1\n2\n"),
     "byte order mark": ("l.txt", b"\xef\xbb\xbf3,1,2\n"),
@@ -36,6 +53,8 @@ READ: dict[str, tuple[str, bytes]] = {
     "comments": ("l.txt", b"# classes\n3 # a dog\n\n1\n2\n"),
     "commas at the ends": ("l.csv", b"3,\n1,\n2,\n"),
     "quotes": ("l.csv", b'"3"\n"1"\n"2"\n'),
+    "an .npz by another name": ("labels", npz(arr_1=COLUMN)),
+    "an .npy by another name": ("L.NPY", npy(COLUMN)),
     "whole floats": ("l.txt", b"3.0 1.0 2e0"),
     "two in a line that do not count": ("l.txt", b"3 1\n2 9\n"),
     "a column": ("l.npy", npy(COLUMN)),
@@ -64,6 +83,15 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "booleans": ("l.npy", npy(np.array([True])), "values of type bool"),
     "two lists": ("l.npz", npz(a=np.arange(3), b=np.arange(3)), "holds a int64 (3,), b int64 (3,)"),
     "images alone": ("l.npz", npz(arr_0=IMAGES), "holds arr_0 uint8 (3, 4, 4, 3)"),
+    "a hexadecimal number above others": ("l.txt", b"0x3\n1\n2\n", "has 0x3 at position 0"),
+    "a member that is encrypted": ("l.npz", encrypted(npz(arr_1=COLUMN)), "cannot be read as labels"),
+    "a member that is packed otherwise": ("l.npz", other_method(npz(arr_1=COLUMN)), "cannot be read as labels"),
+    "a header that promises too much": (
+        "l.npy",
+        npy(np.arange(5)).replace(b"(5,), ", b"(5000000000000,), "),
+        "cannot be read as labels",
+    ),
+    "a header without an end": ("l.npy", npy(np.arange(5)).replace(b"(5,), }", b"(5,),  "), "cannot be read as labels"),
     "nothing": ("l.txt", b"# none\n", "holds no numbers"),
 }
 
@@ -93,3 +121,9 @@ def test_a_list_may_end_in_a_comma():
     for text in ("1,,2", ",", "1,2,,"):
         with pytest.raises(RequestError):
             read_labels(text)
+
+
+def test_a_long_list_is_not_repeated_in_what_is_wrong_with_it():
+    with pytest.raises(RequestError) as refusal:
+        read_labels(",".join(map(str, range(50_000))) + ",-")
+    assert len(str(refusal.value)) < 500

@@ -32,7 +32,10 @@ def test_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "levels.txt").write_text("80, 10.5\n 1\n")
     np.save(tmp_path / "levels.npy", np.array([80, 10.5, 1, 0]))
     np.savez(tmp_path / "levels.npz", np.array([80, 10.5, 1], dtype=np.float32))
-    for name in ("levels.txt", "levels.npy", "levels.npz"):
+    (tmp_path / "table.csv").write_bytes(b"\xef\xbb\xbfsigma\n80\n10.5 # half-way\n1\n")
+    np.save(tmp_path / "column.npy", np.array([[80.0], [10.5], [1.0]]))
+    (tmp_path / "levels").write_bytes((tmp_path / "levels.npz").read_bytes())
+    for name in ("levels.txt", "levels.npy", "levels.npz", "table.csv", "column.npy", "levels"):
         assert read_levels(str(tmp_path / name)) == (80.0, 10.5, 1.0, 0.0), name
 
 
