@@ -115,7 +115,8 @@ def open_edm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
         defaults={"clip_denoised": False, "rounding": "nearest", "state": "fp64", "steps": 18},
         script="edm",
     )
-    return checked(EDM, spec, tensors, saved.parameters, settings, given)
+    with refusing(checkpoint):
+        return checked(EDM, spec, tensors, saved.parameters, settings, given)
 
 
 def open_edm2(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozenset[str]) -> Opened:
