@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 
 import fsspec
@@ -112,14 +113,19 @@ def test_views_of_one_memory_and_other_orders_of_it_are_read(tmp_path: Path) -> 
         assert all(torch.equal(read[name], view) for name, view in views.items())
 
 
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_plain_pickle_of_every_binary_protocol_is_read(protocol: int, tmp_path: Path) -> None:
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps({"model": STATE}, protocol))
+    assert weights_hash(read_checkpoint(str(tmp_path / "w.pkl")).tensors) == weights_hash(FLOATS)
+
+
 def test_weights_of_other_names_are_told(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.save({"model": STATE, "averaged_model": OTHER, "statistics": {"a": torch.ones(1), "b": torch.ones(1)}}, path)
     note = read_checkpoint(str(path)).note
     assert note == "took the weights under 'model'; the file also has 'averaged_model'; --weights_key chooses"
-    assert weights_hash(read_checkpoint(str(path), "averaged_model").tensors) == weights_hash(
-        {name: OTHER[name] for name in FLOATS}
-    )
+    others = {name: OTHER[name] for name in FLOATS}
+    assert weights_hash(read_checkpoint(str(path), "averaged_model").tensors) == weights_hash(others)
 
 
 def test_a_choice_is_told_and_a_key_chooses_another(tmp_path: Path) -> None:
