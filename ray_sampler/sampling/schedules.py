@@ -17,6 +17,8 @@ from ray_sampler.errors import require
 from ray_sampler.options import option
 
 RHO = 7.0
+LARGEST_LOG = 700.0
+"""Natural logarithm of the largest float64, about."""
 
 
 ScheduleName = Literal["karras", "logsnr", "linear", "cosine", "shifted"]
@@ -87,6 +89,10 @@ class Schedule:
                 0 < value < math.inf,
                 f"--{name} is {value:g}; it must be above 0, as in {'7' if name == 'rho' else '3'}",
             )
+        require(
+            self.sigmas is not None or abs(math.log(self.sigma_max)) / self.rho < LARGEST_LOG,
+            f"--rho is {self.rho:g}; sigma_max^(1/rho) is beyond all numbers then, so it must be larger, as in 7",
+        )
 
     def identity(self, used: tuple[str, ...]) -> dict[str, Any]:
         """What decides a sample where a solver takes the values `used`."""
