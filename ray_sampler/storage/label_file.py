@@ -33,7 +33,7 @@ def read_labels(text: str) -> np.ndarray:
     try:
         with fsspec.open(text, "rb") as file:
             data = file.read()
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # each filesystem has exceptions of its own
         raise RequestError(
             f"--labels is {redact(text)!r}; it must be random, balanced, a list as 0,3,999, or a readable file "
             f"({type(error).__name__})"

@@ -33,7 +33,7 @@ def read_levels(text: str | Sequence[float]) -> tuple[float, ...]:
     try:
         with fsspec.open(text, "rb") as file:
             data = file.read()
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # each filesystem has exceptions of its own
         raise RequestError(
             f"--sigmas is {redact(text)!r}; it must be a list of falling noise levels as 80,10,1, or a readable file "
             f"({type(error).__name__})"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
 from ray_sampler.errors import RequestError
+from ray_sampler.storage.label_file import read_labels
 from ray_sampler.storage.level_file import read_levels
 
 
@@ -72,3 +75,24 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(RequestError, match="--sigmas"):
             read_levels(str(path))
+
+
+@pytest.fixture
+def no_credentials(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No credentials of AWS, and no filesystem that was opened with some."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, "/dev/null")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    filesystem = fsspec.get_filesystem_class("s3")
+    filesystem.clear_instance_cache()
+    yield
+    filesystem.clear_instance_cache()
+
+
+@pytest.mark.usefixtures("no_credentials")
+@pytest.mark.parametrize("read", [read_levels, read_labels])
+def test_a_bucket_that_cannot_be_read_is_refused_whatever_it_raises(read: Callable[[str], object]) -> None:
+    with pytest.raises(RequestError, match=r"is 's3://bucket/list.txt'; .* a readable file \(NoCredentialsError\)"):
+        read("s3://bucket/list.txt")
