@@ -14,10 +14,10 @@ from typing import Any
 from ray_sampler.cluster.session import place
 from ray_sampler.cluster.worker import Product
 from ray_sampler.config import FleetOptions, RunConfig
-from ray_sampler.errors import RequestError, RunError, printable, redact
+from ray_sampler.errors import RequestError, RunError, printable, redact, require
 from ray_sampler.networks.family import PREFIX, Network, Precision
 from ray_sampler.networks.opening import open_network
-from ray_sampler.presets import ModelOptions, as_begun, older_name, settings_for
+from ray_sampler.presets import BUNDLED, ModelOptions, as_begun, older_name, settings_for
 from ray_sampler.resolved import Run, resolve
 from ray_sampler.sampling.guidance import guide_of
 from ray_sampler.sampling.numerics import Compile
@@ -199,8 +199,9 @@ def begun_folder(config: RunConfig, model: str) -> str | None:
 
 def open_guide(name: str, settings: Mapping[str, Any]) -> Network:
     """The second network by which the first is guided. A bundled one brings its settings."""
-    _, brought = settings_for(ModelOptions(model=name))
-    return open_network(name, dict(brought or settings) | {"weights": None, "weights_key": None}, flag="--guide")
+    require(name != "", "--guide is empty; it must be null or a model, as for --model")
+    brought = BUNDLED[name].settings if name in BUNDLED else settings
+    return open_network(name, dict(brought) | {"weights": None, "weights_key": None}, flag="--guide")
 
 
 def identity_hash(network: Network) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from ray_sampler.networks.torch_files import SHARDS, Foreign
 EMA = ("ema", "model_ema", "ema_model", "ema_state_dict", "model_ema_state_dict", "state_dict_ema", "params_ema")
 PLAIN = ("state_dict", "model", "module", "model_state_dict", "net", "network", "params")
 """Keys under which weights are looked for, in this order; then come the top level, and a key of any other name."""
+
+AVERAGE = re.compile(r"(?<![a-z])emas?(?![a-z])|EMA")
+"""In the other names that people give to an average: net_ema, ema_weights, ema_0.9999, EMA."""
 
 EMA_PARTS = ("ema", "model_ema", "ema_model")
 MODEL_PARTS = ("state_dict", "model", "module", "_orig_mod")
@@ -27,8 +30,8 @@ WRAPPERS = frozenset(
 )
 """Beginnings of names that say nothing where all names have them."""
 
-FIRST = ("input_blocks.0.0.weight", "x_embedder.proj.weight")
-"""A name in every ADM network, and one in every DiT."""
+FIRST = ("input_blocks.0.0.weight", "x_embedder.proj.weight", "unet.emb_fourier.freqs")
+"""A name in every ADM network, one in every DiT, and one in every network of EDM2."""
 
 INFIX = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 EXTRAS = ("num_updates", "decay", "n_averaged", "initted", "step", "optimization_step", "global_step")
@@ -39,6 +42,8 @@ SHADOW = "shadow_params"
 PERSISTENT = "persistence._reconstruct_persistent_obj"
 SAVE = "save its state dict alone, with torch.save(model.state_dict(), ...)"
 MAX_DEPTH = 4
+LEAST = 8
+"""Tensors under a name that is not known; with fewer it is no network, but figures of its training."""
 LISTED = 8
 
 Tensors = dict[str, Entry]
@@ -85,11 +90,13 @@ def choose(content: Any, key: str | None) -> Part:
     if not found:
         _refuse(content)
     path, tensors = found[0]
-    for name in (*EMA, *PLAIN):
-        if path.partition(".")[0] == name:
+    items = _mapping(content) or {}
+    taken = next((name for name in _sought(items) if f"{path}.".startswith(f"{name}.")), None)
+    for name in _sought(items):
+        if name == taken:
             break
-        _require_data((_mapping(content) or {}).get(name), name, keys)
-    obvious = path == "" or path.partition(".")[0] in EMA + PLAIN
+        _require_data(items.get(name), name, keys)
+    obvious = path == "" or taken is not None
     if not obvious and len(found) > 1:
         raise Refused(f"it has weights under {', '.join(map(listed, keys[:LISTED]))}; --weights_key chooses")
     part = _named(path, tensors, (), keys)
@@ -135,24 +142,32 @@ def _candidates(
     if items is None or depth >= MAX_DEPTH or "param_groups" in items or id(items) in seen:
         return
     seen.add(id(items))
-    found = False
-    for name in (*EMA, *PLAIN):
+    found = set()
+    for name in _sought(items):
         if name in items:
             for candidate in _under(items, name, path, depth, seen):
-                found = True
-                yield candidate
+                if name in EMA + PLAIN or len(candidate[1]) >= LEAST:
+                    found.add(name)
+                    yield candidate
     if _weights(root) and (not found or len(_weights(root)) > 1):
         yield path, _tensors(root)
-        found = True
-    if not found:
-        others = [name for name in items if isinstance(name, str) and _is_network(name, items[name])]
-        for name in others if depth == 0 or len(others) == 1 else ():
-            yield f"{path}.{name}" if path else name, _tensors(items[name])
+        found.add("")
+    others = [name for name in items if isinstance(name, str) and _is_network(name, items[name])]
+    if depth == 0 or (not found and (len(others) == 1 or AVERAGE.search(path))):
+        for name in others:
+            if name not in found:
+                yield f"{path}.{name}" if path else name, _tensors(items[name])
+
+
+def _sought(items: Mapping[Any, Any]) -> list[str]:
+    """Keys under which weights are looked for, averages first."""
+    averages = [name for name in items if isinstance(name, str) and AVERAGE.search(name) and "optim" not in name]
+    return [*EMA, *(name for name in averages if name not in EMA), *PLAIN]
 
 
 def _is_network(key: str, value: Any) -> bool:
     """Whether something under a name that is not looked for can be weights."""
-    return not isinstance(value, Stored | Odd) and not _is_optimizer(key, value) and len(_weights(value)) > 1
+    return not isinstance(value, Stored | Odd) and not _is_optimizer(key, value) and len(_weights(value)) >= LEAST
 
 
 def _under(items: dict[Any, Any], name: str, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensors]]:
@@ -223,9 +238,7 @@ def _at(root: Any, key: str, found: list[tuple[str, Tensors]]) -> Tensors | None
 def _parts(path: str, tensors: Iterable[str]) -> list[str]:
     """Keys of the parts of a state dict that names tell apart."""
     heads = {name.partition(".")[0] for name in tensors if "." in name}
-    network = _network_part(tensors)
-    kept = [head for head in (*EMA_PARTS, *MODEL_PARTS, network) if head in heads]
-    return [f"{path}.{head}" if path else head for head in kept] if len(heads) > 1 else []
+    return [f"{path}.{head}" if path else head for head in _heads_of_parts(tensors, heads)] if len(heads) > 1 else []
 
 
 def _part(tensors: Tensors, head: str) -> Tensors:
@@ -266,21 +279,32 @@ def _named(path: str, tensors: Tensors, taken: tuple[str, ...], keys: list[str])
         if len(heads) == 1 and heads <= WRAPPERS and "unet.emb_fourier.freqs" not in tensors:
             tensors = _part(tensors, next(iter(heads)))
             continue
-        part = next(
-            (head for head in EMA_PARTS + MODEL_PARTS if head in heads and len(heads) > 1), _network_part(tensors)
-        )
-        if part is None:
+        parts = _heads_of_parts(tensors, heads)
+        if not parts:
             break
-        tensors, taken = _part(tensors, part), (*taken, part)
+        tensors, taken = _part(tensors, parts[0]), (*taken, parts[0])
     key = ".".join([*([path] if path else []), *taken])
-    return Part(key, tensors, tuple(k for k in keys if k not in (key, path)))
+    return Part(key, tensors, tuple(k for k in keys if k != path and not f"{key}.".startswith(f"{k}.")))
 
 
-def _network_part(tensors: Iterable[str]) -> str | None:
-    """The beginning of names, before a dot, under which a known network is: an attribute of somebody's own class."""
-    heads = [name.removesuffix(f".{first}") for name in tensors for first in FIRST if name.endswith(f".{first}")]
-    heads = [head for head in heads if "." not in head]
-    return next((head for head in heads if "ema" in head), heads[0] if heads else None)
+def _heads_of_parts(tensors: Iterable[str], heads: set[str]) -> list[str]:
+    """Beginnings of names, before a dot, that make a part of a state dict, averages first.
+
+    Beside those that are known, they are those under which a known network is: attributes of somebody's own class.
+    """
+    networks = [name.removesuffix(f".{first}") for name in tensors for first in FIRST if name.endswith(f".{first}")]
+    averages = [head for head in networks if AVERAGE.search(head)]
+    ordered = (
+        *(head for head in EMA_PARTS if head in heads),
+        *averages,
+        *(head for head in MODEL_PARTS if head in heads),
+        *networks,
+    )
+    parts: list[str] = []
+    for head in ordered:
+        if not any(f"{head}.".startswith(f"{part}.") for part in parts):
+            parts.append(head)
+    return parts
 
 
 def _refuse(content: Any) -> None:

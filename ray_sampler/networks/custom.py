@@ -59,6 +59,8 @@ class Model:
     ) -> None:
         name = type(network).__name__
         require(isinstance(network, nn.Module), f"Model's network is a {name}; it must be a torch.nn.Module")
+        num_classes, null_label, sigma_min, sigma_max = map(plain, (num_classes, null_label, sigma_min, sigma_max))
+        shape = tuple(map(plain, shape)) if isinstance(shape, (tuple, list)) else shape
         whole = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
         require(whole, f"Model's shape is {shape!r}; it must be (C, H, W), three whole numbers above 0")
         require(
@@ -76,9 +78,9 @@ class Model:
             f"Model's sigma_min is {sigma_min!r} and sigma_max {sigma_max!r}; they must be 0 < sigma_min < sigma_max",
         )
         require(
-            isinstance(kind, str) or callable(getattr(kind, "denoiser", None)),
+            isinstance(kind, str) or all(callable(getattr(kind, name, None)) for name in ("denoiser", "identity")),
             f"Model's kind is a {type(kind).__name__}; it must be the name of one, as denoiser or eps, or an object "
-            "with the methods of a Parameterisation",
+            "with the methods of a Parameterisation, denoiser and identity",
         )
         require(decoder in DECODERS, f"Model's decoder is {decoder!r}; it must be None, 'sd' or 'edm2'")
         self.network = network
@@ -124,11 +126,17 @@ class Called(nn.Module):
         self.dtype = DTYPES[precision]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Raises RunError: the network returns something unlike x, which arithmetic might take all the same."""
+        """Raises RunError: the network raises, or returns something unlike x, which arithmetic might take all the same.
+
+        Memory that runs out is the cause of the error then.
+        """
         half = self.dtype != torch.float32
         with torch.autocast(x.device.type, self.dtype if half else torch.bfloat16, enabled=half):
             labels = () if y is None else (self._rows(y) if self.one_hot else y,)
-            output = self.network(x, t, *labels)
+            try:
+                output = self.network(x, t, *labels)
+            except Exception as error:
+                raise RunError(f"the network of --model raised {told(error)}") from error
         if not isinstance(output, Tensor):
             raise RunError(f"the network of --model returned a {type(output).__name__}; it must return a tensor like x")
         if output.shape != x.shape:
@@ -157,9 +165,9 @@ def open_custom(model: str, settings: Mapping[str, Any], given: frozenset[str]) 
     """
     name, tag = model.removeprefix(PREFIX), settings.get("tag")
     made, module = call(name, settings.get("weights"))
+    check_values(name, tensors_of(made.network))
     network = made.network.cpu().eval()
-    tensors = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
-    check_tensors(name, tensors)
+    tensors = tensors_of(network)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     spec = NetworkSpec(
         family="python",
@@ -186,7 +194,17 @@ def open_custom(model: str, settings: Mapping[str, Any], given: frozenset[str]) 
     )
 
 
-def check_tensors(name: str, tensors: Mapping[str, Tensor]) -> None:
+def plain(value: Any) -> Any:
+    """A scalar of numpy or torch as Python has it, anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def tensors_of(network: nn.Module) -> dict[str, Tensor]:
+    """What is hashed of a network."""
+    return {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+def check_values(name: str, tensors: Mapping[str, Tensor]) -> None:
     """Raises RequestError: a tensor has no values yet, or some that are not finite."""
     shown = f"--model is {PREFIX}{printable(name)}"
     empty = [key for key, tensor in tensors.items() if tensor.is_meta or is_lazy(tensor)]

@@ -50,12 +50,13 @@ def dhariwal_to_adm(saved: SavedNetwork) -> tuple[dict[str, Any], dict[str, Tens
     multipliers = arguments.numbers("channel_mult", (1, 2, 3, 4))
     attention = arguments.resolutions("attn_resolutions", (32, 16, 8))
     classes = arguments.number("label_dim", 0, least=0)
+    sizes = [size >> level for level in range(len(multipliers))]  # a resolution between two of them is at none here
     flags: dict[str, Any] = {
         "image_size": size,
         "num_channels": arguments.number("model_channels", 192),
         "num_res_blocks": blocks,
         "num_head_channels": HEAD_CHANNELS,
-        "attention_resolutions": ",".join(map(str, attention)),
+        "attention_resolutions": ",".join(str(resolution) for resolution in attention if resolution in sizes),
         "channel_mult": ",".join(f"{multiplier:g}" for multiplier in multipliers),
         "class_cond": classes > 0,
         "use_scale_shift_norm": True,

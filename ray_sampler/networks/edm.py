@@ -114,9 +114,6 @@ def options_from(saved: SavedNetwork) -> SongUNetOptions:
         resample_filter=arguments.taps("resample_filter"),
     )
     check_sizes(options.img_resolution, options.channels, options.noise_channels // 2, options.emb_channels)
-    for channels in (options.model_channels, *options.channels):
-        if channels % groups_of(channels):
-            raise Refused(f"its network has {channels} channels, which cannot be normalised in groups")
     return options
 
 
@@ -137,7 +134,10 @@ class Norm(nn.GroupNorm):
     """Group normalisation, computed in float32 whatever the input's type, which the output keeps."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(groups_of(channels), channels, eps=EPS)
+        groups = groups_of(channels)
+        if channels % groups:
+            raise Refused(f"its network normalises {channels} channels, which cannot be split into {groups} groups")
+        super().__init__(groups, channels, eps=EPS)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.float()).to(input.dtype)

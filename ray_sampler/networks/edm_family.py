@@ -115,7 +115,8 @@ def open_edm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
         defaults={"clip_denoised": False, "rounding": "nearest", "state": "fp64", "steps": 18},
         script="edm",
     )
-    return checked(EDM, spec, tensors, saved.parameters, settings, given)
+    with refusing(checkpoint):
+        return checked(EDM, spec, tensors, saved.parameters, settings, given)
 
 
 def open_edm2(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozenset[str]) -> Opened:
@@ -161,9 +162,46 @@ def checked(
     given: frozenset[str],
 ) -> Opened:
     """What was opened, after a check against its own tensors and against what the user gave."""
-    spec.check_given({name: settings[name] for name in given})
+    values = {name: settings[name] for name in given}
+    spec.check_given(values)
+    check_recorded(spec, values)
     check_fit(without_memory(lambda: family.build(spec, "fp32")), tensors, DAMAGED)
     return Opened(spec, tensors, parameters)
+
+
+def check_recorded(spec: NetworkSpec, given: Mapping[str, Any]) -> None:
+    """Check what the user gave of the preconditioning and the levels against what a file records.
+
+    Raises:
+        RequestError: it contradicts that; names both values.
+    """
+    told: dict[str, str] = {}
+    if "consistency" in (given.get("training_mode") or ""):
+        told["training_mode"] = "edm"
+    if not isinstance(spec.options, Dhariwal):  # whose flags its tensors were compared with
+        network = spec.options.network
+        width = getattr(network, "model_channels", network.channels[0])
+        sizes = [network.img_resolution >> level for level in range(len(network.channels))]
+        attention = [size for size in sizes if size in network.attn_resolutions]
+        if given.get("num_channels") not in (None, width):
+            told["num_channels"] = str(width)
+        asked = numbers(given, "channel_mult")
+        if asked and [round(width * multiplier) for multiplier in asked] != list(network.channels):
+            told["channel_mult"] = ",".join(f"{channels / width:g}" for channels in network.channels)
+        asked = numbers(given, "attention_resolutions")
+        if asked is not None and [size for size in sizes if size in asked] != attention:
+            told["attention_resolutions"] = ",".join(map(str, attention)) or "none"
+    for name, value in told.items():
+        require(False, f"--{name} is {given[name]}, but the file says {value}; leave it out or give another --model")
+
+
+def numbers(given: Mapping[str, Any], name: str) -> list[float] | None:
+    """A list of numbers that was given as text. Raises RequestError: it is none."""
+    text = given.get(name)
+    try:
+        return None if text is None else [float(part) for part in text.split(",") if part]
+    except ValueError:
+        raise RequestError(f"--{name} is {text!r}; it must be positive numbers with commas, as in 1,2,2") from None
 
 
 def check_sigma_data(saved: SavedNetwork) -> None:

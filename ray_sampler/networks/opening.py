@@ -10,6 +10,7 @@ from typing import Any
 from ray_sampler.errors import RequestError
 from ray_sampler.networks.adm import ADM
 from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.networks.choose import listed
 from ray_sampler.networks.custom import open_custom
 from ray_sampler.networks.edm_family import EDM, EDM2
 from ray_sampler.networks.family import PREFIX, Family, Network, without_memory
@@ -90,6 +91,13 @@ def family_of(checkpoint: Checkpoint) -> Family:
     for family in FAMILIES.values():
         if family.recognises(checkpoint):
             return family
+    if checkpoint.saved:
+        saved = checkpoint.saved[checkpoint.key]
+        kind = ascii(saved.arguments.get("model_type") or saved.class_name)[:60]
+        raise RequestError(
+            f"--model is {checkpoint.shown}; under {listed(checkpoint.key)} it has a network of class {kind}, which is "
+            "none of NVlabs/edm and NVlabs/edm2; for a network of your own give --model python:module:function"
+        )
     names = list(checkpoint.tensors)
     raise RequestError(
         f"--model is {checkpoint.shown}; its tensors ({', '.join(names[:NAMED])}, ...) are of none of the families "

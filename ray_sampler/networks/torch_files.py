@@ -118,6 +118,8 @@ class _Stands:
             return lambda *sizes: tuple(sizes[0]) if sizes else ()
         elif (module, name) == ("torch.storage", "_load_from_bytes") and self.blobs:
             return _blob
+        elif (module, name) == ("_codecs", "encode") and self.blobs:
+            return lambda text, _code="latin1": Blob(text.encode("latin-1"))  # bytes, in protocols 0 to 2
         return partial(Foreign, f"{module}.{name}")
 
     def tensor(self, view: Any, offset: Any, shape: Any, strides: Any, *others: Any) -> Entry:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -221,12 +222,16 @@ class Diffusion:
     """Cumulative, falling, in (0, 1)."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "alphas", tuple(float(alpha) for alpha in self.alphas))  # arrays and tensors too
-        falling = all(1 > a > b > 0 for a, b in zip(self.alphas, self.alphas[1:], strict=False))
-        require(
-            len(self.alphas) >= 2 and falling,
-            f"alphas has {len(self.alphas)} values; it must be a falling table of cumulative alphas between 0 and 1",
-        )
+        wanted = "it must be a falling table of cumulative alphas between 0 and 1"
+        try:
+            table = tuple(float(alpha) for alpha in self.alphas)  # arrays and tensors too
+        except (TypeError, ValueError, RuntimeError):
+            raise RequestError(
+                f"alphas is a {type(self.alphas).__name__} that holds no list of numbers; {wanted}"
+            ) from None
+        falling = all(1 > a > b > 0 for a, b in pairwise(table))
+        require(len(table) >= 2 and falling, f"alphas has {len(table)} values; {wanted}")
+        object.__setattr__(self, "alphas", table)
 
     def denoiser(self, network: Network, labels: Tensor | None) -> Denoiser:
         levels = torch.tensor([0.5 * math.log((1 - a) / a) for a in self.alphas], dtype=torch.float64)
@@ -267,8 +272,8 @@ class Flow:
     (1 - t) noise (Lipman et al. 2023; Ma et al. 2024). Beyond sigma, t = sigma / (1 + sigma) counted from the data.
     """
 
-    data_at: int
-    """The t that holds data: 0 or 1."""
+    data_at: int | None = None
+    """The t that holds data: 0 or 1, and nothing else."""
     predicts: str = "velocity"
 
     def __post_init__(self) -> None:

@@ -19,6 +19,8 @@ from ray_sampler.options import option
 MOST_STEPS = 10**6
 
 RHO = 7.0
+LARGEST_LOG = 700.0
+"""Natural logarithm of the largest float64, about."""
 
 
 ScheduleName = Literal["karras", "logsnr", "linear", "cosine", "shifted"]
@@ -87,6 +89,10 @@ class Schedule:
         )
         require(0 < self.rho < math.inf, f"--rho is {self.rho:g}; it must be above 0, as in 7")
         require(1e-6 <= self.shift <= 1e6, f"--shift is {self.shift:g}; it must be from 1e-6 to 1e6, as in 3")
+        require(
+            self.sigmas is not None or abs(math.log(self.sigma_max)) / self.rho < LARGEST_LOG,
+            f"--rho is {self.rho:g}; sigma_max^(1/rho) is beyond all numbers then, so it must be larger, as in 7",
+        )
 
     def identity(self, used: tuple[str, ...]) -> dict[str, Any]:
         """What decides a sample where a solver takes the values `used`."""

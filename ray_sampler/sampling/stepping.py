@@ -131,19 +131,25 @@ def fitting(settings: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_levels(settings: Mapping[str, Any], schedule: Schedule, dtype: torch.dtype) -> None:
-    """Check that levels still fall after they are rounded to the dtype of the state: solvers divide by their distance.
+    """Check levels after they are rounded to the dtype of the state: solvers divide by them.
 
-    The solvers of version 1 do not.
+    They must be numbers above 0, and fall where a solver divides by their distance; those of version 1 do not.
 
     Raises:
-        RequestError: two are equal.
+        RequestError: they are not, or do not.
     """
-    solver = SOLVERS[settings["sampler"]]
+    solver, explicit = SOLVERS[settings["sampler"]], schedule.sigmas is not None
+    levels = solver.levels(schedule, pick(solver.options, settings), dtype)
+    said = f"--sigma_min is {schedule.sigma_min:g}, --sigma_max {schedule.sigma_max:g} and --rho {schedule.rho:g}"
+    require(
+        bool((levels[:-1] > 0).all() and levels.isfinite().all()),
+        f"{f'--sigmas is {schedule.sigmas}' if explicit else said}; a level of that is 0 or infinite in "
+        f"{settings['state']}: give other values{'' if dtype == torch.float64 else ', or --state fp64'}",
+    )
     if "schedule" not in solver.uses:
         return
-    levels = solver.levels(schedule, pick(solver.options, settings), dtype)
     equal = levels[1:][levels.diff() >= 0]
-    flag = "steps" if schedule.sigmas is None else "sigmas"
+    flag = "sigmas" if explicit else "steps"
     require(
         not len(equal),
         f"--{flag} is {settings[flag]}; two levels beside each other are "

@@ -161,7 +161,9 @@ def test_guidance_of_a_network_without_a_null_label_is_refused(guide: str | None
 
 
 def test_a_guide_that_is_not_there_is_refused_under_its_own_flag(tmp_path: Path) -> None:
-    assert refusal(EDM2, guidance=2.0, guide=tmp_path / "none.pkl").startswith("--guide is ")
+    for guide in (tmp_path / "none.pkl", "digit", "edm2-img64-s-fid"):
+        assert refusal(EDM2, guidance=2.0, guide=guide) == f"--guide is {guide}; there is no such file"
+    assert refusal(EDM2, guidance=2.0, guide="") == "--guide is empty; it must be null or a model, as for --model"
 
 
 @pytest.mark.parametrize(

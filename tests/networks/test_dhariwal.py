@@ -144,6 +144,16 @@ def test_computes_what_the_definition_says(width, multipliers, blocks, classes):
 
 
 @torch.no_grad()
+def test_attention_at_a_resolution_that_no_level_has_is_nowhere(tmp_path):
+    definition = Dhariwal(64, [1, 2], 1, [16, 0], 24, 0)
+    x, c_noise = torch.randn(2, 3, 24, 24), torch.tensor([-1.5, 0.2])
+    expected = definition(x.double(), c_noise.double(), torch.zeros(2, dtype=torch.int64))
+    saved = definition.saved()
+    (tmp_path / "net.pkl").write_bytes(snapshot("EDMPrecond", saved.tensors, saved.arguments))
+    assert (loaded(open_network(str(tmp_path / "net.pkl"), {}))(x, c_noise) - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
 def test_a_file_of_it_is_opened_with_everything_that_it_records(tmp_path):
     definition = Dhariwal(16, [4, 8], 1, [8], 16, 5)
     x, c_noise, y = torch.randn(3, 3, 16, 16), torch.tensor([-1.5, 0.2, 1.1]), torch.tensor([0, 4, 5])

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from ray_sampler.errors import RequestError
 from ray_sampler.networks import edm
 from ray_sampler.networks.edm import SongUNet, SongUNetOptions
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
+from ray_sampler.networks.opening import open_network
+from tests.networks.nvidia_files import dumped, module, snapshot
 from tests.networks.reference import denoised, network, numbers, saved
 
 REFERENCES = ("edm_ddpmpp16", "edm_ncsnpp8")
@@ -117,7 +120,6 @@ def test_the_file_names_its_preconditioning():
         ("decoder_type", "skip"),
         ("embedding_type", "other"),
         ("img_resolution", 36),
-        ("model_channels", 132),
         ("resample_filter", [1, 2, 1]),
         ("num_blocks", 0),
     ],
@@ -125,3 +127,18 @@ def test_the_file_names_its_preconditioning():
 def test_what_no_published_network_has_is_refused(name, value):
     with pytest.raises(Refused):
         options(**(FFHQ | {name: value}))
+
+
+@pytest.mark.parametrize("channels", [132, 48])
+def test_channels_that_cannot_be_normalised_are_refused(channels, tmp_path):
+    arguments = {"model_type": "SongUNet", "img_resolution": 16, "model_channels": channels, "channel_mult": [1, 2]}
+    (tmp_path / "net.pkl").write_bytes(snapshot("EDMPrecond", {"model.x": torch.ones(1)}, arguments))
+    with pytest.raises(RequestError, match=r"normalises \d+ channels, which cannot be split into 32 groups"):
+        open_network(str(tmp_path / "net.pkl"), {})
+
+
+def test_a_snapshot_of_another_network_is_named(tmp_path):
+    networks = {name: module("Generator", {"synthesis.weight": torch.ones(1)}) for name in ("G", "G_ema")}
+    (tmp_path / "net.pkl").write_bytes(dumped(networks))
+    with pytest.raises(RequestError, match="under 'G_ema' it has a network of class 'Generator', which is none of"):
+        open_network(str(tmp_path / "net.pkl"), {"weights_key": "G_ema"})

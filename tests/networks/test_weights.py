@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 
 import fsspec
@@ -84,9 +85,15 @@ def test_a_known_network_is_found_under_the_name_of_any_attribute(first: str, tm
         read = read_checkpoint(str(tmp_path / "w.ckpt"))
         assert weights_hash(read.tensors) == weights_hash(state)
         assert read.key == f"state_dict.{name[:-1]}"
-    torch.save(prefixed(OTHER | {first: torch.zeros(1)}, "net.") | prefixed(state, "net_ema."), tmp_path / "w.ckpt")
-    assert read_checkpoint(str(tmp_path / "w.ckpt")).key == "net_ema"
-    assert read_checkpoint(str(tmp_path / "w.ckpt"), "net").tensors[first] == 0
+    others = OTHER | {first: torch.zeros(1)}
+    for key, other in (("net_ema", "net"), ("ema_net.module", "model"), ("ema_unet.ma_model", "unet")):
+        torch.save(prefixed(others, f"{other}.") | prefixed(state, f"{key}."), tmp_path / "w.ckpt")
+        read = read_checkpoint(str(tmp_path / "w.ckpt"))
+        assert read.key == key
+        assert read.note is not None
+        assert f"the file also has '{other}'" in read.note
+        assert weights_hash(read.tensors) == weights_hash(state)
+        assert read_checkpoint(str(tmp_path / "w.ckpt"), other).tensors[first] == 0
 
 
 def test_the_hash_is_that_of_version_1(tmp_path: Path) -> None:
@@ -104,6 +111,21 @@ def test_views_of_one_memory_and_other_orders_of_it_are_read(tmp_path: Path) -> 
         write(views, tmp_path / "w")
         read = read_checkpoint(str(tmp_path / "w")).tensors
         assert all(torch.equal(read[name], view) for name, view in views.items())
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_plain_pickle_of_every_binary_protocol_is_read(protocol: int, tmp_path: Path) -> None:
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps({"model": STATE}, protocol))
+    assert weights_hash(read_checkpoint(str(tmp_path / "w.pkl")).tensors) == weights_hash(FLOATS)
+
+
+def test_weights_of_other_names_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"model": STATE, "averaged_model": OTHER, "statistics": {"a": torch.ones(1), "b": torch.ones(1)}}, path)
+    note = read_checkpoint(str(path)).note
+    assert note == "took the weights under 'model'; the file also has 'averaged_model'; --weights_key chooses"
+    others = {name: OTHER[name] for name in FLOATS}
+    assert weights_hash(read_checkpoint(str(path), "averaged_model").tensors) == weights_hash(others)
 
 
 def test_a_choice_is_told_and_a_key_chooses_another(tmp_path: Path) -> None:
