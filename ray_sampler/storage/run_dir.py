@@ -70,7 +70,7 @@ class RunDir:
         self.url = self._store.url
         self._patience_s = PATIENCE_S
         self.is_local = isinstance(self._store, LocalStore)
-        if isinstance(self._store, LocalStore) and self._store.root.exists() and not self._store.root.is_dir():
+        if isinstance(self._store, LocalStore) and self._store.is_file():
             raise RequestError(f"{self.url} is a file; an output must be a folder")
 
     def __repr__(self) -> str:

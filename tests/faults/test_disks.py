@@ -62,6 +62,26 @@ CASES = [
             ("read", ""),
         )
     ),
+    *(
+        Case(f"one {error} while writing", (DiskFault("write", error, 1, name="000000000004"),), 0, "follows in")
+        for error in ("ESHUTDOWN", "ECOMM", "ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH")
+    ),
+    *(
+        Case(
+            f"one {error} while looking at {name or 'the output'}", (passing("getattr", error, name),), 0, "follows in"
+        )
+        for error in ("EIO", "ETIMEDOUT")
+        for name in ("/run", "/fragments", "/.probe")
+    ),
+    Case("EIO that lasts while looking at a folder", (DiskFault("getattr", "EIO", name="/fragments"),), 1, "EIO"),
+    Case(
+        "a folder that may not be looked at",
+        (DiskFault("getattr", "EACCES", name="/fragments"),),
+        2,
+        "permission denied",
+    ),
+    Case("an output that may not be looked at", (DiskFault("getattr", "EACCES", name="/run"),), 2, "permission denied"),
+    Case("names that are too long", (DiskFault("create", "ENAMETOOLONG", name=".tmp"),), 2, "too long for that disk"),
     Case("EIO that lasts", (DiskFault("write", "EIO", name="000000000004"),), 1, "EIO", computed=True),
     # What a mount does not know.
     *(
@@ -90,7 +110,13 @@ CASES = [
     Case("no inodes", no_inodes(), 1, "inodes", computed=True),
     Case("a quota", (DiskFault("write", "EDQUOT", name="00000000"),), 1, "quota", computed=True),
     Case("a full disk", (DiskFault("write", "ENOSPC", name="00000000"),), 1, "the disk is full", computed=True),
-    Case("a quota that is found at the close", (DiskFault("flush", "EDQUOT", name="00000000"),), 1, "quota", computed=True),
+    Case(
+        "a quota that is found at the close",
+        (DiskFault("flush", "EDQUOT", name="00000000"),),
+        1,
+        "quota",
+        computed=True,
+    ),
     Case("a read-only disk", (DiskFault("create", "EROFS"),), 2, "read-only"),
     Case("no right to write", (DiskFault("create", "EACCES"),), 2, "permission denied"),
     # House-keeping.
