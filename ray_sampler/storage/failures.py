@@ -19,6 +19,7 @@ FAMILIES = (
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
     ("botocore.exceptions", "HTTPClientError"),
+    ("botocore.parsers", "ResponseParserError"),
     ("aiohttp", "ClientError"),
     ("asyncio", "TimeoutError"),
     ("azure.core.exceptions", "AzureError"),
@@ -251,12 +252,12 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
             or number in cause.statuses
             or (isinstance(error, OSError) and error.errno in cause.errnos)
         ):
-            shown = f" ({word})" if word in cause.words or number in cause.statuses else ""
+            shown = f" ({word or number})" if word in cause.words or number in cause.statuses else ""
             return cause.error(f"cannot {action} {url}: {cause.sentence}{shown}")
     if number == 405 or word == "MethodNotAllowed":
         return RequestError(
-            f"cannot {action} {url}: permission denied ({word}); the store does not allow that there, or what answers "
-            "is no store: check the endpoint, as AWS_ENDPOINT_URL"
+            f"cannot {action} {url}: permission denied ({word or number}); the store does not allow that there, or "
+            "what answers is no store: check the endpoint, as AWS_ENDPOINT_URL"
         )
     if number == 403 or isinstance(error, PermissionError) or word in ("AccessDenied", "AllAccessDisabled"):
         return RequestError(

@@ -149,6 +149,16 @@ CASES = [
     Case("another region", (answer(400, "AuthorizationHeaderMalformed"),), 2, "AWS_DEFAULT_REGION"),
     Case("a bucket that has moved", (answer(301, "PermanentRedirect", ["GetObject"]),), 2, "AWS_DEFAULT_REGION"),
     Case("a key that is disabled", (answer(400, "KMS.DisabledException", WRITES),), 2, "key that encrypts", most=2),
+    Case("no store: pages", (answer(200, "", form="page"),), 1, "AWS_ENDPOINT_URL", most=retry.ATTEMPTS),
+    *(
+        Case(
+            f"a page in place of the answer to {operation} {number}",
+            (Fault("answer", number, number, operations=[operation], status=200, form="page"),),
+            0,
+            "follows in",
+        )
+        for operation, number in (("GetObject", 2), ("GetObject", 5), ("HeadObject", 2))
+    ),
     Case("no store: 404 pages", (answer(404, "", form="page"),), 2, "correct the URL"),
     Case("no store: 405 pages", (answer(405, "", ["PUT"], form="page"),), 2, "AWS_ENDPOINT_URL"),
 ]
