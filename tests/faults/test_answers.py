@@ -72,6 +72,11 @@ def hidden(first: int, last: int) -> tuple[Fault, ...]:
     return (Fault("answer", first, last, operations=["GetObject"], status=404, word="NoSuchKey"),)
 
 
+def lost_upload(operation: str) -> Fault:
+    """Of the archive: the first upload is a trial."""
+    return Fault("answer", 2, 2, operations=[operation], status=404, word="NoSuchUpload")
+
+
 WRONG_KEY = "the credentials are wrong or have expired"
 
 CASES = [
@@ -101,6 +106,10 @@ CASES = [
     *(passing(status, "", page=True) for status in (408, 429, 500, 502, 503, 504, 520, 524)),
     Case("503 that lasts", (answer(503, "SlowDownRead"),), 1, "run the same command again", most=retry.ATTEMPTS),
     Case("520 that lasts", (answer(520, "", form="page"),), 1, "520", most=retry.ATTEMPTS),
+    *(
+        Case(f"{operation} finds no upload any more", (lost_upload(operation),), 0, "the archive is written anew")
+        for operation in ("UploadPart", "CompleteMultipartUpload")
+    ),
     # Conditions and checksums.
     Case("conditions are refused with 400", (answer(400, "InvalidArgument", ["PutObject"], when=conditional),), 0),
     Case("conditions are not implemented", (answer(501, "NotImplemented", ["PutObject"], when=conditional),), 0),
