@@ -50,8 +50,10 @@ PASSING_KINDS = {
 }
 PASSING_WORDS = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "OperationAborted"}
 PASSING_WORDS |= {"ConditionalRequestConflict", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"}
+PASSING_WORDS |= {"rateLimitExceeded", "userRateLimitExceeded"}  # which Google says with 403 too
 PASSING_WORDS |= {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "Md5Mismatch"}  # damaged on its way
-LASTING_WORDS = {"NotImplemented", "QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "StorageFull"}
+LASTING_WORDS = {"NotImplemented", "QuotaExceeded", "quotaExceeded", "XMinioStorageFull", "InsufficientStorage"}
+LASTING_WORDS |= {"StorageFull"}
 PASSING_ERRNOS = {errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, getattr(errno, "EREMOTEIO", errno.EAGAIN)}
 LASTING_KINDS = {"SSLError", "ClientSSLError", "ClientConnectorCertificateError", "CertificateError"}
 
@@ -116,6 +118,16 @@ CAUSES = (
         errnos=frozenset({errno.ENOSPC, errno.EDQUOT}),
     ),
     Cause(
+        f"the store is asked more often than it allows; wait a while, or use fewer actors, and {AGAIN}",
+        RunError,
+        words=frozenset({"rateLimitExceeded", "userRateLimitExceeded"}),
+    ),
+    Cause(
+        "a retention policy or a hold keeps what is there from being replaced; choose a bucket without one",
+        words=frozenset({"BlobImmutableDueToPolicy", "BlobImmutableDueToLegalHold", "ObjectLocked"})
+        | frozenset({"retentionPolicyNotMet", "objectUnderActiveHold"}),
+    ),
+    Cause(
         "the bucket lies in another region than the one that was asked; set AWS_DEFAULT_REGION to the bucket's, or "
         "AWS_ENDPOINT_URL to that region's address",
         words=frozenset({"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed"})
@@ -135,7 +147,8 @@ CAUSES = (
     Cause(
         "the credentials are wrong or have expired; renew them",
         words=frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"})
-        | frozenset({"AuthenticationFailed", "InvalidAuthenticationInfo", "TokenRefreshRequired"}),
+        | frozenset({"AuthenticationFailed", "InvalidAuthenticationInfo", "TokenRefreshRequired"})
+        | frozenset({"PublicAccessNotPermitted"}),
         kinds=frozenset({"RefreshError", "NonRetryableError"}),
         statuses=frozenset({401}),
     ),
@@ -272,7 +285,7 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
         return RequestError(f"cannot {action} {url}: the store is read-only; choose another output")
     if hint:
         return RequestError(f"cannot {action} {url}: the store refused the request ({said(error)}); {hint}")
-    if isinstance(error, FileNotFoundError) and word != "NoSuchUpload":
+    if isinstance(error, FileNotFoundError):
         return RequestError(f"cannot {action} {url}: there is no such bucket or folder; create it or correct the URL")
     if unreachable(error):
         return RunError(
