@@ -30,7 +30,7 @@ FRAGMENT_MEMORY = 128 * 2**20
 """Bytes of fragments that are held at once; fragments beyond a quarter of it have fewer readers, but at least one."""
 
 COMMITS = 3
-"""Times that an archive is written, at most, because a disk could not say that it keeps it."""
+"""Times that an archive is written, at most, because a disk or store does not keep it."""
 
 CHUNK_BYTES = 8 * 2**20
 

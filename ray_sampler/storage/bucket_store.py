@@ -15,9 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from ray_sampler.storage import object_store
-from ray_sampler.storage.failures import NO_BUCKET_WORDS, code, families
+from ray_sampler.storage.failures import AGAIN, NO_BUCKET_WORDS, code, families, said
 from ray_sampler.storage.object_store import ObjectStore, logger
-from ray_sampler.storage.store import Entry, OpenFile, StagedFile, is_unfinished
+from ray_sampler.storage.store import Entry, NotCommitted, OpenFile, StagedFile, is_unfinished
 
 PARTS = 9000
 """S3 takes 10,000 parts of an object; this leaves room."""
@@ -202,7 +202,7 @@ class BucketStore(ObjectStore):
             nonlocal written
             buffer.extend(data)
             written += len(data)
-            with self._explained("write", path):
+            with self._uploading(path):
                 while len(buffer) >= part_bytes:  # parts of equal size, which some stores beside S3 itself insist on
                     send(bytes(memoryview(buffer)[:part_bytes]))
                     del buffer[:part_bytes]
@@ -213,7 +213,7 @@ class BucketStore(ObjectStore):
         pool = ThreadPoolExecutor(at_once, "upload")
         try:
             yield StagedFile(write)
-            with self._explained("write", path):
+            with self._uploading(path):
                 if buffer or not parts:
                     send(bytes(buffer))
                 self._complete(key, upload, [part.result() for part in parts], written, before)
@@ -222,6 +222,19 @@ class BucketStore(ObjectStore):
             self._abort(key, upload)
             raise
         pool.shutdown()
+
+    @contextlib.contextmanager
+    def _uploading(self, path: str) -> Iterator[None]:
+        with self._explained("write", path):
+            try:
+                yield
+            except FileNotFoundError as error:
+                if code(error) in NO_BUCKET_WORDS:
+                    raise
+                raise NotCommitted(
+                    f"cannot write {self.url}/{path}: the store dropped the upload before it was whole "
+                    f"({said(error)}); {AGAIN}"
+                ) from None
 
     def _complete(self, key: str, upload: Any, parts: Sequence[Any], size: int, before: Version | None) -> None:
         """Make the parts an object.

@@ -14,7 +14,9 @@ from ray_sampler.storage.store import UnreadableFile
 
 PASSING_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNABORTED}
 PASSING_ERRNOS |= {errno.ENOTCONN, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETRESET, errno.EREMOTEIO}
-"""What a shared disk answers while its server or the network fails for the moment."""
+PASSING_ERRNOS |= {errno.ESHUTDOWN, errno.ECOMM, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH}
+"""What a shared disk answers while its server or the network fails for the moment: Lustre says ESHUTDOWN where it has
+cut a client off, BeeGFS ECOMM."""
 
 UNREADABLE_ERRNOS = {errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.EILSEQ, errno.ESTALE}
 """What remains of a file on a part of a disk that has failed."""
@@ -65,6 +67,8 @@ def failure(error: OSError, action: str, path: str) -> RequestError | RunError:
         return RequestError(f"cannot {action} {path}: the file system is read-only; choose another output")
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return RequestError(f"cannot {action} {path}: a file stands where a folder must be; choose another output")
+    if error.errno == errno.ENAMETOOLONG:
+        return RequestError(f"cannot {action} {path}: a name in it is too long for that disk; choose a shorter one")
     if error.errno in UNSUPPORTED_ERRNOS:
         return RequestError(
             f"cannot {action} {path}: this mount does not support that ({cause}), so it cannot be an output; choose "
@@ -105,7 +109,7 @@ def rename(source: Path, target: Path) -> None:
 
 def rename_again(source: Path, target: Path) -> None:
     """As `rename`, tried again while the disk fails for the moment."""
-    before = os.stat(source)
+    before = retried(lambda: os.stat(source), str(source))
 
     def once() -> None:
         try:

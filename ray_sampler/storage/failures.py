@@ -19,6 +19,7 @@ FAMILIES = (
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
     ("botocore.exceptions", "HTTPClientError"),
+    ("botocore.parsers", "ResponseParserError"),
     ("aiohttp", "ClientError"),
     ("asyncio", "TimeoutError"),
     ("azure.core.exceptions", "AzureError"),
@@ -51,8 +52,10 @@ PASSING_KINDS = {
 }
 PASSING_WORDS = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "OperationAborted"}
 PASSING_WORDS |= {"ConditionalRequestConflict", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"}
+PASSING_WORDS |= {"rateLimitExceeded", "userRateLimitExceeded"}  # which Google says with 403 too
 PASSING_WORDS |= {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "Md5Mismatch"}  # damaged on its way
-LASTING_WORDS = {"NotImplemented", "QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "StorageFull"}
+LASTING_WORDS = {"NotImplemented", "QuotaExceeded", "quotaExceeded", "XMinioStorageFull", "InsufficientStorage"}
+LASTING_WORDS |= {"StorageFull"}
 PASSING_ERRNOS = {errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, getattr(errno, "EREMOTEIO", errno.EAGAIN)}
 LASTING_KINDS = {"SSLError", "ClientSSLError", "ClientConnectorCertificateError", "CertificateError"}
 
@@ -117,6 +120,16 @@ CAUSES = (
         errnos=frozenset({errno.ENOSPC, errno.EDQUOT}),
     ),
     Cause(
+        f"the store is asked more often than it allows; wait a while, or use fewer actors, and {AGAIN}",
+        RunError,
+        words=frozenset({"rateLimitExceeded", "userRateLimitExceeded"}),
+    ),
+    Cause(
+        "a retention policy or a hold keeps what is there from being replaced; choose a bucket without one",
+        words=frozenset({"BlobImmutableDueToPolicy", "BlobImmutableDueToLegalHold", "ObjectLocked"})
+        | frozenset({"retentionPolicyNotMet", "objectUnderActiveHold"}),
+    ),
+    Cause(
         "the bucket lies in another region than the one that was asked; set AWS_DEFAULT_REGION to the bucket's, or "
         "AWS_ENDPOINT_URL to that region's address",
         words=frozenset({"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed"})
@@ -136,7 +149,8 @@ CAUSES = (
     Cause(
         "the credentials are wrong or have expired; renew them",
         words=frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"})
-        | frozenset({"AuthenticationFailed", "InvalidAuthenticationInfo", "TokenRefreshRequired"}),
+        | frozenset({"AuthenticationFailed", "InvalidAuthenticationInfo", "TokenRefreshRequired"})
+        | frozenset({"PublicAccessNotPermitted"}),
         kinds=frozenset({"RefreshError", "NonRetryableError"}),
         statuses=frozenset({401}),
     ),
@@ -253,12 +267,12 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
             or number in cause.statuses
             or (isinstance(error, OSError) and error.errno in cause.errnos)
         ):
-            shown = f" ({word})" if word in cause.words or number in cause.statuses else ""
+            shown = f" ({word or number})" if word in cause.words or number in cause.statuses else ""
             return cause.error(f"cannot {action} {url}: {cause.sentence}{shown}")
     if number == 405 or word == "MethodNotAllowed":
         return RequestError(
-            f"cannot {action} {url}: permission denied ({word}); the store does not allow that there, or what answers "
-            "is no store: check the endpoint, as AWS_ENDPOINT_URL"
+            f"cannot {action} {url}: permission denied ({word or number}); the store does not allow that there, or "
+            "what answers is no store: check the endpoint, as AWS_ENDPOINT_URL"
         )
     if number == 403 or isinstance(error, PermissionError) or word in ("AccessDenied", "AllAccessDisabled"):
         return RequestError(
@@ -273,7 +287,7 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
         return RequestError(f"cannot {action} {url}: the store is read-only; choose another output")
     if hint:
         return RequestError(f"cannot {action} {url}: the store refused the request ({said(error)}); {hint}")
-    if isinstance(error, FileNotFoundError) and word != "NoSuchUpload":
+    if isinstance(error, FileNotFoundError):
         return RequestError(f"cannot {action} {url}: there is no such bucket or folder; create it or correct the URL")
     if unreachable(error):
         return RunError(

@@ -25,7 +25,7 @@ from fsspec.asyn import sync
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
-from ray_sampler.storage.failures import StoreError, failure, status
+from ray_sampler.storage.failures import StoreError, failure, is_passing, status
 
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=20)
 """Seconds; large parts over slow lines take as long as they take, as long as they move."""
@@ -80,7 +80,7 @@ class GcsStore(BucketStore):
         """One request; `path` begins at the server, or is a whole address.
 
         Raises:
-            FileNotFoundError: it was answered with 404.
+            FileNotFoundError: it was answered with 404 or 410.
             StoreError: it was refused otherwise, with no status in `accept`.
         """
         filesystem = self.filesystem
@@ -105,12 +105,12 @@ class GcsStore(BucketStore):
         if answer.status < 300 or answer.status in accept:
             return answer
         word = reason_of(answer.body)
-        if answer.status == 404 and word != "NoSuchBucket":
+        if answer.status in (404, 410) and word != "NoSuchBucket":  # 410 of an upload that the store has dropped
             raise FileNotFoundError(word)
         raise StoreError(answer.status, word)
 
     def _failure(self, error: BaseException, action: str, url: str) -> RequestError | RunError:
-        if status(error) in (401, 403) and self.filesystem.credentials.credentials is None:
+        if status(error) in (401, 403) and not is_passing(error) and self.filesystem.credentials.credentials is None:
             return RequestError(
                 f"cannot {action} {url}: no credentials were found; log in with "
                 "`gcloud auth application-default login`, or name a key file in GOOGLE_APPLICATION_CREDENTIALS"

@@ -60,6 +60,10 @@ class LocalStore:
         with self._explained(action, path):
             return retried(request, f"{self.url}/{path}".rstrip("/"))
 
+    def is_file(self) -> bool:
+        """Whether something stands in this folder's place that is none."""
+        return self._try("read", "", lambda: self.root.exists() and not self.root.is_dir())
+
     def _inside(self, folder: str) -> Path:
         """A folder of this one, or itself.
 
@@ -71,7 +75,7 @@ class LocalStore:
         place = self.root
         for name in Path(folder).parts:
             place /= name
-            if name == ".." or place.is_symlink():
+            if name == ".." or self._try("read", folder, place.is_symlink):
                 raise LinkRefused(
                     f"{place} is a link; a run's folders must be its own: put a folder there, or choose another output"
                 )
@@ -193,7 +197,7 @@ class LocalStore:
     def stage(self, path: str, size: int) -> Iterator[StagedFile]:
         target = self._file(path)
         with self._explained("write", path):
-            temporary = self._temporary(target)
+            temporary = retried(lambda: self._temporary(target), str(target))
             in_any_order = writes_in_any_order(target.parent)
             file = retried(lambda: open(temporary, "xb", buffering=0), str(target))  # noqa: SIM115 - it outlives this
             lock(file.fileno())

@@ -16,6 +16,7 @@ from isal import isal_zlib
 
 from ray_sampler.errors import RequestError, RunError, redact, require
 from ray_sampler.storage.connect import path_text
+from ray_sampler.storage.failures import failure, families, status
 from ray_sampler.storage.fragment import READER_ERRORS
 from ray_sampler.storage.npz_format import NPY_HEADER
 
@@ -129,6 +130,9 @@ def read_archive(url: str | os.PathLike[str], size: int | None = None) -> Archiv
         try:
             images, labels = members(file)
         except READER_ERRORS as error:
+            for cause in (error, error.__context__):  # zipfile calls whatever it cannot read no zip file
+                if cause is not None and status(cause):
+                    raise cause from cause.__cause__
             reason = str(error) if isinstance(error, RequestError) else "it is cut short, or no npz file"
             raise RequestError(f"{redact(text)} is no archive of samples: {reason}") from error
     return Archive(text, size or max(1, RANGE_BYTES // max(1, images.row_bytes)), images, labels)
@@ -136,19 +140,37 @@ def read_archive(url: str | os.PathLike[str], size: int | None = None) -> Archiv
 
 @contextlib.contextmanager
 def opened(url: str) -> Iterator[IO[bytes]]:
-    """The file at a path or URL. Raises RequestError: it cannot be opened."""
-    with contextlib.ExitStack() as stack:
+    """The file at a path or URL.
+
+    Raises:
+        RequestError: it cannot be opened.
+        RequestError, RunError: the store refused to give it, now or while it was read.
+    """
+    with refusals_told(url), contextlib.ExitStack() as stack:
         try:
             filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(url))
             file = stack.enter_context(filesystem.open(path, "rb"))
         except FileNotFoundError:
             raise RequestError(f"there is no {redact(url)}") from None
         except (OSError, ValueError, ImportError) as error:
+            if status(error):
+                raise
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise RequestError(
                 f"{redact(url)} cannot be read ({reason}); give the path or URL of an archive"
             ) from error
         yield file
+
+
+@contextlib.contextmanager
+def refusals_told(url: str) -> Iterator[None]:
+    """Tell in one sentence what a store refuses."""
+    try:
+        yield
+    except families() as error:
+        if isinstance(error, OSError | ValueError) and not status(error):
+            raise
+        raise failure(error, "read", str(redact(url))) from None
 
 
 def members(file: IO[bytes]) -> tuple[Values, Values | None]:

@@ -70,7 +70,7 @@ class RunDir:
         self.url = self._store.url
         self._patience_s = PATIENCE_S
         self.is_local = isinstance(self._store, LocalStore)
-        if isinstance(self._store, LocalStore) and self._store.root.exists() and not self._store.root.is_dir():
+        if isinstance(self._store, LocalStore) and self._store.is_file():
             raise RequestError(f"{self.url} is a file; an output must be a folder")
 
     def __repr__(self) -> str:
@@ -157,11 +157,14 @@ class RunDir:
         """What a fragment says about itself. Of a Parquet file only the end is read, so its columns are not checked.
 
         Raises:
-            DamagedFragment: it is not there, not whole, or of another run.
+            DamagedFragment: it is not there, cannot be read, is not whole, or of another run.
         """
         if name.format != "parquet":
             return self.read_fragment(name, fingerprint).record
-        data = self.ranges().read_end(name, FOOTER_BYTES)
+        try:
+            data = self.ranges().read_end(name, FOOTER_BYTES)
+        except UnreadableFile as error:
+            raise DamagedFragment(str(error)) from error
         if data is None:
             raise MissingFragment("it is not there any more")
         with explained(name):

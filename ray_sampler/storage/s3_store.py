@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import fsspec
 from botocore.exceptions import ClientError
+from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 
 from ray_sampler.errors import RequestError, RunError
@@ -20,6 +21,17 @@ from ray_sampler.storage.store import ABANDONED_SECONDS
 KEYS_PER_DELETE = 1000
 
 CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
+
+
+def told(answer: Mapping[str, Any], name: str) -> str:
+    """What every store tells in such an answer.
+
+    Raises:
+        ResponseParserError: it is not there: what answered is no store, but perhaps a web page.
+    """
+    if name not in answer:
+        raise ResponseParserError(f"the answer has no {name}")
+    return str(answer[name])
 
 
 class S3Store(BucketStore):
@@ -55,6 +67,7 @@ class S3Store(BucketStore):
     def _get(self, key: str, **arguments: str) -> bytes:
         async def get() -> bytes:
             answer = await self.filesystem._call_s3("get_object", Bucket=self.bucket, Key=key, **arguments)
+            told(answer, "ETag")
             async with answer["Body"] as body:
                 return await body.read()
 
@@ -68,7 +81,7 @@ class S3Store(BucketStore):
 
     def _request_version(self, key: str) -> Version:
         answer = self._request("head_object", Key=key)
-        return Version(answer["ContentLength"], answer["ETag"])
+        return Version(int(told(answer, "ContentLength")), told(answer, "ETag"))
 
     def _request_page(self, prefix: str, by_folder: bool, marker: str | None) -> Page:
         options = ({"Delimiter": "/"} if by_folder else {}) | ({"ContinuationToken": marker} if marker else {})
@@ -120,7 +133,8 @@ class S3Store(BucketStore):
         return str(self._request("create_multipart_upload", Key=key)["UploadId"])
 
     def _request_part(self, key: str, upload: str, number: int, data: bytes) -> str:
-        return str(self._request("upload_part", Key=key, UploadId=upload, PartNumber=number, Body=data)["ETag"])
+        answer = self._request("upload_part", Key=key, UploadId=upload, PartNumber=number, Body=data)
+        return told(answer, "ETag")
 
     def _request_complete(self, key: str, upload: str, parts: Sequence[str]) -> None:
         tags = [{"PartNumber": i + 1, "ETag": tag} for i, tag in enumerate(parts)]

@@ -28,7 +28,7 @@ class UnreadableFile(RunError):
 
 
 class NotCommitted(RunError):
-    """All of a staged file was written, but the disk could not say that it keeps it; written anew, it may."""
+    """A staged file was written, and the disk or store does not keep it; written anew, it may."""
 
 
 class Entry(NamedTuple):

@@ -72,6 +72,11 @@ def hidden(first: int, last: int) -> tuple[Fault, ...]:
     return (Fault("answer", first, last, operations=["GetObject"], status=404, word="NoSuchKey"),)
 
 
+def lost_upload(operation: str) -> Fault:
+    """Of the archive: the first upload is a trial."""
+    return Fault("answer", 2, 2, operations=[operation], status=404, word="NoSuchUpload")
+
+
 WRONG_KEY = "the credentials are wrong or have expired"
 
 CASES = [
@@ -101,6 +106,10 @@ CASES = [
     *(passing(status, "", page=True) for status in (408, 429, 500, 502, 503, 504, 520, 524)),
     Case("503 that lasts", (answer(503, "SlowDownRead"),), 1, "run the same command again", most=retry.ATTEMPTS),
     Case("520 that lasts", (answer(520, "", form="page"),), 1, "520", most=retry.ATTEMPTS),
+    *(
+        Case(f"{operation} finds no upload any more", (lost_upload(operation),), 0, "the archive is written anew")
+        for operation in ("UploadPart", "CompleteMultipartUpload")
+    ),
     # Conditions and checksums.
     Case("conditions are refused with 400", (answer(400, "InvalidArgument", ["PutObject"], when=conditional),), 0),
     Case("conditions are not implemented", (answer(501, "NotImplemented", ["PutObject"], when=conditional),), 0),
@@ -149,6 +158,16 @@ CASES = [
     Case("another region", (answer(400, "AuthorizationHeaderMalformed"),), 2, "AWS_DEFAULT_REGION"),
     Case("a bucket that has moved", (answer(301, "PermanentRedirect", ["GetObject"]),), 2, "AWS_DEFAULT_REGION"),
     Case("a key that is disabled", (answer(400, "KMS.DisabledException", WRITES),), 2, "key that encrypts", most=2),
+    Case("no store: pages", (answer(200, "", form="page"),), 1, "AWS_ENDPOINT_URL", most=retry.ATTEMPTS),
+    *(
+        Case(
+            f"a page in place of the answer to {operation} {number}",
+            (Fault("answer", number, number, operations=[operation], status=200, form="page"),),
+            0,
+            "follows in",
+        )
+        for operation, number in (("GetObject", 2), ("GetObject", 5), ("HeadObject", 2))
+    ),
     Case("no store: 404 pages", (answer(404, "", form="page"),), 2, "correct the URL"),
     Case("no store: 405 pages", (answer(405, "", ["PUT"], form="page"),), 2, "AWS_ENDPOINT_URL"),
 ]

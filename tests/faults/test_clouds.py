@@ -16,7 +16,7 @@ from ray_sampler.storage import object_store, retry
 from ray_sampler.storage.run_dir import RunDir
 from tests.faults.clouds import CONTAINER, azurite_server, gcs_server, python_gcs_server, use_cloud
 from tests.faults.lives import ARCHIVE, NAMES, live
-from tests.faults.proxy import Fault, FaultProxy, Kind, answer, once
+from tests.faults.proxy import Fault, FaultProxy, Kind, Request, answer, once
 
 PART = 2**20
 CLOUDS = ("gcs", "azure")
@@ -181,6 +181,9 @@ REFUSALS = [
     ("an expired signature", 403, {"azure": "AuthenticationFailed"}, "have expired"),
     ("401", 401, {"azure": "InvalidAuthenticationInfo"}, "have expired"),
     ("no bucket", 404, {"gcs": "The specified bucket does not exist.", "azure": "ContainerNotFound"}, "its bucket"),
+    ("a policy that keeps what is there", 409, {"azure": "BlobImmutableDueToPolicy"}, "a retention policy"),
+    ("a retention period", 403, {"gcs": "retentionPolicyNotMet"}, "a retention policy"),
+    ("no public access", 409, {"azure": "PublicAccessNotPermitted"}, "the credentials are wrong"),
     ("requester pays", 400, {"gcs": "Bucket is a requester pays bucket but no user project provided."}, "FSSPEC_GS"),
 ]  # fmt: skip
 
@@ -220,6 +223,32 @@ def test_the_status_decides_what_is_tried_again(interrupted_cloud: Cloud, status
     interrupted_cloud.proxy.plan(*(Fault(**vars(fault) | {"first": 2, "last": 2}) for fault in faults))
     assert live(interrupted_cloud.url()).code == 0
     assert caplog.text.count("follows in") >= 2
+
+
+def test_google_s_limit_of_requests_passes_or_is_told(gcs_endpoint: str, monkeypatch):
+    monkeypatch.setattr(retry, "BACKOFF_S", 0.01)
+    with FaultProxy(gcs_endpoint) as proxy:
+        use_cloud(monkeypatch, "gcs", proxy.url)
+        cloud = Cloud("gcs", proxy)
+        limited = cloud.answer(403, "rateLimitExceeded")
+        proxy.plan(Fault(**vars(limited) | {"first": 2, "last": 4}))
+        assert live(cloud.url()).code == 0
+        proxy.plan(limited)
+        life = live(cloud.url())
+        assert (life.code, "more often than it allows" in life.said) == (1, True), life.said
+
+
+def test_an_upload_that_the_store_drops_is_made_anew(cloud: Cloud, caplog):
+    def commits_the_archive(request: Request) -> bool:
+        return cloud.name == "gcs" or (ARCHIVE in request[1] and "comp=blocklist" in request[1])
+
+    number = 2 if cloud.name == "gcs" else 1  # the first upload is a trial
+    status, word = (410, "gone") if cloud.name == "gcs" else (400, "InvalidBlockList")
+    dropped = cloud.answer(status, word, "PUT", when=commits_the_archive)
+    cloud.proxy.plan(Fault(**vars(dropped) | {"first": number, "last": number}))
+    life = live(cloud.url())
+    assert (life.code, life.said) == (0, "")
+    assert "the archive is written anew" in caplog.text
 
 
 @pytest.mark.parametrize("status", [503, 500])

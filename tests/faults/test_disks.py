@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from ray_sampler.run_folder import made_by
 from ray_sampler.storage import retry
 from ray_sampler.storage.archive import archive_intact, content_of, lay_out
 from ray_sampler.storage.ranges import cover
@@ -62,6 +63,26 @@ CASES = [
             ("read", ""),
         )
     ),
+    *(
+        Case(f"one {error} while writing", (DiskFault("write", error, 1, name="000000000004"),), 0, "follows in")
+        for error in ("ESHUTDOWN", "ECOMM", "ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH")
+    ),
+    *(
+        Case(
+            f"one {error} while looking at {name or 'the output'}", (passing("getattr", error, name),), 0, "follows in"
+        )
+        for error in ("EIO", "ETIMEDOUT")
+        for name in ("/run", "/fragments", "/.probe")
+    ),
+    Case("EIO that lasts while looking at a folder", (DiskFault("getattr", "EIO", name="/fragments"),), 1, "EIO"),
+    Case(
+        "a folder that may not be looked at",
+        (DiskFault("getattr", "EACCES", name="/fragments"),),
+        2,
+        "permission denied",
+    ),
+    Case("an output that may not be looked at", (DiskFault("getattr", "EACCES", name="/run"),), 2, "permission denied"),
+    Case("names that are too long", (DiskFault("create", "ENAMETOOLONG", name=".tmp"),), 2, "too long for that disk"),
     Case("EIO that lasts", (DiskFault("write", "EIO", name="000000000004"),), 1, "EIO", computed=True),
     # What a mount does not know.
     *(
@@ -139,6 +160,14 @@ def test_a_fragment_that_cannot_be_read_is_set_aside_and_sampled_again(tmp_path,
         assert (disk / "run" / "rejected" / bad).exists() == moves
         assert (disk / "run" / ARCHIVE).exists()
     assert ("could not be moved" in caplog.text) != moves
+
+
+@pytest.mark.parametrize("format", ["parquet", "npz"])
+def test_a_fragment_that_cannot_be_read_does_not_keep_the_others_from_being_looked_at(tmp_path, format):
+    name = NAMES[0]._replace(format=format)
+    fill(RunDir(str(tmp_path / "disk" / "run")), [name])
+    with faulty_disk(tmp_path, [DiskFault("read", "EIO", name=name.filename)]) as disk:
+        assert made_by(RunDir(str(disk / "run")), name, FINGERPRINT) == {}
 
 
 def test_a_finished_archive_that_cannot_be_read_is_written_again(tmp_path, caplog):

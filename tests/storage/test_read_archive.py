@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import tracemalloc
 import zipfile
@@ -14,6 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_sampler import RequestError, RunError, read_archive
+from tests.faults.proxy import FaultProxy, answer
+from tests.faults.servers import BUCKET, client
+from tests.storage.conftest import use_endpoint
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 3), np.uint8)
 LABELS = np.arange(10)[::-1].astype(np.int64)
@@ -168,3 +172,26 @@ def test_a_file_that_is_not_there_is_a_wrong_request(url, said: str, tmp_path: P
 def test_a_range_has_samples(archive: Path, size):
     with pytest.raises(RequestError, match="size is"):
         read_archive(archive, size)
+
+
+@pytest.mark.parametrize(("status", "word"), [(403, "AccessDenied"), (400, "ExpiredToken")])
+@pytest.mark.parametrize("first", [1, 2])
+def test_what_a_store_refuses_is_told_as_that(moto_endpoint: str, archive: Path, monkeypatch, first, status, word):
+    client(moto_endpoint).put_object(Bucket=BUCKET, Key="refused.npz", Body=archive.read_bytes())
+    with FaultProxy(moto_endpoint) as proxy:
+        use_endpoint(monkeypatch, proxy.url)
+        proxy.plan(answer(status, word, first=first))
+        with pytest.raises((RequestError, RunError), match=f"cannot read s3://{BUCKET}/refused.npz"):
+            list(read_archive(f"s3://{BUCKET}/refused.npz"))
+
+
+def test_without_credentials_an_archive_in_a_bucket_is_one_sentence(tmp_path: Path, monkeypatch):
+    s3fs = pytest.importorskip("s3fs")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(RequestError, match="no credentials were found"):
+        read_archive(f"s3://{BUCKET}/a.npz")
