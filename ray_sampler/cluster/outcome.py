@@ -60,7 +60,7 @@ def write_outcome(
     ).as_json()
     page = render_report(summary, preview.finish(merged.tiles), class_views(merged.tiles))
     # A path may hold bytes that are no text.
-    job.run_dir.write_file(REPORT, page.encode(errors="backslashreplace"))
+    job.run_dir.write_view(REPORT, page.encode(errors="backslashreplace"))
     job.run_dir.write_file(SUMMARY, json.dumps(summary, indent=1).encode())
     return summary
 

@@ -127,7 +127,7 @@ class PreviewKeeper:
         if self.drawing:
             self.drawing.join()
         png = self.sheet.draw(tiles)
-        self.sheet.run_dir.write_file(PREVIEW, png)
+        self.sheet.run_dir.write_view(PREVIEW, png)
         return png
 
     def close(self) -> None:

@@ -216,6 +216,11 @@ class RunDir:
         """Write preview.png, summary.json or report.html, complete or absent."""
         self._store.put(own_name(name), data)
 
+    def write_view(self, name: str, data: bytes) -> None:
+        """Write preview.png or report.html, which a run can do without: there is a warning where that fails."""
+        with self._housekeeping(f"{name} could not be written"):
+            self.write_file(name, data)
+
     def read_file(self, name: str) -> bytes | None:
         """A file at the top of the directory, None where there is none."""
         return self._store.read(own_name(name))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from ray_sampler.errors import RequestError
 from ray_sampler.run_folder import made_by
 from ray_sampler.storage import retry
 from ray_sampler.storage.archive import archive_intact, content_of, lay_out
@@ -180,6 +181,18 @@ def test_a_finished_archive_that_cannot_be_read_is_written_again(tmp_path, caplo
         assert not archive_intact(run_dir, layout)
         assert f"cannot read {disk / 'run' / ARCHIVE}" in caplog.text
         assert "written again" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["preview.png", "report.html"])
+def test_a_view_that_may_not_be_written_is_a_warning(tmp_path, name: str, caplog):
+    with faulty_disk(tmp_path, [DiskFault("create", "EACCES", name=name)]) as disk, caplog.at_level(logging.WARNING):
+        run_dir = RunDir(str(disk / "run"))
+        run_dir.create_run({})
+        run_dir.write_view(name, b"x")
+        with pytest.raises(RequestError, match="permission denied"):
+            run_dir.write_file(name, b"x")
+        assert not run_dir.has(name)
+    assert f"{name} could not be written: cannot write {disk / 'run' / name}: permission denied" in caplog.text
 
 
 @pytest.mark.parametrize("name", [".nfs000000000004f2a100000001", ".fuse_hidden0000001"])
