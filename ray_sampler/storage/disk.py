@@ -46,35 +46,46 @@ def retried(request: Callable[[], Result], where: str) -> Result:
 READING = ("read", "list")
 """What also those do who may not write."""
 
+CAUSES: dict[int, tuple[type[RequestError | RunError], str]] = {
+    errno.EDQUOT: (RunError, f"your quota on that disk is used up; free some space and {AGAIN}"),
+    errno.ENOSPC: (RunError, f"the disk is full; free some space and {AGAIN}"),
+    errno.EFBIG: (
+        RunError,
+        "the file is larger than this process (`ulimit -f`) or that disk (FAT: 4 GB) allows; raise the limit, or "
+        f"choose an output on another disk, and {AGAIN}",
+    ),
+    errno.EMFILE: (RunError, f"this process has too many files open; raise `ulimit -n` and {AGAIN}"),
+    errno.ENFILE: (RunError, f"this machine has too many files open; raise fs.file-max and {AGAIN}"),
+    errno.EROFS: (RequestError, "the file system is read-only; choose another output"),
+    errno.ENOTDIR: (RequestError, "a file stands where a folder must be; choose another output"),
+    errno.EEXIST: (RequestError, "a file stands where a folder must be; choose another output"),
+    errno.ENAMETOOLONG: (RequestError, "a name in it is too long for that disk; choose a shorter one"),
+    errno.EACCES: (RequestError, "permission denied; get the right to, or choose another output"),
+    errno.EPERM: (RequestError, "permission denied; get the right to, or choose another output"),
+}
+"""What an error means, and what to do about it."""
+
 
 def failure(error: OSError, action: str, path: str) -> RequestError | RunError:
     """One sentence for what the operating system said."""
-    cause = (error.strerror or type(error).__name__) if error.errno is None else said(error)
-    if error.errno == errno.EDQUOT:
-        return RunError(f"cannot {action} {path}: your quota on that disk is used up; free some space and {AGAIN}")
-    if error.errno == errno.ENOSPC:
-        if out_of_names(Path(path)):
-            return RunError(
-                f"cannot {action} {path}: the disk has room but no inodes left for more files; delete some files, or "
-                f"choose a larger --shard_size in another output, and {AGAIN}"
-            )
-        return RunError(f"cannot {action} {path}: the disk is full; free some space and {AGAIN}")
-    if error.errno in (errno.EACCES, errno.EPERM) and action in READING:
+    number = error.errno or 0
+    cause = said(error) if number else error.strerror or type(error).__name__
+    if number == errno.ENOSPC and out_of_names(Path(path)):
+        return RunError(
+            f"cannot {action} {path}: the disk has room but no inodes left for more files; delete some files, or "
+            f"choose a larger --shard_size in another output, and {AGAIN}"
+        )
+    if number in (errno.EACCES, errno.EPERM) and action in READING:
         return RequestError(f"cannot {action} {path}: permission denied; ask its owner for the right to read it")
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return RequestError(f"cannot {action} {path}: permission denied; get the right to, or choose another output")
-    if error.errno == errno.EROFS:
-        return RequestError(f"cannot {action} {path}: the file system is read-only; choose another output")
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return RequestError(f"cannot {action} {path}: a file stands where a folder must be; choose another output")
-    if error.errno == errno.ENAMETOOLONG:
-        return RequestError(f"cannot {action} {path}: a name in it is too long for that disk; choose a shorter one")
-    if error.errno in UNSUPPORTED_ERRNOS:
+    if number in CAUSES:
+        kind, sentence = CAUSES[number]
+        return kind(f"cannot {action} {path}: {sentence}")
+    if number in UNSUPPORTED_ERRNOS:
         return RequestError(
             f"cannot {action} {path}: this mount does not support that ({cause}), so it cannot be an output; choose "
             "another folder, or the URL of the bucket behind the mount"
         )
-    if action == "read" and error.errno in UNREADABLE_ERRNOS:
+    if action == "read" and number in UNREADABLE_ERRNOS:
         return UnreadableFile(f"cannot read {path}: the disk cannot read it ({cause}); check the disk and {AGAIN}")
     return RunError(f"cannot {action} {path}: {error.strerror or cause} ({cause}); check the disk and {AGAIN}")
 

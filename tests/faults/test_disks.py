@@ -119,6 +119,14 @@ CASES = [
         "quota",
         computed=True,
     ),
+    Case(
+        "files of 4 GB at most",
+        (DiskFault("write", "EFBIG", name="00000000"),),
+        1,
+        "raise the limit, or choose an output on another disk",
+        computed=True,
+    ),
+    Case("too many open files", (DiskFault("create", "EMFILE", name="00000000"),), 1, "`ulimit -n`", computed=True),
     Case("a read-only disk", (DiskFault("create", "EROFS"),), 2, "read-only"),
     Case("no right to write", (DiskFault("create", "EACCES"),), 2, "permission denied"),
     # House-keeping.
