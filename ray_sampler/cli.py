@@ -146,8 +146,8 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     name, *rest = argv
     if name not in COMMANDS:
         if name.startswith("-"):
-            raise RequestError(f"{name} is no flag of ray-sampler; `ray-sampler --help` lists the commands")
-        raise RequestError(f"{name!r} is no command; it must be one of {', '.join(COMMANDS)}")
+            raise RequestError(f"{name} is not a flag of ray-sampler; `ray-sampler --help` lists the commands")
+        raise RequestError(f"{name!r} is not a command; it must be one of {', '.join(COMMANDS)}")
     check_place()
     command = COMMANDS[name]
     parser = Parser(name, command.usage, command.help)

@@ -134,8 +134,8 @@ def unknown_argument(command: str, parser: argparse.ArgumentParser, token: str) 
     flag = token.partition("=")[0]
     synonym = SYNONYMS.get(flag.lstrip("-").replace("-", "_")) if command == "sample" else None
     if synonym:
-        return f"{flag} is no flag of {command}; it is called {synonym} here"
+        return f"{flag} is not a flag of {command}; it is called {synonym} here"
     known = [option for action in parser._actions for option in action.option_strings]
     close = difflib.get_close_matches("--" + flag.lstrip("-").replace("-", "_"), known, 1)
     hint = f"did you mean {close[0]}?" if close else f"`ray-sampler {command} --help` lists the flags"
-    return f"{flag} is no flag of {command}; {hint}"
+    return f"{flag} is not a flag of {command}; {hint}"

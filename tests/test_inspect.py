@@ -256,7 +256,7 @@ def test_a_flag_that_contradicts_the_file_is_refused_with_both_values(
         (["nowhere.pt"], "there is no such file"),
         (["--weights_key", "model", str(REFERENCE / "edm2_16" / "net.pkl")], "--weights_key is 'model'"),
         (["digits", "--num_channels", "x"], "--num_channels is 'x'"),
-        (["digits", "--steps", "3"], "--steps is no flag of inspect"),
+        (["digits", "--steps", "3"], "--steps is not a flag of inspect"),
     ],
     ids=str,
 )

@@ -132,8 +132,8 @@ def cannot_join(error: BaseException, given: str) -> RequestError:
             return RequestError(f"{given}: {other_version(versions[0], versions[1], what, versions[0])}")
     reason = text.splitlines()[0] if text else type(error).__name__
     return RequestError(
-        f"{given}, where no Ray cluster answers ({reason}); give the address of a running one, or none, neither as "
-        "--address nor as RAY_ADDRESS, to start a local Ray"
+        f"{given}, where no Ray cluster answers ({reason}); give the address of a running one, or leave out both "
+        "--address and RAY_ADDRESS to start a local Ray"
     )
 
 

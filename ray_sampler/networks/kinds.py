@@ -40,5 +40,5 @@ def foreign_kind(head: bytes) -> str:
     if text.startswith((b"{", b"[")):
         return "it is a JSON text, such as the configuration of a network; name the file with its weights"
     if text and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in text):
-        return "it is a text and no checkpoint; name a file with weights"
+        return "it is text, not a checkpoint; name a file with weights"
     return "it is truncated, damaged, or no checkpoint (torch.save, safetensors or pickle)"

@@ -45,7 +45,8 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_flags_of_other_scripts_are_known(flag: str, meant: str, capsys):
     for argument in ([flag, "1"], [f"{flag}=0-9"]):
         said = refusal(["sample", *argument], capsys)
-        assert f"{flag.replace('-', '_').replace('__', '--')} is no flag of sample; it is called {meant} here" in said
+        name = flag.replace("-", "_").replace("__", "--")
+        assert f"{name} is not a flag of sample; it is called {meant} here" in said
 
 
 def test_every_synonym_names_flags_that_exist_and_is_none_itself():
