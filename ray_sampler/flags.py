@@ -105,8 +105,8 @@ def value_of(flag: Flag, text: Any) -> Any:
     try:
         return flag.kind(text)
     except ValueError:
-        form = "INT" if flag.kind is int else "FLOAT"
-        raise RequestError(f"--{flag.name} is {text!r}; it must be of the form {form}") from None
+        number = "a whole number" if flag.kind is int else "a number"
+        raise RequestError(f"--{flag.name} is {text!r}; it must be {number}") from None
 
 
 SYNONYMS = {
