@@ -15,6 +15,7 @@ from ray_sampler.published import BUNDLED, PRESETS, Bundled, Preset
 __all__ = ["BUNDLED", "PRESETS", "Bundled", "ModelOptions", "Preset", "settings_for"]
 
 DEFAULT_MODEL = "digits"
+LISTED = "it is not known; `ray-sampler presets` lists those that are"
 
 OLDER = {("digits", "bf1eba975c89ac9afa013e0727a65ff3a29bf5e008028cfd83a777ac6b5fe849"): "digits-v1"}
 """Today's name of the weights that a bundled name meant before, by that name and their hash."""
@@ -59,7 +60,7 @@ def settings_for(options: ModelOptions) -> tuple[str, dict[str, Any]]:
     preset = None
     if options.preset is not None:
         if options.preset not in PRESETS:
-            raise RequestError(f"--preset is {options.preset!r}; {_known(options.preset, PRESETS)}")
+            raise RequestError(f"--preset is {options.preset!r}; {_closest(options.preset, PRESETS) or LISTED}")
         preset = PRESETS[options.preset]
         weights = weights or preset.url
     weights = weights or DEFAULT_MODEL
@@ -70,9 +71,8 @@ def settings_for(options: ModelOptions) -> tuple[str, dict[str, Any]]:
             weights not in PRESETS,
             f"--model is {weights!r}, a preset; give --preset {weights}",
         )
-        raise RequestError(
-            f"--model is {weights!r}; there is no such file, and of the bundled models {_known(weights, BUNDLED)}"
-        )
+        closest = _closest(weights, BUNDLED) or f"it must be one of {', '.join(BUNDLED)}"
+        raise RequestError(f"--model is {weights!r}; there is no such file, and of the bundled models {closest}")
     return weights, {**(bundled.settings if bundled else {}), **(preset.settings if preset else {})}
 
 
@@ -87,6 +87,6 @@ def as_begun(model: str, brought: dict[str, Any], weights: str | None) -> tuple[
     return (older, dict(BUNDLED[older].settings)) if older else (model, brought)
 
 
-def _known(name: str, names: Iterable[str]) -> str:
+def _closest(name: str, names: Iterable[str]) -> str | None:
     close = difflib.get_close_matches(name, list(names), cutoff=0.5)
-    return f"the closest is {' or '.join(close)}" if close else f"it must be one of {', '.join(names)}"
+    return f"the closest is {' or '.join(close)}" if close else None
