@@ -300,7 +300,8 @@ def describe(job: Job) -> str:
     """A run in a few words, for its pictures."""
     plan, name = job.run.plan, job.run.model.rpartition("/")[2]
     steps = f" {plan.schedule.steps} steps" if "steps" in plan.solver.uses and plan.sampler != "multistep" else ""
-    return f"{name} · {plan.sampler}{steps} · seed {plan.noise.seed} · {job.fingerprint[:8]}"
+    guided = f" · guidance {plan.guidance.guidance:g}" if plan.guidance.active else ""
+    return f"{name} · {plan.sampler}{steps}{guided} · seed {plan.noise.seed} · {job.fingerprint[:8]}"
 
 
 def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Merged | Damage:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ray_sampler.cluster.driver import describe
 from ray_sampler.cluster.job import Job, prepare
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.resolved import dry_run
@@ -77,6 +78,11 @@ def test_the_guide_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     prints = {job(network, guidance=2.0, guide=guide).fingerprint for guide in (one, other)}
     prints |= {job(network, guidance=2.1, guide=one).fingerprint, job(network).fingerprint}
     assert len(prints) == 4
+
+
+@pytest.mark.parametrize(("guidance", "said"), [(1.0, " 4 steps · seed"), (2.5, " 4 steps · guidance 2.5 · seed")])
+def test_the_pictures_heading_names_the_weight(guidance: float, said: str) -> None:
+    assert said in describe(job(EDM2, guide=GUIDE, guidance=guidance))
 
 
 # Where.
