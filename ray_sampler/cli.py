@@ -7,7 +7,9 @@ import errno
 import json
 import os
 import platform
+import shutil
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -181,7 +183,11 @@ def version() -> str:
 
 
 def overview() -> str:
-    lines = [f"  {name:<9} {command.help}" for name, command in COMMANDS.items()]
+    width = max(shutil.get_terminal_size().columns - 2, 40)
+    lines = [
+        textwrap.fill(command.help, width, initial_indent=f"  {name:<9} ", subsequent_indent=12 * " ")
+        for name, command in COMMANDS.items()
+    ]
     return "\n".join(
         (
             "usage: ray-sampler COMMAND ...",
@@ -190,7 +196,8 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "`ray-sampler COMMAND --help` lists its flags; `ray-sampler --version` prints the version.",
+            "`ray-sampler COMMAND --help` lists its flags.",
+            "`ray-sampler --version` prints the version.",
         )
     )
 

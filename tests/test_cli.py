@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_sampler.cli import main, parse, request_of
+from ray_sampler.cli import COMMANDS, main, parse, request_of
 from ray_sampler.config import FLAGS, RunConfig
 from ray_sampler.presets import BUNDLED, PRESETS
 from ray_sampler.sampling.solvers import SOLVERS
@@ -296,6 +296,16 @@ def test_help_tells_every_flag(capsys):
     assert all(f"--{f.name}" in out for f in fields(RunConfig))
     assert all(name in out for name in SOLVERS)
     assert out.count("--") < 1.5 * len(fields(RunConfig)), "the usage does not list them again"
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_list_of_commands_fits_the_terminal(columns: int, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(len(line) <= columns for line in out.splitlines())
+    assert all(command.help in " ".join(out.split()) for command in COMMANDS.values())
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "merge", "preview", "presets"])
