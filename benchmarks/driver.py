@@ -76,6 +76,9 @@ def job_in(folder: Path, shards: int) -> Any:
     return SimpleNamespace(**named, run=run, num_samples=shards * SHARD, products={})
 
 
+SETTINGS = {"model": "a run", "sampler": "heun", "steps": 18, "seed": 42}
+
+
 class Bookkeeping:
     """What a run keeps of its fragments."""
 
@@ -84,7 +87,7 @@ class Bookkeeping:
         num_samples = job.run.request.num_samples
         self.inventory = Inventory(job, Silent())
         self.tally = Tally(num_samples, reused=num_samples - self.inventory.missing_samples())
-        self.preview = PreviewKeeper(job.run_dir, FINGERPRINT, num_samples, "a run", self.inventory.names)
+        self.preview = PreviewKeeper(job.run_dir, FINGERPRINT, num_samples, SETTINGS, self.inventory.names)
         self.shards = list(tasks_of(self.inventory.missing(), SHARD))
 
     def dispatch(self, pool: Any) -> float:

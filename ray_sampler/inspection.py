@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ray_sampler.config import PrecisionOptions
 from ray_sampler.errors import printable, redact
+from ray_sampler.networks import adm
 from ray_sampler.networks.family import Network
 from ray_sampler.networks.opening import open_network
 from ray_sampler.presets import ModelOptions, settings_for
@@ -31,6 +32,8 @@ DEFAULTS = {
     "precision": PrecisionOptions,
 }
 """Settings that are shown, and who declares their defaults."""
+
+PLACEHOLDERS = {"image_size": "SIZE", "num_head_channels": "CHANNELS"}
 
 
 def inspect(options: ModelOptions, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,10 +73,7 @@ def untold(network: Network, settings: Mapping[str, Any]) -> dict[str, str]:
     """Flags whose values neither the file nor a flag tells, with a placeholder for each."""
     if network.spec.family != "adm":
         return {}
-    unknown = {} if settings.get("image_size") else {"image_size": "SIZE"}
-    if not (settings.get("num_head_channels") or settings.get("num_heads")):
-        unknown["num_head_channels"] = "CHANNELS"
-    return unknown
+    return {name: PLACEHOLDERS[name] for name in adm.untold(settings)}
 
 
 def command(

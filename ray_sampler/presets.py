@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -74,6 +74,22 @@ def settings_for(options: ModelOptions) -> tuple[str, dict[str, Any]]:
         closest = _closest(weights, BUNDLED) or f"it must be one of {', '.join(BUNDLED)}"
         raise RequestError(f"--model is {weights!r}; there is no such file, and of the bundled models {closest}")
     return weights, {**(bundled.settings if bundled else {}), **(preset.settings if preset else {})}
+
+
+def check_bundled(options: ModelOptions, given: Mapping[str, Any]) -> None:
+    """Check the size that a request gives of a bundled network, whose weights do not tell it.
+
+    Raises:
+        RequestError: it has another one.
+    """
+    name = options.model or options.model_path or DEFAULT_MODEL
+    if options.preset or name not in BUNDLED:
+        return
+    value, own = given.get("image_size"), BUNDLED[name].settings["image_size"]
+    require(
+        value in (None, own),
+        f"--image_size is {value}, but the bundled model {name} has {own}; leave it out, or give another --model",
+    )
 
 
 def older_name(model: str) -> str | None:

@@ -155,9 +155,7 @@ def preview_run(url: str) -> int:
         RunError: there is none.
     """
     run_dir, run = open_run(url)
-    settings = run["settings"]
-    title = f"{str(settings['model']).rpartition('/')[2]} · {settings['sampler']} · {run['fingerprint'][:8]}"
-    sheet = Sheet(run_dir, run["fingerprint"], run["num_samples"], title)
+    sheet = Sheet(run_dir, run["fingerprint"], run["num_samples"], run["settings"])
     tiles = sheet.read(run_dir.fragments().fragments)
     if not tiles:
         raise RunError(f"{run_dir.url} has no readable fragment to draw yet")

@@ -138,6 +138,13 @@ def test_a_preset_fills_what_was_published(name: str) -> None:
     assert PRESETS[name].class_cond == imagenet
 
 
+def test_the_size_of_a_bundled_model_cannot_be_contradicted() -> None:
+    RunConfig(image_size=32).check()
+    with pytest.raises(RequestError, match="--image_size is 64, but the bundled model digits has 32"):
+        RunConfig(image_size=64).check()
+    RunConfig(model="w.pt", image_size=64).check()
+
+
 def test_an_explicit_flag_wins_over_a_preset() -> None:
     run = resolved(preset="cd-imagenet64-lpips", model="w.pt", sampler="onestep", num_channels=64, class_cond=False)
     assert (run.plan.sampler, run.spec.options.num_channels, run.spec.num_classes) == ("onestep", 64, 0)

@@ -138,7 +138,7 @@ class Filling:
             for job, inventory in zip(jobs, self.inventories, strict=True)
         ]
         self.previews = [
-            PreviewKeeper(job.run_dir, job.fingerprint, job.num_samples, describe(job), inventory.names)
+            PreviewKeeper(job.run_dir, job.fingerprint, job.num_samples, job.run.as_json(), inventory.names)
             for job, inventory in zip(jobs, self.inventories, strict=True)
         ]
         self.merge_s = [0.0] * len(jobs)
@@ -294,14 +294,6 @@ def padding(num_samples: int, batch_size: int) -> str | None:
         f"the last batch and are thrown away; --batch_size {-(-num_samples // batches)} avoids that (pixels may differ "
         "by rounding from those of another batch size)"
     )
-
-
-def describe(job: Job) -> str:
-    """A run in a few words, for its pictures."""
-    plan, name = job.run.plan, job.run.model.rpartition("/")[2]
-    steps = f" {plan.schedule.steps} steps" if "steps" in plan.solver.uses and plan.sampler != "multistep" else ""
-    guided = f" · guidance {plan.guidance.guidance:g}" if plan.guidance.active else ""
-    return f"{name} · {plan.sampler}{steps}{guided} · seed {plan.noise.seed} · {job.fingerprint[:8]}"
 
 
 def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Merged | Damage:

@@ -106,6 +106,9 @@ class Job:
                 f"this run was begun with older weights of {self.begun_as}: it goes on with them, "
                 f"--model {self.run.model}"
             )
+        guidance = self.run.plan.guidance
+        if guidance.guide and not guidance.active:
+            notes.append("--guide does nothing at --guidance 1, its default; give a weight, as --guidance 2")
         if self.compile != self.run.request.compile:
             notes.append(
                 "--compile auto does not compile this run: it calls the network too rarely to repay the minutes that "

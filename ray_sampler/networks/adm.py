@@ -44,7 +44,25 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     options.validate()
     advice = (told and explain_misfit(checkpoint.tensors, asdict(options))) or "it is damaged, or of another network"
     check_fit(without_memory(lambda: UNet(options)), checkpoint.tensors, advice)
-    return Opened(spec_of(options, settings), dict(checkpoint.tensors))
+    return Opened(spec_of(options, settings), dict(checkpoint.tensors), note=assumed(options, settings))
+
+
+def untold(settings: Mapping[str, Any]) -> list[str]:
+    """Flags of which the weights tell nothing, and the settings neither."""
+    size = [] if settings.get("image_size") else ["image_size"]
+    return size if settings.get("num_head_channels") or settings.get("num_heads") else [*size, "num_head_channels"]
+
+
+def assumed(options: AdmOptions, settings: Mapping[str, Any]) -> str | None:
+    """Which defaults are taken where neither the weights nor the settings tell."""
+    flags = ["num_heads" if name == "num_head_channels" else name for name in untold(settings)]
+    if not flags:
+        return None
+    values = " and ".join(f"--{name} {getattr(options, name)}" for name in flags)
+    return (
+        f"{values} {'is' if len(flags) == 1 else 'are'} assumed, which the weights do not tell: if the network has "
+        f"others, its pictures are noise; give --{' and --'.join(untold(settings))}"
+    )
 
 
 def described(told: Mapping[str, Any], settings: Mapping[str, Any], given: frozenset[str]) -> AdmOptions:

@@ -84,6 +84,8 @@ class Opened(NamedTuple):
     """By the module's names, as stored, all of them fitting."""
     parameters: int | None = None
     """Of the file's network, used in sampling or not; None: all of `tensors`."""
+    note: str | None = None
+    """What the user should know of what was assumed."""
 
 
 def as_it_is(module: nn.Module, precision: Precision) -> nn.Module:

@@ -65,7 +65,7 @@ def opened(model: str, settings: Mapping[str, Any], given: frozenset[str], flag:
         weights=weights_hash(opened.tensors),
         parameters=sum(t.numel() for t in opened.tensors.values()) if opened.parameters is None else opened.parameters,
         key=checkpoint.key,
-        note=checkpoint.note,
+        note="; ".join(note for note in (checkpoint.note, opened.note) if note) or None,
         sha256=checkpoint.sha256,
     )
 

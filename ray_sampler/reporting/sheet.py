@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from ray_sampler.storage.record import DamagedFragment, FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
 
 PREVIEW = "preview.png"
+STEPLESS = ("onestep", "multistep")
+"""Solvers of which --steps does not say how many steps they take."""
+
 TILES = 100
 REDRAW_S = 20.0
 REDRAW_SHARE = 50
@@ -48,14 +52,22 @@ def tiles_of(samples: Samples, wanted: Sequence[int]) -> dict[int, Tile]:
     }
 
 
+def heading(settings: Mapping[str, Any], fingerprint: str) -> str:
+    """A run in a few words, for its pictures; `settings` are those of run.json."""
+    name, sampler, weight = str(settings["model"]).rpartition("/")[2], settings["sampler"], settings.get("guidance", 1)
+    steps = "" if sampler in STEPLESS else f" {settings['steps']} steps"
+    guided = "" if weight == 1 else f" · guidance {weight:g}"
+    return f"{name} · {sampler}{steps}{guided} · seed {settings['seed']} · {fingerprint[:8]}"
+
+
 class Sheet:
     """The tiles of a contact sheet, each read once."""
 
-    def __init__(self, run_dir: RunDir, fingerprint: str | None, num_samples: int, title: str) -> None:
+    def __init__(self, run_dir: RunDir, fingerprint: str, num_samples: int, settings: Mapping[str, Any]) -> None:
         self.run_dir = run_dir
         self.fingerprint = fingerprint
         self.num_samples = num_samples
-        self.title = title
+        self.title = heading(settings, fingerprint)
         self.tiles: dict[int, Tile] = {}
 
     def read(self, fragments: Iterable[FragmentName], most: int | None = None) -> dict[int, Tile]:
@@ -96,9 +108,14 @@ class PreviewKeeper:
     """Redraws preview.png while a run goes on, in a thread of its own."""
 
     def __init__(
-        self, run_dir: RunDir, fingerprint: str, num_samples: int, title: str, names: Collection[FragmentName]
+        self,
+        run_dir: RunDir,
+        fingerprint: str,
+        num_samples: int,
+        settings: Mapping[str, Any],
+        names: Collection[FragmentName],
     ) -> None:
-        self.sheet = Sheet(run_dir, fingerprint, num_samples, title)
+        self.sheet = Sheet(run_dir, fingerprint, num_samples, settings)
         self.names = names
         """Of the run's fragments, as they come and go."""
         self.drawing: Thread | None = None

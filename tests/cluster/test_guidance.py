@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ray_sampler.cluster.driver import describe
 from ray_sampler.cluster.job import Job, prepare
 from ray_sampler.config import RequestError, RunConfig
+from ray_sampler.reporting.sheet import heading
 from ray_sampler.resolved import dry_run
 from ray_sampler.sampling.plan import sample_block
 from tests.cluster.runs import TINY, random_weights
@@ -82,7 +82,9 @@ def test_the_guide_is_part_of_the_fingerprint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("guidance", "said"), [(1.0, " 4 steps · seed"), (2.5, " 4 steps · guidance 2.5 · seed")])
 def test_the_pictures_heading_names_the_weight(guidance: float, said: str) -> None:
-    assert said in describe(job(EDM2, guide=GUIDE, guidance=guidance))
+    made = job(EDM2, guide=GUIDE, guidance=guidance)
+    assert said in heading(made.run.as_json(), made.fingerprint)
+    assert any("--guide does nothing" in note for note in made.notes) == (guidance == 1)
 
 
 # Where.

@@ -165,3 +165,21 @@ def test_a_network_is_ready_to_sample(state: dict[str, Tensor], opened: Any, loc
     convolution = network.get_parameter("input_blocks.1.0.in_layers.2.weight")
     assert convolution.is_contiguous(memory_format=torch.channels_last)
     assert network(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.int64)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "assumed"),
+    [
+        ({}, "--image_size 64 and --num_heads 4 are assumed"),
+        ({"image_size": 16}, "--num_heads 4 is assumed"),
+        ({"num_head_channels": 32}, "--image_size 64 is assumed"),
+        ({"image_size": 16, "num_heads": 1}, None),
+    ],
+)
+def test_defaults_that_the_weights_cannot_confirm_are_told(
+    settings: dict[str, Any], assumed: str | None, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    save_file(state, tmp_path / "w.safetensors")
+    note = open_network(str(tmp_path / "w.safetensors"), settings, frozenset(settings)).note
+    assert (note or "").startswith(assumed or "")
+    assert (note is None) == (assumed is None)
