@@ -15,7 +15,7 @@ from ray_sampler.errors import RequestError, RunError, require
 from ray_sampler.networks.adm_options import AdmOptions, TrainingOptions
 from ray_sampler.networks.family import Precision
 from ray_sampler.options import Flag, check_choices, flags_of, option, pick
-from ray_sampler.presets import ModelOptions, check_bundled
+from ray_sampler.presets import ModelOptions
 from ray_sampler.reporting.progress import ReportingOptions
 from ray_sampler.sampling.conditions import ConditionOptions
 from ray_sampler.sampling.decoding import DecoderOptions
@@ -211,7 +211,6 @@ class RunConfig(_Request):  # type: ignore[misc, valid-type]  # made of the comp
         both = {"sigma_min", "sigma_max"} <= self.given().keys()
         known = {name: value for name, value in self.given().items() if both or name not in ("sigma_min", "sigma_max")}
         check_counts(self.given())
-        check_bundled(self.of(ModelOptions), known)
         pick(Schedule, known).validate()
         pick(Indices, known).indices  # noqa: B018  # raises where they are no numbers
         pick(Restarts, known).intervals  # noqa: B018  # the same

@@ -76,19 +76,17 @@ def settings_for(options: ModelOptions) -> tuple[str, dict[str, Any]]:
     return weights, {**(bundled.settings if bundled else {}), **(preset.settings if preset else {})}
 
 
-def check_bundled(options: ModelOptions, given: Mapping[str, Any]) -> None:
+def check_bundled(model: str, given: Mapping[str, Any]) -> None:
     """Check the size that a request gives of a bundled network, whose weights do not tell it.
 
     Raises:
         RequestError: it has another one.
     """
-    name = options.model or options.model_path or DEFAULT_MODEL
-    if options.preset or name not in BUNDLED:
-        return
-    value, own = given.get("image_size"), BUNDLED[name].settings["image_size"]
+    own = BUNDLED[model].settings["image_size"] if model in BUNDLED else None
+    value = given.get("image_size")
     require(
-        value in (None, own),
-        f"--image_size is {value}, but the bundled model {name} has {own}; leave it out, or give another --model",
+        own is None or value in (None, own),
+        f"--image_size is {value}, but the bundled model {model} has {own}; leave it out, or give another --model",
     )
 
 

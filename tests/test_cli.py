@@ -10,17 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ray_sampler.cli import COMMANDS, main, parse, request_of
+from ray_sampler.cli import main, parse, request_of
 from ray_sampler.config import FLAGS, RunConfig
-from ray_sampler.presets import BUNDLED, PRESETS
-from ray_sampler.sampling.solvers import SOLVERS
 from ray_sampler.storage.fragment import read_fragment
 from ray_sampler.storage.record import Samples
 from tests.cluster.runs import ARCHIVE, contents, flags_of, leave, random_weights, savez
@@ -286,42 +283,6 @@ def test_the_job_script_is_the_sample_command(place: Path, capsys):
     done = command_line([str(ROOT / "jobs" / "sample.py"), *arguments], place)
     assert main(["sample", *arguments]) == done.returncode == 0
     assert done.stdout == capsys.readouterr().out
-
-
-def test_help_tells_every_flag(capsys):
-    with pytest.raises(SystemExit) as left:
-        main(["sample", "--help"])
-    assert left.value.code == 0
-    out = capsys.readouterr().out
-    assert all(f"--{f.name}" in out for f in fields(RunConfig))
-    assert all(name in out for name in SOLVERS)
-    assert out.count("--") < 1.5 * len(fields(RunConfig)), "the usage does not list them again"
-
-
-@pytest.mark.parametrize("columns", [80, 200])
-def test_the_list_of_commands_fits_the_terminal(columns: int, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    out = capsys.readouterr().out
-    assert all(len(line) <= columns for line in out.splitlines())
-    assert all(command.help in " ".join(out.split()) for command in COMMANDS.values())
-
-
-@pytest.mark.parametrize("command", ["status", "verify", "merge", "preview", "presets"])
-def test_each_command_has_help(command: str, capsys):
-    with pytest.raises(SystemExit) as left:
-        main([command, "--help"])
-    assert left.value.code == 0
-    assert f"usage: ray-sampler {command}" in capsys.readouterr().out
-
-
-def test_presets_lists_every_model_that_is_known_by_name(capsys):
-    assert main(["presets"]) == 0
-    out = capsys.readouterr().out
-    for name in [*PRESETS, *BUNDLED]:
-        assert f"{name} " in out
-    assert all(preset.file in out for preset in PRESETS.values())
 
 
 # A full disk

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from ray_sampler.cli import main
+from ray_sampler.cluster.job import prepare
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.networks import opening
 from ray_sampler.networks.adm_options import AdmOptions
@@ -21,7 +22,7 @@ from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.opening import open_network
 from ray_sampler.networks.weights import weights_hash
 from ray_sampler.options import pick
-from ray_sampler.presets import BUNDLED, PRESETS, ModelOptions, settings_for
+from ray_sampler.presets import BUNDLED, PRESETS, ModelOptions, check_bundled, settings_for
 from ray_sampler.resolved import Run
 from tests import resolving
 
@@ -139,10 +140,10 @@ def test_a_preset_fills_what_was_published(name: str) -> None:
 
 
 def test_the_size_of_a_bundled_model_cannot_be_contradicted() -> None:
-    RunConfig(image_size=32).check()
+    check_bundled("digits", {"image_size": 32})
+    check_bundled("w.pt", {"image_size": 64})
     with pytest.raises(RequestError, match="--image_size is 64, but the bundled model digits has 32"):
-        RunConfig(image_size=64).check()
-    RunConfig(model="w.pt", image_size=64).check()
+        prepare(RunConfig(image_size=64))
 
 
 def test_an_explicit_flag_wins_over_a_preset() -> None:

@@ -17,7 +17,7 @@ from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
 from ray_sampler.networks.family import PREFIX, Network, Precision
 from ray_sampler.networks.opening import open_network
-from ray_sampler.presets import BUNDLED, ModelOptions, as_begun, older_name, settings_for
+from ray_sampler.presets import BUNDLED, ModelOptions, as_begun, check_bundled, older_name, settings_for
 from ray_sampler.resolved import Run, resolve
 from ray_sampler.sampling.guidance import guide_of
 from ray_sampler.sampling.numerics import Compile
@@ -161,6 +161,7 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     config.check()
     local, gpus = place(config.of(FleetOptions), config.output)
     asked, brought = settings_for(config.of(ModelOptions))
+    check_bundled(asked, config.given())
     if config.output is None and not config.overwrite:
         config = replace(config, output=begun_folder(config, asked))
     run_dir = RunDir(config.output) if config.output else None

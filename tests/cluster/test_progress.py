@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 def test_the_log_has_a_line_for_each_change_of_the_fleet(configure, capsys):
-    assert main(["sample", *flags_of(configure(progress="log"))]) == 0
+    assert main(["sample", *flags_of(configure(progress="log", num_heads=4))]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
     assert re.search(r" run [0-9a-f]{8} in ", lines[0])
@@ -35,7 +35,7 @@ def test_the_log_has_a_line_for_each_change_of_the_fleet(configure, capsys):
 
 
 def test_lines_after_sampling_show_neither_actors_nor_a_present_rate(configure, capsys):
-    assert main(["sample", *flags_of(configure(progress="log"))]) == 0
+    assert main(["sample", *flags_of(configure(progress="log", num_heads=4))]) == 0
     after = [line for line in capsys.readouterr().err.splitlines() if re.search(r" (merging|done): ", line)]
     assert len(after) == 2
     for line in after:

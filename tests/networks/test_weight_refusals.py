@@ -64,7 +64,7 @@ def zipped() -> bytes:
         (gzip.compress(b"x", mtime=0), "gunzip"),
         (b"\x28\xb5\x2f\xfd....", "unzstd"),
         (b'{"hidden_size": 3}', "JSON"),
-        (b"lr: 3\nsteps: 4\n", "a text"),
+        (b"lr: 3\nsteps: 4\n", "it is text"),
         (b"\x89PNG....", "a picture"),
         (npz(), "NumPy"),
         (zipped(), "unpack it"),
