@@ -46,7 +46,7 @@ def spelled(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[s
     numbers may, are joined to their flags.
 
     Raises:
-        RequestError: another dash stands before a flag's name.
+        RequestError: a dash that is not a hyphen stands before a flag's name.
     """
     known = {name for action in parser._actions for name in action.option_strings}
     valued = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
@@ -60,7 +60,7 @@ def spelled(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[s
         elif argument.startswith(DASHES):
             flag = "--" + argument.partition("=")[0].lstrip("-" + "".join(DASHES)).replace("-", "_")
             if flag in known:
-                raise RequestError(f"{argument} begins with another dash than a hyphen; write {flag}")
+                raise RequestError(f"{argument} begins with a dash that is not a hyphen; write {flag}")
         result.append(argument)
     return result
 

@@ -132,7 +132,7 @@ def test_nfe_picks_the_most_steps_that_fit(sampler: str, nfe: int, steps: int, t
             {"sigmas": "8,1e-60", "sampler": "unipc"},
             "--sigmas is 8.0,1e-60,0.0; a level of that is 0 or infinite in fp32",
         ),
-        ({"rho": 0.001}, "--rho is 0.001; sigma_max^(1/rho) is beyond all numbers"),
+        ({"rho": 0.001}, "--rho is 0.001; with it sigma_max^(1/rho) overflows"),
         ({"rho": 0.5, "sampler": "heun"}, "--sigma_max 80 and --rho 0.5; a level of that is 0 or infinite in fp32"),
         ({"sigma_max": 1e300, "sampler": "euler"}, "--sigma_max 1e+300 and --rho 7; a level of that is 0 or infinite"),
         ({"sigmas": "8,1", "sampler": "onestep"}, "--sampler onestep has levels of its own; leave --sigmas out"),

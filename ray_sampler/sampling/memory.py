@@ -72,8 +72,8 @@ def page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             raise
         size = torch.Size(shape).numel() * dtype.itemsize
     raise OutOfDeviceMemoryError(
-        f"the host has no {size / 2**20:.0f} MiB of memory that stay in place, in which the {shape[0]} samples of a "
-        "shard come from the GPU; try a smaller --shard_size, or a host or container with more memory"
+        f"the host cannot page-lock {size / 2**20:.0f} MiB of memory, into which the GPU copies the {shape[0]} samples "
+        "of a shard; try a smaller --shard_size, or a host or container with more memory"
     )
 
 

@@ -91,7 +91,7 @@ class Schedule:
         require(1e-6 <= self.shift <= 1e6, f"--shift is {self.shift:g}; it must be from 1e-6 to 1e6, as in 3")
         require(
             self.sigmas is not None or abs(math.log(self.sigma_max)) / self.rho < LARGEST_LOG,
-            f"--rho is {self.rho:g}; sigma_max^(1/rho) is beyond all numbers then, so it must be larger, as in 7",
+            f"--rho is {self.rho:g}; with it sigma_max^(1/rho) overflows a float; it must be larger, as in 7",
         )
 
     def identity(self, used: tuple[str, ...]) -> dict[str, Any]:

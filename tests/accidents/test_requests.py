@@ -74,7 +74,7 @@ def test_another_dash_before_a_flag_is_named(dash: str, before: list[str], capsy
     """As word processors and web pages write them."""
     for given in (["num-samples", "4"], ["num_samples=4"]):
         argv = ["sample", *before, dash + given[0], *given[1:]]
-        assert refusal(argv, capsys).endswith("begins with another dash than a hyphen; write --num_samples")
+        assert refusal(argv, capsys).endswith("begins with a dash that is not a hyphen; write --num_samples")
 
 
 def test_a_folder_may_begin_with_another_dash(capsys):

@@ -88,7 +88,7 @@ def test_a_host_without_room_for_a_shard_is_not_told_of_batch_sizes(
     one = engine(Limited(64), 64)
     monkeypatch.setattr(one, "_compute", lambda plan, blocks: page_locked((512, 256, 256, 3), torch.uint8))
     monkeypatch.setattr(torch, "empty", no_room)
-    with pytest.raises(OutOfDeviceMemoryError, match=r"no 96 MiB .* 512 samples of a shard .*smaller --shard_size"):
+    with pytest.raises(OutOfDeviceMemoryError, match=r"page-lock 96 MiB .* 512 samples .*smaller --shard_size"):
         one.sample(plan, 0, 512)
 
 
