@@ -96,7 +96,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
         kind = ascii(saved.arguments.get("model_type") or saved.class_name)[:60]
         raise RequestError(
             f"--model is {checkpoint.shown}; under {listed(checkpoint.key)} it has a network of class {kind}, which is "
-            "none of NVlabs/edm and NVlabs/edm2; for a network of your own give --model python:module:function"
+            "neither of NVlabs/edm nor of NVlabs/edm2; for a network of your own give --model python:module:function"
         )
     names = list(checkpoint.tensors)
     raise RequestError(

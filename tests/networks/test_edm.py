@@ -140,5 +140,5 @@ def test_channels_that_cannot_be_normalised_are_refused(channels, tmp_path):
 def test_a_snapshot_of_another_network_is_named(tmp_path):
     networks = {name: module("Generator", {"synthesis.weight": torch.ones(1)}) for name in ("G", "G_ema")}
     (tmp_path / "net.pkl").write_bytes(dumped(networks))
-    with pytest.raises(RequestError, match="under 'G_ema' it has a network of class 'Generator', which is none of"):
+    with pytest.raises(RequestError, match="under 'G_ema' it has a network of class 'Generator', which is neither of"):
         open_network(str(tmp_path / "net.pkl"), {"weights_key": "G_ema"})
