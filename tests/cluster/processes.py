@@ -40,9 +40,11 @@ def started(
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process with its group, and wait until all have ended: one in a system call, as a rename, finishes it."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
+    assert group_is_gone(process.pid, within_s=30)
 
 
 def wait_for(moment: Moment, output: Path, process: subprocess.Popen[bytes], log: Path) -> None:
