@@ -54,8 +54,8 @@ class NullActor:
     def start(self) -> WorkerInfo:
         return WorkerInfo(ray.get_runtime_context().get_node_id(), 0, "a CPU", "a key")
 
-    def work(self, run: int, start: int, stop: int, product: str) -> TaskResult:
-        return result_of(start, stop)
+    def work(self, task: Task) -> TaskResult:
+        return result_of(task.start, task.stop)
 
 
 class Silent:
@@ -118,14 +118,14 @@ def ours(handles: list[Any]) -> float:
 def theirs(handles: list[Any]) -> float:
     queue = deque(Task(0, i * SHARD, (i + 1) * SHARD) for i in range(SHARDS))
     began = time.perf_counter()
-    owners = {handle.work.remote(*queue.popleft()): handle for handle in handles for _ in range(IN_FLIGHT)}
+    owners = {handle.work.remote(queue.popleft()): handle for handle in handles for _ in range(IN_FLIGHT)}
     results = 0
     while owners:
         (ref,), _ = ray.wait(list(owners), num_returns=1)
         handle = owners.pop(ref)
         results += isinstance(ray.get(ref), TaskResult)
         if queue:
-            owners[handle.work.remote(*queue.popleft())] = handle
+            owners[handle.work.remote(queue.popleft())] = handle
     assert results == SHARDS
     return SHARDS / (time.perf_counter() - began)
 

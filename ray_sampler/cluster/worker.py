@@ -186,18 +186,19 @@ class Worker:
         """Network calls so far: a number that rises shows that a slow shard is being computed."""
         return self.engine.evaluations
 
-    def work(self, run: int, start: int, stop: int, product: str) -> TaskResult:
-        """Carry out a `Task`: compute its samples and write their fragment, or make another product of them.
+    def work(self, task: Task) -> TaskResult:
+        """Carry out a task: compute its samples and write their fragment, or make another product of them.
+
+        It is one argument, as Ray sends fewer calls a second with four.
 
         Raises:
             NonFiniteError, OutOfDeviceMemoryError: from the engine.
             RunError: the result cannot be written.
         """
-        if product == IMAGES:
-            return self._sample(run, start, stop)
-        return self._derive(run, start, stop, product)
+        return self._sample(task) if task.product == IMAGES else self._derive(task)
 
-    def _sample(self, run: int, start: int, stop: int) -> TaskResult:
+    def _sample(self, task: Task) -> TaskResult:
+        run, start, stop, _ = task
         spec, run_dir = self.runs[run], self.run_dirs[run]
         # On a GPU the compute thread only queues a shard; it is awaited here, while the next one is queued.
         pictures: Pictures = self.compute.submit(self.engine.sample, spec.plan, start, stop).result()()
@@ -212,8 +213,9 @@ class Worker:
         self.metrics[run].count(stop - start, pictures.seconds, pictures.idle_s, upload_s)
         return TaskResult(name, record, pictures.seconds, pictures.idle_s, upload_s)
 
-    def _derive(self, run: int, start: int, stop: int, product: str) -> TaskResult:
+    def _derive(self, task: Task) -> TaskResult:
         """Make a product of pictures that an earlier start left."""
+        run, start, stop, product = task
         spec, run_dir = self.runs[run], self.run_dirs[run]
         began = time.perf_counter()
         made, samples = spec.products[product], run_dir.read_samples(start, stop, spec.fingerprint)

@@ -70,12 +70,12 @@ def scripted_actor(folder: Path, script: Script, starts: Sequence[str], seconds:
         def evaluations(self) -> int:
             return 0
 
-        def work(self, run: int, start: int, stop: int, product: str) -> Any:
+        def work(self, task: Task) -> Any:
             from types import SimpleNamespace
 
             with self.computing:
                 time.sleep(seconds)
-                self.act(f"shard-{start}", script.get(start, ()))
+                self.act(f"shard-{task.start}", script.get(task.start, ()))
             return SimpleNamespace(compute_s=1.0, upload_s=0.0)
 
     return Scripted
