@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import ray
 
 from ray_sampler.cluster.reaching import cannot_join
 from tests.cluster.fleets import free_ports
+from tests.cluster.processes import kill_session
 from tests.cluster.runs import flags_of
 from tests.conftest import ROOT, Configure
 
@@ -73,8 +73,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
                 time.sleep(0.2)
         yield port, client
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+        kill_session(process)
 
 
 @pytest.mark.accidents

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from ray_sampler.storage.record import Samples
-from tests.cluster.processes import group_is_gone, kill_group
+from tests.cluster.processes import kill_session, session_is_gone
 from tests.cluster.runs import ARCHIVE, SMALL, TINY, savez
 
 pytestmark = pytest.mark.accidents
@@ -73,7 +73,7 @@ def running(
     try:
         yield process
     finally:
-        kill_group(process)  # type: ignore[arg-type]  # text or bytes
+        kill_session(process)
 
 
 def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
@@ -285,7 +285,7 @@ def test_a_sigterm_ends_a_run_within_seconds_and_leaves_nothing(whole_group, mom
         took = time.monotonic() - began
         assert process.returncode == 143, out
         assert took < 10, out  # 5 on a machine that does nothing else
-        assert group_is_gone(process.pid, within_s=5)
+        assert session_is_gone(process.pid, within_s=5)
     assert [line for line in out.splitlines() if line.startswith("ray-sampler: ")] == [SENTENCE]
     assert "Traceback" not in out
 

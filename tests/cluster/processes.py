@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -25,7 +25,7 @@ Moment = Callable[[Path], bool]
 def started(
     config: RunConfig, log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The command of `config` in a process group of its own, as is the Ray that it starts; none outlives the block."""
+    """The command of `config` in a session of its own, as is the Ray that it starts; none outlives the block."""
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {})
     variables.pop("RAY_ADDRESS", None)
     with log.open("wb") as sink:
@@ -36,15 +36,22 @@ def started(
     try:
         yield process
     finally:
-        kill_group(process)
+        kill_session(process)
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process with its group, and wait until all have ended: one in a system call, as a rename, finishes it."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def kill_session(process: subprocess.Popen[Any]) -> None:
+    """Kill a process and its session, and wait until all have ended: one in a system call finishes it, as a rename.
+
+    Ray gives each worker a process group of its own.
+    """
+    deadline = time.monotonic() + 30
+    while (alive := session_of(process.pid)) and time.monotonic() < deadline:
+        for each in alive:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        time.sleep(0.01)
     process.wait(30)
-    assert group_is_gone(process.pid, within_s=30)
+    assert not alive
 
 
 def wait_for(moment: Moment, output: Path, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -55,19 +62,24 @@ def wait_for(moment: Moment, output: Path, process: subprocess.Popen[bytes], log
         time.sleep(0.005)
 
 
-def group_is_gone(group: int, within_s: float) -> bool:
-    """Whether all processes of a group end; those that ended and that nobody has asked about yet have."""
+def session_is_gone(leader: int, within_s: float) -> bool:
+    """Whether all processes of a session end in time."""
     deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not any(runs_in(process, group) for process in psutil.process_iter()):
-            return True
+    while session_of(leader):
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.1)
-    return False
+    return True
 
 
-def runs_in(process: psutil.Process, group: int) -> bool:
+def session_of(leader: int) -> list[psutil.Process]:
+    """The processes of a session that live; those that ended and that nobody has asked about yet do not."""
+    return [process for process in psutil.process_iter() if runs_in(process, leader)]
+
+
+def runs_in(process: psutil.Process, session: int) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == group
+        return process.status() != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == session
     except (psutil.NoSuchProcess, ProcessLookupError):
         return False
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.processes import Moment, claimed, group_is_gone, kill_group, started, wait_for, written
+from tests.cluster.processes import Moment, claimed, kill_session, session_is_gone, started, wait_for, written
 from tests.cluster.runs import LONGER, savez
 from tests.conftest import Configure
 
@@ -33,7 +33,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(
     for moment in (claimed, written(5)):
         with started(config, log) as process:
             wait_for(moment, output, process, log)
-            kill_group(process)
+            kill_session(process)
         assert fragment_times(output).items() >= kept.items()
         kept = fragment_times(output)
         assert not (output / LONG_ARCHIVE).exists()
@@ -61,7 +61,7 @@ def test_an_interrupted_run_says_in_one_sentence_how_to_go_on_and_leaves_no_proc
         process.send_signal(sent)
         assert process.wait(30) == code
         assert time.monotonic() - began < 15
-        assert group_is_gone(process.pid, within_s=10)
+        assert session_is_gone(process.pid, within_s=10)
     lines = log.read_text().splitlines()
     assert [line for line in lines if line.startswith("ray-sampler: ")] == [
         "ray-sampler: interrupted; what was finished is kept: run the same command again to go on"

@@ -13,7 +13,7 @@ import pytest
 
 from ray_sampler.errors import RequestError
 from ray_sampler.storage.run_dir import FragmentName, RunDir
-from tests.cluster.processes import kill_group, started, wait_for
+from tests.cluster.processes import kill_session, started, wait_for
 from tests.cluster.runs import LONGER, savez
 from tests.conftest import Configure
 from tests.faults.clouds import ACCOUNT, CONTAINER, KEY, azurite_server, connection_string, use_cloud
@@ -117,7 +117,7 @@ def test_a_run_that_is_killed_goes_on(configure: Configure, url: str, tmp_path: 
     run_dir = RunDir(url)
     with started(config, log) as process:
         wait_for(lambda _: len(run_dir.fragments().fragments) >= 3, Path(url), process, log)
-        kill_group(process)
+        kill_session(process)
     kept = run_dir.fragments(times=True)
     with started(config, log) as process:
         assert process.wait(90) == 0, log.read_text()
