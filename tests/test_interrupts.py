@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_sampler.interrupts import interruptible
+from ray_sampler.interrupts import SAME_SIGNAL_S, interruptible
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,6 +65,20 @@ def test_the_process_ends_in_time(sent: signal.Signals, body: str, within: float
     else:
         assert process.returncode == 128 + sent
         assert err == b"ray-sampler: interrupted\n"
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    patient = "import ray_sampler.interrupts\nray_sampler.interrupts.wind_up_s = lambda: 600.0\n"
+    script = patient + SCRIPT.format(body='hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)')
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(4 * SAME_SIGNAL_S)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    assert err == b"ray-sampler: interrupted\n"
 
 
 def test_nothing_of_it_stays():
