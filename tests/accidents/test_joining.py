@@ -17,6 +17,7 @@ import ray
 
 from ray_sampler.cluster.reaching import cannot_join
 from tests.cluster.fleets import free_ports
+from tests.cluster.processes import PATIENCE_S
 from tests.cluster.runs import flags_of
 from tests.conftest import ROOT, Configure
 
@@ -44,7 +45,7 @@ def ask(configure: Configure, address: str | None, script: str = "", **variables
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; {script}\nfrom ray_sampler.cli import main; sys.exit(main(sys.argv[1:]))",
          "sample", *flags],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     return done.returncode, done.stderr.splitlines(), time.monotonic() - began
 
@@ -67,14 +68,14 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
     )
     try:
         for each in (port, client):
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + PATIENCE_S
             while socket.socket().connect_ex(("127.0.0.1", each)):
                 assert time.monotonic() < deadline, Path(log.name).read_text()
                 time.sleep(0.2)
         yield port, client
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+        process.wait(PATIENCE_S)
 
 
 @pytest.mark.accidents

@@ -21,6 +21,8 @@ from ray._raylet import node_ip_address_from_perspective  # type: ignore[attr-de
 from ray.cluster_utils import Cluster
 from ray.experimental import internal_kv
 
+from tests.cluster.processes import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 STORE_BYTES = 100_000_000
@@ -32,6 +34,9 @@ NODE: dict[str, Any] = {
 
 HEALTH = {"health_check_period_ms": 1000, "health_check_failure_threshold": 4, "health_check_timeout_ms": 2000}
 """A node that does not answer counts as dead after some 10 s, a third of what Ray gives it."""
+
+UNWATCHED = HEALTH | {"health_check_failure_threshold": 10_000}
+"""A node that does not answer never counts as dead: what becomes of it is for others to find out."""
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 """The autoscaler's head asks for no token; a process that started a Ray of its own asks for one, as do its children."""
@@ -51,11 +56,11 @@ def free_ports(count: int) -> list[int]:
 class Fleet:
     """A head without CPUs, on which drivers run, and worker nodes of one CPU each."""
 
-    def __init__(self, workers: int = 0) -> None:
+    def __init__(self, workers: int = 0, health: dict[str, int] = HEALTH) -> None:
         self.earlier = internal_kv.internal_kv_get_gcs_client()
         self.cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH, **NODE},
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": health, **NODE},
         )
         self.address: str = self.cluster.address
         self.workers: list[Any] = []
@@ -165,7 +170,7 @@ def autoscaling(most: int) -> Iterator[Autoscaled]:
             )
         try:
             cluster = Autoscaled(address, psutil.Process(head.pid))
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE_S
             while cluster.nodes() == 0:
                 assert head.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
@@ -174,7 +179,7 @@ def autoscaling(most: int) -> Iterator[Autoscaled]:
         finally:
             started = psutil.Process(head.pid).children(recursive=True)
             head.terminate()  # with --block it ends what it started, but not the fake provider's nodes
-            head.wait(60)
+            head.wait(PATIENCE_S)
             send(signal.SIGKILL, started)
 
 

@@ -14,9 +14,15 @@ from pathlib import Path
 import psutil
 
 from ray_sampler.config import RunConfig
-from tests.cluster.runs import flags_of, fragments
+from tests.cluster.runs import flags_of, whole
 
 ROOT = Path(__file__).resolve().parents[2]
+
+PATIENCE_S = 300.0
+"""How long a test waits for what must come: many times what it takes on a machine that does nothing else."""
+
+PROMPT_S = 30.0
+"""In which a run has ended that was told to: five seconds on a machine that does nothing else."""
 
 Moment = Callable[[Path], bool]
 
@@ -43,21 +49,21 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     """Kill a process with its group, and wait until all have ended: one in a system call, as a rename, finishes it."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait(30)
-    assert group_is_gone(process.pid, within_s=30)
+    process.wait(PROMPT_S)
+    assert group_is_gone(process.pid)
 
 
 def wait_for(moment: Moment, output: Path, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE_S
     while not moment(output):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.005)
 
 
-def group_is_gone(group: int, within_s: float) -> bool:
-    """Whether all processes of a group end; those that ended and that nobody has asked about yet have."""
-    deadline = time.monotonic() + within_s
+def group_is_gone(group: int) -> bool:
+    """Whether all processes of a group end soon; those that ended and that nobody has asked about yet have."""
+    deadline = time.monotonic() + PROMPT_S
     while time.monotonic() < deadline:
         if not any(runs_in(process, group) for process in psutil.process_iter()):
             return True
@@ -77,4 +83,4 @@ def claimed(output: Path) -> bool:
 
 
 def written(count: int) -> Moment:
-    return lambda output: (output / "fragments").is_dir() and len(fragments(output)) >= count
+    return lambda output: len(whole(output)) >= count
