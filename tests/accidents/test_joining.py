@@ -16,10 +16,10 @@ import pytest
 import ray
 
 from ray_sampler.cluster.reaching import cannot_join
-from tests.cluster.fleets import free_ports
 from tests.cluster.processes import PATIENCE_S
 from tests.cluster.runs import flags_of
 from tests.conftest import ROOT, Configure
+from tests.ports import free_ports
 
 
 def test_of_another_version_both_are_named():

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ray.cluster_utils import Cluster
 from ray.experimental import internal_kv
 
 from tests.cluster.processes import PATIENCE_S
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -43,14 +43,6 @@ OPEN = {"RAY_AUTH_MODE": "disabled"}
 
 FAKE_HEAD = "f" * 51 + "00000"
 """Node id under which Ray's fake provider knows the head."""
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 class Fleet:

@@ -22,9 +22,10 @@ import pytest
 from ray._private.runtime_env.packaging import create_package
 
 from ray_sampler.storage.record import Samples
-from tests.cluster.fleets import RAY, free_ports
+from tests.cluster.fleets import RAY
 from tests.cluster.processes import PATIENCE_S
 from tests.cluster.runs import ARCHIVE, LONGER, flags_of, sampled, savez, small, whole
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parent.parent.parent
 
