@@ -55,7 +55,8 @@ class Head:
         verb, *rest = command
         done = subprocess.run(
             [*RAY, "job", verb, "--address", self.address, *rest],
-            cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240,
+            cwd=ROOT, env=self.environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE_S,
         )  # fmt: skip
         assert not check or done.returncode == 0, done.stdout
         return done.stdout
