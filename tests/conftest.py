@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from ray_sampler.config import RunConfig
 from ray_sampler.storage.record import Samples
@@ -18,6 +19,10 @@ from ray_sampler.storage.record import Samples
 ROOT = Path(__file__).resolve().parents[1]
 
 Configure = Callable[..., RunConfig]
+
+# A property holds however busy the machine is: no test of one fails because an example took long.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

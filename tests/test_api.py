@@ -16,6 +16,7 @@ import ray
 import ray_sampler
 from ray_sampler import RequestError, RunConfig, read_fragment, run
 from ray_sampler.storage.record import DamagedFragment, Samples
+from tests.cluster.processes import PATIENCE_S
 from tests.cluster.runs import ARCHIVE, SMALL, TINY, fragments, leave, savez
 from tests.conftest import Configure
 
@@ -31,7 +32,7 @@ def python(script: str, folder: Path, **environment: str) -> subprocess.Complete
         env=given | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
 
 

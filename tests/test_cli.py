@@ -20,6 +20,7 @@ from ray_sampler.cli import main, parse, request_of
 from ray_sampler.config import FLAGS, RunConfig
 from ray_sampler.storage.fragment import read_fragment
 from ray_sampler.storage.record import Samples
+from tests.cluster.processes import PATIENCE_S
 from tests.cluster.runs import ARCHIVE, contents, flags_of, leave, random_weights, savez
 from tests.conftest import Configure
 
@@ -185,7 +186,7 @@ def test_a_submitted_job_must_name_an_absolute_output(place: Path, configure: Co
 def command_line(argv: list[str], folder: Path, **how: Any) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *argv], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, **how
+        [sys.executable, *argv], cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, **how
     )
 
 

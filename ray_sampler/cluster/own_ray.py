@@ -49,6 +49,11 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "conf
 LOG_FILES = ("raylet.err", "raylet.out", "gcs_server.err", "gcs_server.out", "agent*.log", "runtime_env_agent.log")
 """Where Ray says why it did not start, the likeliest first."""
 
+NO_RAY = threading.Event()
+"""Set while no connection of this process to Ray starts, stands or ends. A thread does not tell: in Python 3.11 it
+counts as ended as soon as somebody is interrupted who waits for its end."""
+NO_RAY.set()
+
 COMPLAINT = re.compile(
     r"^(?!.*@ +0x).*(\b[EFC] \d+ \d+\]|\bERROR\b|\bFATAL\b|Error\b|error:|Check failed|terminate called|what\(\))"
 )
@@ -82,6 +87,8 @@ class Keeper:
         if self.address is None:
             check_room(ray_folder())
             check_machine()
+        NO_RAY.wait(START_S + END_S)  # a run that was interrupted again and again leaves one that still starts
+        NO_RAY.clear()
         self.thread.start()
         ours = self.address is None
         if not self.ready.wait(START_S if ours else None):
@@ -97,12 +104,13 @@ class Keeper:
     def stop(self) -> None:
         """Disconnect, and end a Ray of our own; one that still starts is ended when it is up."""
         self.done.set()
-        if self.thread.ident is not None and self.failure is None:
-            self.thread.join(END_S)
+        if self.failure is None:
+            NO_RAY.wait(END_S if self.ready.is_set() else START_S + END_S)
 
     def _keep(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         with ExitStack() as stack:
+            stack.callback(NO_RAY.set)
             try:
                 with handlers_kept(), entrypoint_in_text():
                     if self.address is None:

@@ -15,10 +15,10 @@ import pytest
 import ray
 
 from ray_sampler.cluster.reaching import cannot_join
-from tests.cluster.fleets import free_ports
-from tests.cluster.processes import kill_session
+from tests.cluster.processes import PATIENCE_S, kill_session
 from tests.cluster.runs import flags_of
 from tests.conftest import ROOT, Configure
+from tests.ports import free_ports
 
 
 def test_of_another_version_both_are_named():
@@ -44,7 +44,7 @@ def ask(configure: Configure, address: str | None, script: str = "", **variables
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; {script}\nfrom ray_sampler.cli import main; sys.exit(main(sys.argv[1:]))",
          "sample", *flags],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     return done.returncode, done.stderr.splitlines(), time.monotonic() - began
 
@@ -67,7 +67,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
     )
     try:
         for each in (port, client):
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + PATIENCE_S
             while socket.socket().connect_ex(("127.0.0.1", each)):
                 assert time.monotonic() < deadline, Path(log.name).read_text()
                 time.sleep(0.2)

@@ -7,8 +7,8 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,7 +17,7 @@ import pytest
 from ray_sampler.cluster.own_ray import log_says, reason_for
 from ray_sampler.cluster.reaching import cannot_start, check_machine, ray_folder
 from ray_sampler.errors import RunError
-from tests.cluster.processes import started, wait_for, written
+from tests.cluster.processes import PATIENCE_S, PROMPT_S, started, wait_for, written
 from tests.cluster.runs import ARCHIVE, LONGER, flags_of, savez
 from tests.conftest import ROOT, Configure
 
@@ -89,7 +89,7 @@ def command(configure: Configure, folder: Path, limit: Callable[[], None] | None
     flags = flags_of(configure(output=str(folder)))
     return subprocess.run(
         [sys.executable, str(ROOT / "jobs/sample.py"), *flags],
-        cwd=ROOT, env=environment, capture_output=True, timeout=180, preexec_fn=limit,
+        cwd=ROOT, env=environment, capture_output=True, timeout=PATIENCE_S, preexec_fn=limit,
     )  # fmt: skip
 
 
@@ -126,8 +126,9 @@ AGENT = ("DashboardAgent", "dashboard/agent.py", "dashboard-agent")
 
 def part_of_ray(driver: int, names: tuple[str, ...]) -> psutil.Process:
     for process in psutil.Process(driver).children(recursive=True):
-        if any(name in " ".join(process.cmdline()[:4]) for name in names):
-            return process
+        with suppress(psutil.NoSuchProcess):  # something else that ends just now
+            if any(name in " ".join(process.cmdline()[:4]) for name in names):
+                return process
     raise AssertionError(f"no {names} below {driver}")
 
 
@@ -138,12 +139,10 @@ def test_a_run_whose_ray_is_killed_says_so_and_goes_on_later(configure, longer_s
     with started(config, log) as process:
         wait_for(written(1), tmp_path / "run", process, log)
         part_of_ray(process.pid, names).send_signal(signal.SIGKILL)
-        began = time.monotonic()
-        assert process.wait(60) == 1
-        assert time.monotonic() - began < 30
+        assert process.wait(PROMPT_S) == 1
     said = log.read_text().splitlines()
     assert said[-1].startswith("ray-sampler: the local Ray ended unexpectedly"), said
     assert "run the same command again" in said[-1]
     with started(config, log) as process:
-        assert process.wait(120) == 0, log.read_text()
+        assert process.wait(PATIENCE_S) == 0, log.read_text()
     assert (tmp_path / "run" / "samples_48x8x8x3.npz").read_bytes() == savez(longer_samples)

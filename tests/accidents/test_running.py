@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from ray_sampler.storage.record import Samples
-from tests.cluster.processes import kill_session, session_is_gone
-from tests.cluster.runs import ARCHIVE, SMALL, TINY, savez
+from tests.cluster.processes import PATIENCE_S, PROMPT_S, kill_session, session_is_gone
+from tests.cluster.runs import ARCHIVE, SMALL, TINY, savez, whole
 
 pytestmark = pytest.mark.accidents
 
@@ -44,11 +44,10 @@ def sample(
     *flags: str,
     before: tuple[str, ...] = (),
     variables: Mapping[str, str] | None = None,
-    seconds: float = 180,
 ) -> subprocess.CompletedProcess[str]:
     """The command of a small run, in `folder`, behind the command `before`."""
     with running(folder, checkpoint, *flags, before=before, variables=variables) as process:
-        out, _ = process.communicate(timeout=seconds)
+        out, _ = process.communicate(timeout=PATIENCE_S)
     return subprocess.CompletedProcess(process.args, process.returncode, out, out)
 
 
@@ -141,7 +140,7 @@ def control_group(controller: str, **limits: str) -> Iterator[tuple[str, ...]]:
     try:
         yield "sh", "-c", f'echo $$ > {folder}/cgroup.procs; exec "$@"', "sh"
     finally:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PROMPT_S
         while time.monotonic() < deadline:
             try:
                 folder.rmdir()
@@ -153,7 +152,7 @@ def control_group(controller: str, **limits: str) -> Iterator[tuple[str, ...]]:
 @needs_root
 def test_half_a_cpu_is_enough(tmp_path: Path, checkpoint: Path, samples: Samples):
     with control_group("cpu", cfs_period_us="100000", cfs_quota_us="50000") as before:
-        done = sample(tmp_path, checkpoint, before=before, seconds=300)
+        done = sample(tmp_path, checkpoint, before=before)
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)
 
@@ -169,9 +168,7 @@ def test_half_a_cpu_is_enough(tmp_path: Path, checkpoint: Path, samples: Samples
 )
 def test_too_little_of_a_machine_is_named(controller: str, limits: dict[str, str], named: str, tmp_path, checkpoint):
     with control_group(controller, **limits) as before:
-        began = time.monotonic()
         done = sample(tmp_path, checkpoint, before=before)
-    assert time.monotonic() - began < 90  # 45 on a machine that does nothing else
     assert done.returncode == 1, done.stdout
     assert named in one_sentence(done)
 
@@ -202,9 +199,7 @@ def test_a_folder_that_ray_cannot_use_is_named_with_its_variable(folder: str, co
 
 def test_a_ray_that_does_not_start_says_why_and_where_its_logs_lie(tmp_path: Path, checkpoint: Path):
     """Its control process is given an option that it refuses."""
-    began = time.monotonic()
     done = sample(tmp_path, checkpoint, variables=environment(RAY_gcs_storage="nonsense"))
-    assert time.monotonic() - began < 90
     assert done.returncode == 1, done.stdout
     assert "/logs" in one_sentence(done)
 
@@ -239,7 +234,7 @@ def test_an_actor_that_is_not_placed_on_our_own_ray_ends_the_run(tmp_path: Path,
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "sample", "--model", str(checkpoint), *FLAGS, "--output", str(tmp_path / "run")],
-        env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("ray-sampler: ")]
@@ -249,8 +244,8 @@ def test_an_actor_that_is_not_placed_on_our_own_ray_ends_the_run(tmp_path: Path,
 # Signals.
 
 
-def wait_for(condition, process: subprocess.Popen[str], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -265,12 +260,11 @@ def ray_processes(process: subprocess.Popen[str]) -> int:
 @pytest.mark.parametrize("moment", ["imports", "start", "workers", "sampling"])
 def test_a_sigterm_ends_a_run_within_seconds_and_leaves_nothing(whole_group, moment, tmp_path: Path, checkpoint: Path):
     """As plain `timeout`, scancel, a scheduler's time limit and systemd send it."""
-    folder = tmp_path / "run" / "fragments"
     moments = {
         "imports": lambda: True,
         "start": lambda: ray_processes(process) >= 1,
         "workers": lambda: ray_processes(process) >= 5,
-        "sampling": lambda: folder.is_dir() and len(list(folder.iterdir())) > 1,
+        "sampling": lambda: len(whole(tmp_path / "run")) > 1,
     }
     process: subprocess.Popen[str]
     with running(tmp_path, checkpoint, "--num_samples", "40000", "--steps", "18") as process:
@@ -279,13 +273,10 @@ def test_a_sigterm_ends_a_run_within_seconds_and_leaves_nothing(whole_group, mom
             caught = 1 << (signal.SIGTERM - 1)
             wait_for(lambda: int(status.read_text().partition("SigCgt:\t")[2].split()[0], 16) & caught, process)
         wait_for(moments[moment], process)
-        began = time.monotonic()
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
-        took = time.monotonic() - began
+        out, _ = process.communicate(timeout=PROMPT_S)
         assert process.returncode == 143, out
-        assert took < 10, out  # 5 on a machine that does nothing else
-        assert session_is_gone(process.pid, within_s=5)
+        assert session_is_gone(process.pid)
     assert [line for line in out.splitlines() if line.startswith("ray-sampler: ")] == [SENTENCE]
     assert "Traceback" not in out
 
@@ -295,6 +286,6 @@ def test_uv_run_samples(tmp_path: Path, checkpoint: Path, samples: Samples):
     """Ray would start its workers by `uv run` too, in a copy of the folder."""
     (tmp_path / "big").write_bytes(bytes(600 * 2**20))
     before = ("uv", "run", "--no-project", "--python", sys.executable)
-    done = sample(tmp_path, checkpoint, before=before, seconds=240)
+    done = sample(tmp_path, checkpoint, before=before)
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)

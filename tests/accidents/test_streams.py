@@ -13,6 +13,7 @@ import pytest
 
 from ray_sampler.cli import COMMANDS
 from ray_sampler.reporting.progress import reporter
+from tests.cluster.processes import PATIENCE_S
 from tests.cluster.runs import ARCHIVE, flags_of, leave, savez
 from tests.conftest import ROOT, Configure
 
@@ -50,7 +51,7 @@ def outcomes(folder: Path, cases: list[Any]) -> list[dict[str, Any]]:
     (folder / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/accidents/streams.py"), "cases.json"],
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=300,
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
@@ -105,7 +106,7 @@ def test_a_path_that_is_no_text_is_printed_as_it_is(configure: Configure, sample
         for command in (b"merge", b"status"):
             done = subprocess.run(
                 [sys.executable, "-m", "ray_sampler", command, odd],
-                cwd=tmp_path, env=environment() | variables, capture_output=True, timeout=60,
+                cwd=tmp_path, env=environment() | variables, capture_output=True, timeout=PATIENCE_S,
             )  # fmt: skip
             assert (done.returncode, done.stderr) == (0, b"")
             if command == b"merge":
@@ -129,7 +130,7 @@ def test_a_run_finishes_without_its_log(configure: Configure, samples, tmp_path:
     flags = " ".join(flags_of(configure(progress=mode, output="run")))
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f"{sys.executable} {ROOT}/jobs/sample.py {flags} {REDIRECTIONS[redirection]}"],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=180,
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)

@@ -13,6 +13,7 @@ import pytest
 from ray._private.runtime_env import packaging
 
 from ray_sampler.cli import main
+from tests.cluster.processes import PATIENCE_S
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
@@ -47,7 +48,9 @@ def test_each_command_runs(command: str, tmp_path: Path, capsys: pytest.CaptureF
         (programs / name).chmod(0o755)
     (home / "index-and-label.csv").write_text("0,3\n1,1\n")
     variables = {"HOME": str(home), "PATH": f"{programs}:{os.environ['PATH']}", "RAY_ADDRESS": "somewhere:1"}
-    done = subprocess.run(["bash", "-c", command], cwd=home, env=variables, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=home, env=variables, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 0, done.stderr
     called = (home / "called").read_text().splitlines() if (home / "called").exists() else []
     assert bool(called) == bool(re.search(r"\bray(-sampler)? ", command))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,9 @@ import psutil
 from ray._raylet import node_ip_address_from_perspective  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 from ray.experimental import internal_kv
+
+from tests.cluster.processes import PATIENCE_S
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -33,6 +35,9 @@ NODE: dict[str, Any] = {
 HEALTH = {"health_check_period_ms": 1000, "health_check_failure_threshold": 4, "health_check_timeout_ms": 2000}
 """A node that does not answer counts as dead after some 10 s, a third of what Ray gives it."""
 
+UNWATCHED = HEALTH | {"health_check_failure_threshold": 10_000}
+"""A node that does not answer never counts as dead: what becomes of it is for others to find out."""
+
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 """The autoscaler's head asks for no token; a process that started a Ray of its own asks for one, as do its children."""
 
@@ -40,22 +45,14 @@ FAKE_HEAD = "f" * 51 + "00000"
 """Node id under which Ray's fake provider knows the head."""
 
 
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 class Fleet:
     """A head without CPUs, on which drivers run, and worker nodes of one CPU each."""
 
-    def __init__(self, workers: int = 0) -> None:
+    def __init__(self, workers: int = 0, health: dict[str, int] = HEALTH) -> None:
         self.earlier = internal_kv.internal_kv_get_gcs_client()
         self.cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH, **NODE},
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": health, **NODE},
         )
         self.address: str = self.cluster.address
         self.workers: list[Any] = []
@@ -165,7 +162,7 @@ def autoscaling(most: int) -> Iterator[Autoscaled]:
             )
         try:
             cluster = Autoscaled(address, psutil.Process(head.pid))
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE_S
             while cluster.nodes() == 0:
                 assert head.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
@@ -174,7 +171,7 @@ def autoscaling(most: int) -> Iterator[Autoscaled]:
         finally:
             started = psutil.Process(head.pid).children(recursive=True)
             head.terminate()  # with --block it ends what it started, but not the fake provider's nodes
-            head.wait(60)
+            head.wait(PATIENCE_S)
             send(signal.SIGKILL, started)
 
 

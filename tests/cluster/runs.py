@@ -112,6 +112,11 @@ def fragments(output: Path | str) -> list[str]:
     return sorted(path.name for path in (Path(output) / "fragments").iterdir())
 
 
+def whole(output: Path | str) -> list[str]:
+    """Names of the fragments that stand there, sorted; a hidden file is one that is being written, or never will be."""
+    return sorted(path.name for path in (Path(output) / "fragments").glob("0*"))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

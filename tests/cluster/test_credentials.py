@@ -14,6 +14,7 @@ from pathlib import Path
 import botocore.session
 import pytest
 
+from tests.cluster.processes import PATIENCE_S
 from tests.cluster.runs import ARCHIVE, flags_of, savez
 from tests.conftest import Configure
 
@@ -64,7 +65,7 @@ def test_a_run_into_a_bucket_shows_no_credential_anywhere(configure: Configure, 
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "jobs" / "sample.py"), *flags_of(config)],
-        cwd=tmp_path, env=environment | settings | credentials, capture_output=True, text=True, timeout=180,
+        cwd=tmp_path, env=environment | settings | credentials, capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"s3://samples/some/run/{ARCHIVE}"

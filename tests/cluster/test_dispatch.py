@@ -25,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 SHARDS = [Task(0, i, i + 8) for i in range(0, 48, 8)]
 
 Script = Mapping[int, Sequence[str]]
-"""What happens at each attempt at the shard that starts there: ok, die, raise, slow, hang; ok after the last one."""
+"""What happens at each attempt at the shard that starts there: ok, die, raise, slow, hang, or join, which waits until
+there is another actor; ok after the last one."""
 
 
 def scripted_actor(folder: Path, script: Script, starts: Sequence[str], seconds: float) -> type:
@@ -57,7 +58,10 @@ def scripted_actor(folder: Path, script: Script, starts: Sequence[str], seconds:
                 case "raise":
                     raise RuntimeError(f"no luck with {what}")
                 case "hang":
-                    time.sleep(60)
+                    time.sleep(600)
+                case "join":
+                    while not (folder / "start.1").exists():
+                        time.sleep(0.05)
                 case "slow":
                     time.sleep(1.5)
 
@@ -193,7 +197,7 @@ def test_an_actor_that_does_not_start_is_replaced(tmp_path):
 
 
 def test_a_silent_actor_is_replaced_after_the_shard_timeout(tmp_path):
-    story = Story(tmp_path, {16: ["hang"]}, max_actors=1, shard_timeout=1.5)
+    story = Story(tmp_path, {16: ["hang"]}, max_actors=1, shard_timeout=4.0)
     assert story.run() == {}
     assert sorted(story.results) == [shard.start for shard in SHARDS]
     assert any("no sign of progress" in text for text in story.listener.messages)
@@ -203,7 +207,7 @@ def test_a_straggling_shard_is_computed_by_another_actor_too_and_counted_once(tm
     story = Story(tmp_path, {8: ["hang"]}, seconds=0.1)
     began = time.monotonic()
     assert story.run() == {}
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 300
     assert sorted(story.results) == [shard.start for shard in SHARDS]
     assert story.tally.rates.done == 48
     assert story.tally.failures == 0
@@ -225,7 +229,7 @@ def test_shards_that_turn_up_while_sampling_runs_are_computed_too(tmp_path):
 
 
 def test_more_actors_than_there_is_room_for_are_asked_for_and_pend(tmp_path):
-    story = Story(tmp_path, {}, max_actors=3, seconds=1.2)
+    story = Story(tmp_path, {0: ["join"]}, max_actors=3, seconds=1.2)
     assert story.run() == {}
     assert sorted(story.results) == [shard.start for shard in SHARDS]
     assert any(s.actors_pending == 1 and s.actors_ready == 2 for s in story.listener.snapshots)

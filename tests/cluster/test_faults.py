@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from ray_sampler.cli import main
 from ray_sampler.cluster.driver import REPAIR_ROUNDS, run
-from tests.cluster.runs import ARCHIVE, LONGER, flags_of, fragments, random_weights, savez
+from tests.cluster.processes import PATIENCE_S
+from tests.cluster.runs import ARCHIVE, LONGER, flags_of, fragments, random_weights, savez, whole
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -37,9 +38,9 @@ def once_there_are(count: int, output: Path, act: Callable[[], None]) -> threadi
     """Start a thread that calls `act` as soon as so many fragments were written."""
 
     def watch() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            if (output / "fragments").is_dir() and len(fragments(output)) >= count:
+            if len(whole(output)) >= count:
                 act()
                 return
             time.sleep(0.01)
@@ -60,13 +61,13 @@ def test_an_actor_that_dies_or_freezes_is_replaced_and_costs_no_sample(configure
         os.kill(struck[0], sent)
 
     striker = once_there_are(2, output, strike)
-    summary = run(configure(**LONGER, shard_timeout=3.0)).summary
+    summary = run(configure(**LONGER, shard_timeout=10.0)).summary
     striker.join()
     assert len(struck) == 1
     assert (output / LONG_ARCHIVE).read_bytes() == savez(longer_samples)
     assert summary["failures"] == 1
     assert summary["computed"] == 48
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while psutil.pid_exists(struck[0]):
         assert time.monotonic() < deadline, "the process of the actor lives on"
         time.sleep(0.05)
@@ -81,7 +82,7 @@ def test_many_fragments_that_are_spoilt_after_they_were_written_are_all_sampled_
     spoilt: list[str] = []
 
     def spoil() -> None:
-        spoilt.extend(name for name in fragments(output) if not name.startswith("."))
+        spoilt.extend(whole(output))
         for name in spoilt:
             os.truncate(output / "fragments" / name, 100)
 

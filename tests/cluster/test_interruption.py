@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.processes import Moment, claimed, kill_session, session_is_gone, started, wait_for, written
-from tests.cluster.runs import LONGER, savez
+from tests.cluster.processes import PROMPT_S, Moment, claimed, kill_session, session_is_gone, started, wait_for, written
+from tests.cluster.runs import LONGER, savez, whole
 from tests.conftest import Configure
 
 pytestmark = pytest.mark.accidents
@@ -18,7 +17,7 @@ LONG_ARCHIVE = "samples_48x8x8x3.npz"
 
 
 def fragment_times(output: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in (output / "fragments").glob("0*")}
+    return {name: (output / "fragments" / name).stat().st_mtime_ns for name in whole(output)}
 
 
 def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(
@@ -57,15 +56,13 @@ def test_an_interrupted_run_says_in_one_sentence_how_to_go_on_and_leaves_no_proc
     output, log = tmp_path / "run", tmp_path / "log"
     with started(configure(**LONGER | {"num_samples": 4000}), log) as process:
         wait_for(moment, output, process, log)
-        began = time.monotonic()
         process.send_signal(sent)
-        assert process.wait(30) == code
-        assert time.monotonic() - began < 15
-        assert session_is_gone(process.pid, within_s=10)
+        assert process.wait(PROMPT_S) == code
+        assert session_is_gone(process.pid)
     lines = log.read_text().splitlines()
     assert [line for line in lines if line.startswith("ray-sampler: ")] == [
         "ray-sampler: interrupted; what was finished is kept: run the same command again to go on"
     ]
     assert not [line for line in lines if "Traceback" in line or "Error" in line]
-    assert not list(output.rglob(".*.tmp"))
+    assert not list(output.glob(".*.tmp"))  # an actor that is killed may leave what it just wrote, the driver not
     assert not (output / ".probe").exists()

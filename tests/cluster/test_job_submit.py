@@ -22,8 +22,10 @@ import pytest
 from ray._private.runtime_env.packaging import create_package
 
 from ray_sampler.storage.record import Samples
-from tests.cluster.fleets import RAY, free_ports
-from tests.cluster.runs import ARCHIVE, LONGER, flags_of, fragments, sampled, savez, small
+from tests.cluster.fleets import RAY
+from tests.cluster.processes import PATIENCE_S
+from tests.cluster.runs import ARCHIVE, LONGER, flags_of, sampled, savez, small, whole
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -53,7 +55,8 @@ class Head:
         verb, *rest = command
         done = subprocess.run(
             [*RAY, "job", verb, "--address", self.address, *rest],
-            cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240,
+            cwd=ROOT, env=self.environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE_S,
         )  # fmt: skip
         assert not check or done.returncode == 0, done.stdout
         return done.stdout
@@ -64,7 +67,7 @@ class Head:
 
     def totals(self, run: str) -> dict[str, float]:
         """The metrics of a run by name, summed over processes and states."""
-        with urllib.request.urlopen(self.metrics, timeout=10) as answer:
+        with urllib.request.urlopen(self.metrics, timeout=60) as answer:
             text = answer.read().decode()
         found: dict[str, float] = {}
         for name, labels, value in re.findall(r"^(ray_ray_sampler_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
@@ -110,11 +113,11 @@ def head() -> Iterator[Head]:
             yield started
         finally:
             process.terminate()  # with --block it ends what it started
-            process.wait(60)
+            process.wait(PATIENCE_S)
 
 
 def wait_until_it_takes_jobs(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         try:
@@ -180,8 +183,8 @@ def test_the_metrics_of_the_node_count_what_the_run_did(head: Head, submitted: t
 
 
 def eventually(head: Head, run: str, name: str, value: float) -> dict[str, float]:
-    """The metrics of a run, once the one named is `value`, or after as long as Ray takes to report."""
-    deadline = time.monotonic() + 25
+    """The metrics of a run, once the one named is `value`, or after longer than Ray takes to report."""
+    deadline = time.monotonic() + 100
     while (totals := head.totals(run)).get(name) != value and time.monotonic() < deadline:
         time.sleep(0.5)
     return totals
@@ -192,15 +195,15 @@ def test_a_stopped_job_says_how_to_go_on_and_the_next_submit_finishes_it(
 ) -> None:
     config = small(checkpoint, tmp_path / "run", **LONGER | {"num_samples": 200})
     head.submit(flags_of(config), "--no-wait", "--submission-id", "first")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "fragments").is_dir() or len(fragments(tmp_path / "run")) < 2:
+    deadline = time.monotonic() + PATIENCE_S
+    while len(whole(tmp_path / "run")) < 2:
         assert time.monotonic() < deadline, head.job("logs", "first")
         time.sleep(0.01)
     head.freeze_actors()
     assert "was stopped" in head.job("stop", "first")
     log = head.job("logs", "first", check=False)
     assert "ray-sampler: interrupted; what was finished is kept: run the same command again to go on" in log
-    kept = {name: (tmp_path / "run" / "fragments" / name).stat().st_mtime_ns for name in fragments(tmp_path / "run")}
+    kept = {name: (tmp_path / "run" / "fragments" / name).stat().st_mtime_ns for name in whole(tmp_path / "run")}
     assert 2 <= len(kept) < 50
     assert not list((tmp_path / "run").glob("*.npz"))
 
@@ -220,5 +223,5 @@ def test_a_relative_output_is_refused_as_the_jobs_folder_is_temporary(head: Head
 
 def test_nobody_gets_in_without_the_token(head: Head) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=10)
+        urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=60)
     assert refused.value.code in (401, 403)

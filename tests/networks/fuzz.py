@@ -107,7 +107,7 @@ def attack(seed: int, count: int) -> Counter[str]:
     chance = random.Random(seed)
     outcomes: Counter[str] = Counter()
     for kind, spoilt in chain(spoiled(small(seed), small(seed + 1), chance, count), programs(chance, 20 * count)):
-        began = time.monotonic()
+        began = time.process_time()
         watching = True
         try:
             found = read_pickle(io.BytesIO(spoilt))
@@ -124,7 +124,7 @@ def attack(seed: int, count: int) -> Counter[str]:
             outcomes["read"] += 1
         finally:
             watching = False
-        assert time.monotonic() - began < LONGEST_S, f"{kind} of seed {seed} takes long: {spoilt!r}"
+        assert time.process_time() - began < LONGEST_S, f"{kind} of seed {seed} takes long: {spoilt!r}"
     return outcomes
 
 

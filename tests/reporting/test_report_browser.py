@@ -12,6 +12,7 @@ import pytest
 
 from ray_sampler.reporting.preview import class_strips, contact_sheet
 from ray_sampler.reporting.report import look_up, render_report
+from tests.cluster.processes import PATIENCE_S
 
 from .test_report import Page
 
@@ -49,7 +50,7 @@ def browse(page: Path, profile: Path, *flags: str) -> tuple[str, str]:
         "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--v=0", "--allow-file-access-from-files",
         "--virtual-time-budget=4000", f"--user-data-dir={profile}", "--dump-dom", *flags, page.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     return done.stdout, done.stderr
 
 
