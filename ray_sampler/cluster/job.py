@@ -171,7 +171,7 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     settings = brought | config.given()
     networks = {MAIN: open_network(model, settings, frozenset(settings))}
     if (name := guide_of(settings)) is not None:
-        networks[GUIDE] = open_guide(name, settings)
+        networks[GUIDE] = open_guide(name, settings, networks[MAIN].spec.num_classes)
     specs = {role: network.spec for role, network in networks.items()}
     run = resolve(config, model, brought, specs[MAIN], specs.get(GUIDE), gpus, earlier)
     guide_hash = identity_hash(networks[GUIDE]) if GUIDE in networks else "null"
@@ -201,10 +201,15 @@ def begun_folder(config: RunConfig, model: str) -> str | None:
     return folder if folder in folders else None
 
 
-def open_guide(name: str, settings: Mapping[str, Any]) -> Network:
-    """The second network by which the first is guided. A bundled one brings its settings."""
+def open_guide(name: str, settings: Mapping[str, Any], classes: int) -> Network:
+    """The second network by which the first is guided. A bundled one brings its settings.
+
+    Args:
+        classes: of the first, which the guide is expected to have too.
+    """
     require(name != "", "--guide is empty; it must be null or a model, as for --model")
-    brought = BUNDLED[name].settings if name in BUNDLED else settings
+    expected = {"num_classes": classes} if classes else {}
+    brought = BUNDLED[name].settings if name in BUNDLED else dict(settings) | expected
     return open_network(name, dict(brought) | {"weights": None, "weights_key": None}, flag="--guide")
 
 

@@ -20,6 +20,9 @@ from ray_sampler.options import pick
 SHOWN = ("input_blocks.0.0.weight", "time_embed.0.weight", "out.2.weight")
 """Names by which a checkpoint of this family is known."""
 
+UNKNOWN_DROPOUT = 0.1
+"""Stands for a share that is above 0 and not known. Samples do not depend on it."""
+
 
 def recognises(checkpoint: Checkpoint) -> bool:
     return all(name in checkpoint.tensors for name in SHOWN)
@@ -33,7 +36,8 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     Raises:
         RequestError: flags contradict the tensors, or the tensors are those of no ADM network.
     """
-    told = adm_flags(checkpoint.tensors, null_label=bool(settings.get("label_dropout")))
+    settings = {**settings, "label_dropout": label_dropout(checkpoint, settings, given)}
+    told = adm_flags(checkpoint.tensors, null_label=settings["label_dropout"] > 0)
     if told is None:
         options = pick(AdmOptions, settings)
     else:
@@ -45,6 +49,19 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     advice = (told and explain_misfit(checkpoint.tensors, asdict(options))) or "it is damaged, or of another network"
     check_fit(without_memory(lambda: UNet(options)), checkpoint.tensors, advice)
     return Opened(spec_of(options, settings), dict(checkpoint.tensors), note=assumed(options, settings))
+
+
+def label_dropout(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozenset[str]) -> float:
+    """The share of labels that training dropped; what counts is whether it is above 0.
+
+    The settings tell of a network that they are given for. A guide's number of classes is only expected to be that of
+    the network it guides: one row more in its own label_emb is for the null label, whether that network has one or not.
+    """
+    dropout: float = settings.get("label_dropout") or 0.0
+    table = checkpoint.tensors.get("label_emb.weight")
+    if table is None or "num_classes" in given or "num_classes" not in settings:
+        return dropout
+    return (dropout or UNKNOWN_DROPOUT) if table.shape[:1] == (settings["num_classes"] + 1,) else 0.0
 
 
 def untold(settings: Mapping[str, Any]) -> list[str]:

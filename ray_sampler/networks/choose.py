@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from ray_sampler.networks.torch_files import SHARDS, Foreign
 EMA = ("ema", "model_ema", "ema_model", "ema_state_dict", "model_ema_state_dict", "state_dict_ema", "params_ema")
 PLAIN = ("state_dict", "model", "module", "model_state_dict", "net", "network", "params")
 """Keys under which weights are looked for, in this order; then come the top level, and a key of any other name."""
+
+STATES = ("callbacks", "optimizer_states")
+"""Keys of Lightning's checkpoints that hold the states of its callbacks and of optimizers, in which averages can be."""
 
 AVERAGE = re.compile(r"(?<![a-z])emas?(?![a-z])|EMA")
 """In the other names that people give to an average: net_ema, ema_weights, ema_0.9999, EMA."""
@@ -78,10 +81,18 @@ def choose(content: Any, key: str | None) -> Part:
         Refused: there are none; says what is there instead.
         WrongKey: there are none under `key`.
     """
-    found = list(_candidates(content))
+    nameless = None
+    try:
+        found = list(_candidates(content))
+    except Refused as error:
+        if key is None:
+            raise
+        found, nameless = [], error
     keys = list(dict.fromkeys(candidate for path, tensors in found for candidate in (path, *_parts(path, tensors))))
     if key is not None:
         chosen = _at(content, key, found)
+        if chosen is None and nameless:
+            raise nameless
         if chosen is None and not found:
             _refuse(content)
         if chosen is None:
@@ -145,7 +156,8 @@ def _candidates(
     found = set()
     for name in _sought(items):
         if name in items:
-            for candidate in _under(items, name, path, depth, seen):
+            inside = _in_states if name in STATES else _under
+            for candidate in inside(items, name, path, depth, seen):
                 if name in EMA + PLAIN or len(candidate[1]) >= LEAST:
                     found.add(name)
                     yield candidate
@@ -161,8 +173,12 @@ def _candidates(
 
 def _sought(items: Mapping[Any, Any]) -> list[str]:
     """Keys under which weights are looked for, averages first."""
-    averages = [name for name in items if isinstance(name, str) and AVERAGE.search(name) and "optim" not in name]
-    return [*EMA, *(name for name in averages if name not in EMA), *PLAIN]
+    return [*EMA, *(name for name in _averages(items) if name not in EMA), *STATES, *PLAIN]
+
+
+def _averages(items: Iterable[Any]) -> list[str]:
+    """The keys that are names of averages."""
+    return [name for name in items if isinstance(name, str) and AVERAGE.search(name) and "optim" not in name]
 
 
 def _is_network(key: str, value: Any) -> bool:
@@ -170,20 +186,35 @@ def _is_network(key: str, value: Any) -> bool:
     return not isinstance(value, Stored | Odd) and not _is_optimizer(key, value) and len(_weights(value)) >= LEAST
 
 
+def _in_states(
+    items: dict[Any, Any], name: str, path: str, depth: int, seen: set[int]
+) -> Iterator[tuple[str, Tensors]]:
+    """Averages in the states of callbacks, by the callbacks' names, or of optimizers, which are a list."""
+    states = items[name]
+    named = enumerate(states) if isinstance(states, list) else (_mapping(states) or {}).items()
+    for key, value in named:
+        state = _mapping(value) or {}
+        for average in (*_averages(state), SHADOW):
+            if average in state:
+                inside = f"{path}.{name}.{key}" if path else f"{name}.{key}"
+                yield from _under({**items, average: state[average]}, average, inside, depth + 2, seen)
+
+
 def _under(items: dict[Any, Any], name: str, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensors]]:
     value = items[name]
     inside = f"{path}.{name}" if path else name
-    shadow = (_mapping(value) or {}).get(SHADOW) if not isinstance(value, list) else value
-    if isinstance(shadow, list) and shadow and all(isinstance(item, Stored | Odd) for item in shadow):
+    shadow = value if isinstance(value, list | tuple) else (_mapping(value) or {}).get(SHADOW)
+    if isinstance(shadow, list | tuple) and shadow and all(isinstance(item, Stored | Odd) for item in shadow):
         yield inside, _shadow(shadow, items, inside)
     elif not isinstance(value, Inert) or value.items:
         yield from _candidates(value, inside, depth + 1, seen)
 
 
-def _shadow(averages: list[Entry], items: dict[Any, Any], key: str) -> Tensors:
+def _shadow(averages: Sequence[Entry], items: dict[Any, Any], key: str) -> Tensors:
     """Averages without names, in the order of the model's parameters, by the names of the state dict beside them."""
-    beside = next((t for name in PLAIN if name in items for _, t in _candidates({name: items[name]})), {})
-    model = {name: t for name, t in beside.items() if isinstance(t, Stored) and not name.endswith(BUFFERS)}
+    there, beside = next((c for name in PLAIN if name in items for c in _candidates({name: items[name]})), ("", {}))
+    every = len(averages) == len(beside)  # buffers among them, as some callbacks of Lightning keep them
+    model = {n: t for n, t in beside.items() if isinstance(t, Stored) and (every or not n.endswith(BUFFERS))}
     shapes = [t.shape if isinstance(t, Stored) else () for t in averages]
     first = _in_order(list(model), [t.shape for t in model.values()], shapes)
     # From the end the same: what is left out is left out for certain.
@@ -195,7 +226,8 @@ def _shadow(averages: list[Entry], items: dict[Any, Any], key: str) -> Tensors:
     if first is None or last is None or first != last[::-1]:
         raise Refused(
             f"it has averaged weights under {key!r} as a list without names, which the state dict beside it does not "
-            "tell for certain; load them into your model and save its state dict"
+            "tell for certain; load them into your model and save its state dict, or take other weights with "
+            f"--weights_key {there}"
         )
     return {**beside, **dict(zip(first, averages, strict=True))}
 

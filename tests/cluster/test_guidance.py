@@ -66,6 +66,22 @@ def test_an_unconditional_network_guides_a_conditional_one(tmp_path: Path) -> No
     torch.testing.assert_close(sampled(made), sampled(job(guide)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("guide_dropout", [0.0, 0.1, None], ids=["no null row", "null row", "unconditional"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_an_adm_guide_may_have_a_null_label_or_not(dropout: float, guide_dropout: float | None, tmp_path: Path) -> None:
+    """Of the same ten classes, whichever of the two networks was trained with label dropout."""
+    save_file(random_weights(label_dropout=dropout), tmp_path / "net.safetensors")
+    own: dict[str, Any] = {"class_cond": False} if guide_dropout is None else {"label_dropout": guide_dropout}
+    save_file(random_weights(num_channels=64, **own), tmp_path / "guide.safetensors")
+    flags: dict[str, Any] = {"image_size": 8, "num_heads": 4}
+    own_flags, guide_flags = (flags | ({"label_dropout": 0.1} if each else {}) for each in (dropout, guide_dropout))
+    made = job(tmp_path / "net.safetensors", guidance=0.0, guide=tmp_path / "guide.safetensors", **own_flags)
+    classes = 0 if guide_dropout is None else 10
+    assert (made.networks["guide"].spec.num_classes, made.run.plan.guide_labelled) == (classes, classes > 0)
+    expected = sampled(job(tmp_path / "guide.safetensors", **guide_flags))
+    torch.testing.assert_close(sampled(made), expected, rtol=0, atol=1e-5)
+
+
 def test_the_weight_1_opens_no_guide(tmp_path: Path) -> None:
     made = job(EDM2, guidance=1.0, guide=tmp_path / "nowhere.pkl")
     assert list(made.networks) == ["main"]

@@ -105,6 +105,46 @@ LAYOUTS: dict[str, tuple[Any, str]] = {
         {"state_dict": {**prefixed(STATE | {n: OTHER[n] for n in PARAMETERS}, "model."), **lightning_ema(STATE)}},
         "state_dict.model_ema",
     ),
+    "Lightning's average, in a callback": (
+        {
+            "state_dict": prefixed(OTHER, "model."),
+            "callbacks": {
+                "ModelCheckpoint{'monitor': 'ema_loss'}": {"best_model_score": torch.tensor(0.1), "ema_loss": {}},
+                "EMACallback{'decay': 0.999}": {"ema_state_dict": prefixed(STATE, "model."), "ready": True},
+            },
+        },
+        "callbacks.EMACallback{'decay': 0.999}.ema_state_dict",
+    ),
+    "Lightning's average, in a callback as a list": (
+        {
+            "state_dict": prefixed(OTHER, "model."),
+            "callbacks": {"EMA": {"cur_step": 3, "ema_weights": list(STATE.values())}},
+        },
+        "callbacks.EMA.ema_weights",
+    ),
+    "Lightning's average, as torch_ema keeps it": (
+        {
+            "state_dict": prefixed(STATE | {n: OTHER[n] for n in PARAMETERS}, "model."),
+            "callbacks": {"Averaging": {"decay": 0.9, "shadow_params": [STATE[n] for n in PARAMETERS]}},
+        },
+        "callbacks.Averaging.shadow_params",
+    ),
+    "Lightning's average, in an optimizer": (
+        {
+            "state_dict": STATE | {n: OTHER[n] for n in PARAMETERS},
+            "optimizer_states": [{"opt": EXTRAS["opt"], "ema": tuple(STATE[n] for n in PARAMETERS), "decay": 0.9}],
+        },
+        "optimizer_states.0.ema",
+    ),
+    "Lightning's WeightAveraging": (
+        {
+            "state_dict": prefixed(STATE, "model."),
+            "current_model_state": prefixed(OTHER, "model."),
+            "averaging_state": {"n_averaged": torch.tensor(3)},
+            "callbacks": {"EMAWeightAveraging": {"latest_update_step": 3}},
+        },
+        "state_dict",
+    ),
     "averages by rate": ({"model": OTHER, "ema": {"0.9999": STATE}}, "ema.0.9999"),
     "averages by rate, named apart": ({"model": OTHER, "ema_0.9999": STATE, "ema_0.99": OTHER}, "ema_0.9999"),
     "averages by rate, together": ({"model": OTHER, "emas": {"0.9999": STATE, "0.99": OTHER}}, "emas.0.9999"),

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from ray_sampler.errors import RequestError
 from ray_sampler.networks.weights import read_checkpoint, weights_hash
 from tests.networks.layouts import (
     EXTRAS,
@@ -169,7 +170,12 @@ def test_averages_without_names_are_named_only_where_it_is_certain(tmp_path: Pat
     torch.save({"ema": {"shadow_params": listed}}, path)
     assert "without names" in refusal(path)
     torch.save({"ema": {"shadow_params": [torch.zeros(2)]}, "model": {"a": torch.zeros(2), "b": torch.zeros(2)}}, path)
-    assert "does not tell for certain" in refusal(path)
+    said = refusal(path)
+    assert "does not tell for certain" in said
+    assert said.endswith("or take other weights with --weights_key model")
+    with pytest.raises(RequestError, match="without names"):
+        read_checkpoint(str(path), "ema")
+    assert read_checkpoint(str(path), "model").tensors.keys() == {"a", "b"}
     # A frozen parameter has no average: the shapes show which it is.
     torch.save({"ema": {"shadow_params": [torch.ones(3)]}, "model": {"a": torch.zeros(2), "b": torch.zeros(3)}}, path)
     read = read_checkpoint(str(path)).tensors
