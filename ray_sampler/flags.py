@@ -21,6 +21,12 @@ BOOLEANS = {
 DASHES = tuple("\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FIGURE DASH}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}")
 """What text processors and web pages make of hyphens."""
 
+VALUES = {"INT": "a whole number", "FLOAT": "a number", "TEXT": "text"}
+"""What a flag's value is, by its name in `--help`."""
+
+SIMILAR = 0.7
+"""How similar a flag must be, from 0 to 1, to one that we do not know for it to be suggested: a typo, not a guess."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that says in one sentence what is wrong."""
@@ -72,7 +78,9 @@ def without_value(error: argparse.ArgumentError, parser: argparse.ArgumentParser
         return str(error)
     if action.nargs == 0:
         return f"{error.argument_name} takes no value; give it alone or leave it out"
-    return f"{error.argument_name} needs a value of the form {action.metavar}"
+    metavar = str(action.metavar)
+    wanted = VALUES.get(metavar, f"one of {metavar.replace('|', ', ')}")
+    return f"{error.argument_name} needs a value: {wanted}"
 
 
 def declare_flag(section: argparse._ActionsContainer, flag: Flag) -> None:
@@ -110,18 +118,20 @@ def value_of(flag: Flag, text: Any) -> Any:
 
 
 SYNONYMS = {
-    **dict.fromkeys(("ckpt", "ckpt_path", "checkpoint", "network", "net", "network_pkl", "weights_path"), "--model"),
+    **dict.fromkeys(("ckpt", "ckpt_path", "checkpoint", "checkpoint_path", "weights_path"), "--model"),
+    **dict.fromkeys(("network", "net", "network_pkl"), "--model"),
     **dict.fromkeys(("outdir", "out_dir", "output_dir", "out", "sample_dir", "save_dir", "logdir"), "--output"),
     **dict.fromkeys(("num_sampling_steps", "num_steps", "num_inference_steps", "sampling_steps"), "--steps"),
     **dict.fromkeys(("cfg_scale", "cfg", "guidance_scale", "w"), "--guidance"),
     **dict.fromkeys(("class", "class_idx", "class_labels", "class_label", "classes"), "--labels"),
-    **dict.fromkeys(("num", "n", "num_fid_samples", "n_samples", "number"), "--num_samples"),
+    **dict.fromkeys(("num", "n", "num_fid_samples", "n_samples", "number", "samples"), "--num_samples"),
     **dict.fromkeys(("batch", "per_proc_batch_size", "max_batch_size", "bs"), "--batch_size"),
     **dict.fromkeys(("global_seed", "random_seed"), "--seed"),
     **dict.fromkeys(("gnet", "guidance_network"), "--guide"),
     **dict.fromkeys(("solver", "sampler_type", "sampling_method", "scheduler", "mode"), "--sampler"),
     **{"S_churn": "--s_churn", "S_min": "--s_tmin", "S_max": "--s_tmax", "S_noise": "--s_noise"},
-    **dict.fromkeys(("seeds", "seed_range"), "--generator edm --seed"),
+    **dict.fromkeys(("seeds", "seed_range"), "--generator edm --seed FIRST --num_samples COUNT"),
+    **dict.fromkeys(("fp16", "half"), "--precision fp16"),
     "vae": "--decoder",
 }
 """What other samplers call our flags. `--seeds 0-49999` is `--generator edm --seed 0 --num_samples 50000` here."""
@@ -130,12 +140,12 @@ SYNONYMS = {
 def unknown_argument(command: str, parser: argparse.ArgumentParser, token: str) -> str:
     """What is wrong with an argument that no flag takes."""
     if not token.startswith("-"):
-        return f"{token!r} is one argument too many; `ray-sampler {command} --help` lists what there is"
+        return f"{token!r} is not expected here; `ray-sampler {command} --help` shows the usage"
     flag = token.partition("=")[0]
-    synonym = SYNONYMS.get(flag.lstrip("-").replace("-", "_")) if command == "sample" else None
-    if synonym:
-        return f"{flag} is not a flag of {command}; it is called {synonym} here"
-    known = [option for action in parser._actions for option in action.option_strings]
-    close = difflib.get_close_matches("--" + flag.lstrip("-").replace("-", "_"), known, 1)
-    hint = f"did you mean {close[0]}?" if close else f"`ray-sampler {command} --help` lists the flags"
+    name = flag.lstrip("-").replace("-", "_")
+    if command == "sample" and name in SYNONYMS:
+        return f"{flag} is not a flag of {command}; use {SYNONYMS[name]}"
+    known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+    close = difflib.get_close_matches(name, known, 1, SIMILAR)
+    hint = f"did you mean --{close[0]}?" if close else f"`ray-sampler {command} --help` lists the flags"
     return f"{flag} is not a flag of {command}; {hint}"

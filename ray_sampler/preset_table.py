@@ -27,9 +27,9 @@ COLUMNS = {
 
 
 def print_presets() -> None:
-    room = Console().width if sys.stdout.isatty() else 200
-    titles = [title for title, least in COLUMNS.items() if room >= least]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    titles = [title for title, least in COLUMNS.items() if console.width >= least]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in titles:
         right = title in ("parameters", "NFE")
         table.add_column(title, no_wrap=title != "what it is", justify="right" if right else "left")
@@ -45,12 +45,10 @@ def print_presets() -> None:
         )
         shown = dict(zip(COLUMNS, cells, strict=True))
         table.add_row(*(shown[title] for title in titles))
-    console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table)
     console.print(
         "Use a preset as --preset NAME, which fetches its weights, or --preset NAME --model FILE where you have them, "
-        "and a bundled model as --model NAME.",
-        soft_wrap=True,
+        "and a bundled model as --model NAME."
     )
 
 

@@ -15,8 +15,6 @@ from ray_sampler.published import BUNDLED, PRESETS, Bundled, Preset
 __all__ = ["BUNDLED", "PRESETS", "Bundled", "ModelOptions", "Preset", "settings_for"]
 
 DEFAULT_MODEL = "digits"
-LISTED = "it is not known; `ray-sampler presets` lists those that are"
-
 OLDER = {("digits", "bf1eba975c89ac9afa013e0727a65ff3a29bf5e008028cfd83a777ac6b5fe849"): "digits-v1"}
 """Today's name of the weights that a bundled name meant before, by that name and their hash."""
 
@@ -59,8 +57,15 @@ def settings_for(options: ModelOptions) -> tuple[str, dict[str, Any]]:
     weights = options.model or options.model_path
     preset = None
     if options.preset is not None:
-        if options.preset not in PRESETS:
-            raise RequestError(f"--preset is {options.preset!r}; {_closest(options.preset, PRESETS) or LISTED}")
+        require(
+            options.preset not in BUNDLED,
+            f"--preset is {options.preset!r}, a bundled model; give --model {options.preset}",
+        )
+        require(
+            options.preset in PRESETS,
+            f"--preset is {options.preset!r}, which is no preset; "
+            f"{_closest(options.preset, PRESETS) or '`ray-sampler presets` lists them'}",
+        )
         preset = PRESETS[options.preset]
         weights = weights or preset.url
     weights = weights or DEFAULT_MODEL
@@ -71,8 +76,8 @@ def settings_for(options: ModelOptions) -> tuple[str, dict[str, Any]]:
             weights not in PRESETS,
             f"--model is {weights!r}, a preset; give --preset {weights}",
         )
-        closest = _closest(weights, BUNDLED) or f"it must be one of {', '.join(BUNDLED)}"
-        raise RequestError(f"--model is {weights!r}; there is no such file, and of the bundled models {closest}")
+        hint = _closest(weights, BUNDLED) or f"the bundled models are {', '.join(BUNDLED)}"
+        raise RequestError(f"--model is {weights!r}, which is neither a file nor a bundled model; {hint}")
     return weights, {**(bundled.settings if bundled else {}), **(preset.settings if preset else {})}
 
 
@@ -103,4 +108,4 @@ def as_begun(model: str, brought: dict[str, Any], weights: str | None) -> tuple[
 
 def _closest(name: str, names: Iterable[str]) -> str | None:
     close = difflib.get_close_matches(name, list(names), cutoff=0.5)
-    return f"the closest is {' or '.join(close)}" if close else None
+    return f"did you mean {' or '.join(close)}?" if close else None

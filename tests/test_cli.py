@@ -71,7 +71,7 @@ WRONG = [
     ("--nonsense 3", ["--nonsense"]),
     ("--num_sample 3", ["--num_sample", "--num_samples"]),
     ("stray", ["'stray'"]),
-    ("--steps", ["--steps", "needs a value", "INT"]),
+    ("--steps", ["--steps", "needs a value", "a whole number"]),
     ("--generator", ["--generator", "needs a value", "philox"]),
     ("--model --steps 3", ["--model", "needs a value"]),
     ("--steps many", ["--steps", "many", "a whole number"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 
 import pytest
@@ -46,3 +47,14 @@ def test_presets_lists_every_model_that_is_known_by_name(capsys):
     for name in [*PRESETS, *BUNDLED]:
         assert f"{name} " in out
     assert all(preset.file in out for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120, 170])
+def test_presets_cuts_nothing_on_a_terminal(columns: int, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["presets"]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert all(f"{preset.score} " in out for preset in PRESETS.values())
+    assert "--preset NAME --model FILE" in " ".join(out.split())

@@ -87,7 +87,7 @@ class Tally:
     idle_s: float = 0.0
     """Seconds that they had nothing to do between those."""
     first_shard: float | None = None
-    """When the first shard was given out, on the monotonic clock."""
+    """When the first shard was given to an actor, on the monotonic clock."""
     last_sample: float | None = None
     latest: Snapshot = field(default_factory=lambda: Snapshot(num_samples=0))
     """What was reported last."""

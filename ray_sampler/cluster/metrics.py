@@ -42,7 +42,7 @@ class DriverMetrics:
     """What the driver counts."""
 
     def __init__(self, run: str) -> None:
-        self.retries = Counter("ray_sampler_retries_total", "Shards that were given out again.", RUN)
+        self.retries = Counter("ray_sampler_retries_total", "Times that a shard was put back in the queue.", RUN)
         self.actors = Gauge("ray_sampler_actors", "Actors, by state.", ("run", "state"))
         self.retries.set_default_tags({"run": run})
         self.actors.set_default_tags({"run": run})

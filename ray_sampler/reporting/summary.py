@@ -111,7 +111,7 @@ class Summary:
     failures: int
     """Shards and actors that failed."""
     retries: int
-    """Shards that were given out again."""
+    """Times that a shard was put back in the queue."""
     rejected: tuple[tuple[str, str], ...] = ()
     """Name and reason of every fragment set aside."""
     parts: tuple[Part, ...] = ()

@@ -39,14 +39,39 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("--num-sampling-steps", "--steps"),
         ("--cfg-scale", "--guidance"),
         ("--class", "--labels"),
-        ("--seeds", "--generator edm --seed"),
+        ("--seeds", "--generator edm --seed FIRST --num_samples COUNT"),
     ],
 )
 def test_flags_of_other_scripts_are_known(flag: str, meant: str, capsys):
     for argument in ([flag, "1"], [f"{flag}=0-9"]):
         said = refusal(["sample", *argument], capsys)
         name = flag.replace("-", "_").replace("__", "--")
-        assert f"{name} is not a flag of sample; it is called {meant} here" in said
+        assert f"{name} is not a flag of sample; use {meant}" in said
+
+
+@pytest.mark.parametrize("flag", ["--disc", "--scaling", "--tf32", "--use_ddim", "--use_kl", "--ema_rate", "--resume"])
+def test_a_flag_that_is_like_none_of_ours_gets_no_suggestion(flag: str, capsys):
+    assert refusal(["sample", flag], capsys).endswith("of sample; `ray-sampler sample --help` lists the flags")
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"), [("--step", "steps"), ("--batchsize", "batch_size"), ("--num-sample", "num_samples")]
+)
+def test_a_slip_in_a_flag_is_named(flag: str, meant: str, capsys):
+    assert refusal(["sample", flag, "1"], capsys).endswith(f"did you mean --{meant}?")
+
+
+@pytest.mark.parametrize(
+    ("flag", "wanted"),
+    [
+        ("--steps", "a whole number"),
+        ("--rho", "a number"),
+        ("--output", "text"),
+        ("--state", "one of fp32, fp64"),
+    ],
+)
+def test_a_flag_without_its_value_says_what_it_needs(flag: str, wanted: str, capsys):
+    assert refusal(["sample", flag], capsys).endswith(f"{flag} needs a value: {wanted}")
 
 
 def test_every_synonym_names_flags_that_exist_and_is_none_itself():

@@ -35,6 +35,10 @@ REPORTER = """
       images: page.images.length,
       overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
       background: view.getComputedStyle(page.body).backgroundColor,
+      ticks: Math.max(...[...page.querySelectorAll(".plot")].map(plot => {
+        const middle = element => { const box = element.getBoundingClientRect(); return box.left + box.width / 2; };
+        return Math.abs(middle(plot.querySelector(".x span:nth-child(2)")) - middle(plot.querySelector("svg")));
+      })),
     };
     for (const [key, value] of Object.entries(result)) document.body.setAttribute("data-" + key, value);
   });
@@ -100,4 +104,5 @@ def test_it_asks_no_network_fits_a_phone_and_follows_the_colour_scheme(
     assert body["data-requests"] == ""
     assert (body["data-images"], body["data-broken"]) == ("11", "0")
     assert body["data-overflow"] == "0"
+    assert float(str(body["data-ticks"])) < 1, "the middle tick of each axis is below its middle"
     assert body["data-background"] == {"light": "rgb(250, 249, 246)", "dark": "rgb(19, 21, 24)"}[scheme]
