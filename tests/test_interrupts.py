@@ -67,6 +67,13 @@ def test_the_process_ends_in_time(sent: signal.Signals, body: str, within: float
         assert err == b"ray-sampler: interrupted\n"
 
 
+def test_a_ctrl_c_that_was_ignored_at_the_start_stays_so():
+    body = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    run = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", SCRIPT.format(body=body)]
+    ended = subprocess.run(run, cwd=ROOT, capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"ready\n[]\n", b"")
+
+
 def test_nothing_of_it_stays():
     earlier = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     hook = sys.unraisablehook
