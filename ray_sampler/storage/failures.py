@@ -87,6 +87,10 @@ class StoreError(OSError):
         return StoreError, (self.status, self.error_code)
 
 
+class ForeignAnswer(ConnectionError):
+    """What answered is no store, but perhaps a proxy or a network that wants a login; the store may answer later."""
+
+
 class Cause(NamedTuple):
     """How a failure is recognised, and what is said of it."""
 
@@ -294,9 +298,10 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
             f"cannot {action} {url}: no server was reached at the store's address ({said(error)}); check the network "
             f"and the endpoint, as AWS_ENDPOINT_URL, then {AGAIN}"
         )
-    if "ResponseParserError" in kinds(error):
+    if kinds(error) & {"ResponseParserError", "ForeignAnswer"}:
         return RunError(
-            f"cannot {action} {url}: what answers there does not speak the store's protocol ({said(error)}); check "
-            f"the endpoint, as AWS_ENDPOINT_URL, then {AGAIN}"
+            f"cannot {action} {url}: what answers there does not speak the store's protocol ({said(error)}), as a "
+            "proxy's or a network's login page does not; check the network and the endpoint, as AWS_ENDPOINT_URL, "
+            f"then {AGAIN}"
         )
     return RunError(f"cannot {action} {url}: the store did not answer as it should ({said(error)}); {AGAIN}")
