@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ray_sampler.errors import RequestError, RunError
-from ray_sampler.storage.store import UnreadableFile
+from ray_sampler.storage.store import NoRoom, UnreadableFile
 
 FAMILIES = (
     ("botocore.exceptions", "BotoCoreError"),
@@ -118,7 +118,7 @@ CAUSES = (
     ),
     Cause(
         f"the bucket is full or its quota is used up; make room and {AGAIN}",
-        RunError,
+        NoRoom,
         words=frozenset({*LASTING_WORDS} - {"NotImplemented"} | {"StorageCapExceeded"}),
         statuses=frozenset({507}),
         errnos=frozenset({errno.ENOSPC, errno.EDQUOT}),
