@@ -15,6 +15,7 @@ from ray_sampler.errors import RequestError, RunError
 from ray_sampler.reporting.progress import Rates, Reporter, Snapshot
 from ray_sampler.reporting.summary import Timeline
 from ray_sampler.sampling.engine import NonFiniteError, OutOfDeviceMemoryError
+from ray_sampler.storage.store import NoRoom
 
 ATTEMPTS = 3
 """Times that a shard may fail by itself before it is given up."""
@@ -29,6 +30,10 @@ START_FAILURES = 3
 FAILURES_IN_A_ROW = 12
 """Failures, with no shard finished between, at which the run stops: the cause is none of the shards', but perhaps a
 bucket that takes nothing any more."""
+
+REFUSED_S = 15.0
+"""Seconds for which an output that refuses what is written is tried again, with no shard finished between: somebody may
+make room."""
 
 NOTHING_BUT_NON_FINITE = 25
 """Shards given up, with none ever finished, at which the run stops: the model gives nothing else."""
@@ -136,6 +141,8 @@ class Dispatch:
         self.deaths: Counter[Task] = Counter()
         self.start_failures = 0
         self.failures_in_a_row = 0
+        self.refused_since: float | None = None
+        """Since when the output refuses whatever is written, on the monotonic clock."""
         self.given_up: dict[Task, str] = {}
         self.told_unplaced = False
         """Whether the user knows that no actor has a place."""
@@ -209,6 +216,7 @@ class Dispatch:
                     tally.max_actors = max(tally.max_actors, len(self.pool.ready))
             case Finished(shard, result):
                 self.start_failures = self.failures_in_a_row = 0
+                self.refused_since = None
                 if self.copies.pop(shard, 0):
                     self._count(shard)
                     self.finished(shard, result)
@@ -253,9 +261,12 @@ class Dispatch:
         if isinstance(error, OutOfDeviceMemoryError):
             raise RunError(str(error)) from error
         self._count_failure([shard])
-        self.attempts[shard] += 1
         reason = reason_of(error)
-        hopeless = isinstance(error, NonFiniteError | RequestError)
+        if isinstance(error, NoRoom | RequestError):
+            self._refused(shard, reason)
+            return
+        self.attempts[shard] += 1
+        hopeless = isinstance(error, NonFiniteError)
         self.reporter.message(f"samples {shard.start} to {shard.stop - 1} failed: {reason}", "warning")
         self._return(shard, front=False, give_up=(hopeless or self.attempts[shard] >= ATTEMPTS) and reason)
         self.failures_in_a_row += not isinstance(error, NonFiniteError)
@@ -266,6 +277,21 @@ class Dispatch:
             )
         if len(self.given_up) >= NOTHING_BUT_NON_FINITE and self._nothing_finished():
             raise RunError(f"{len(self.given_up)} shards failed and none was finished, so the run stopped: {reason}")
+
+    def _refused(self, shard: Task, reason: str) -> None:
+        """What is wrong is the same for every shard, so none is given up for it.
+
+        Raises:
+            RunError: it has been so for long.
+        """
+        now = time.monotonic()
+        if self.refused_since is None:
+            self.refused_since = now
+            shown = f"samples {shard.start} to {shard.stop - 1} failed, and others would as well"
+            self.reporter.message(f"{shown}; tried again for {REFUSED_S:.0f} s: {reason}", "warning")
+        elif now - self.refused_since >= REFUSED_S:
+            raise RunError(reason)
+        self._return(shard, front=False, give_up=False)
 
     def _return(self, shard: Task, *, front: bool, give_up: str | bool) -> None:
         """Take back a copy of a shard, and queue it again if that was the last and it was not finished meanwhile."""

@@ -19,6 +19,7 @@ from ray_sampler.cluster.session import Fleet
 from ray_sampler.cluster.worker import HiddenError, Task, TaskResult, WorkerInfo
 from ray_sampler.sampling.engine import NonFiniteError, OutOfDeviceMemoryError
 from ray_sampler.storage.retry import HIDDEN_S
+from ray_sampler.storage.store import NoRoom
 
 MOST_IN_FLIGHT = 8
 """Shards of one actor at once, however slow its uploads are: this bounds its memory."""
@@ -309,7 +310,7 @@ class Pool:
 
     def _raised(self, member: Member, shard: Task, error: BaseException) -> list[Event]:
         member.work_begins()
-        if not isinstance(error, NonFiniteError):
+        if not isinstance(error, NonFiniteError | NoRoom):
             member.raised += 1
         events: list[Event] = [Failed(shard, error)]
         if member.raised >= BROKEN_AFTER:

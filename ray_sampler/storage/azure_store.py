@@ -19,7 +19,7 @@ from azure.storage.blob import BlobBlock, BlobPrefix
 from fsspec.asyn import sync
 
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
-from ray_sampler.storage.failures import NO_BUCKET_WORDS, code
+from ray_sampler.storage.failures import NO_BUCKET_WORDS, ForeignAnswer, code
 
 ONE_ATTEMPT = dict.fromkeys(("retry_total", "retry_connect", "retry_read", "retry_status"), 0)
 LIMITS = {"connection_timeout": 10, "read_timeout": 20}
@@ -28,6 +28,13 @@ LOOK_FOR_CREDENTIALS_S = 12.0
 SCOPE = "https://storage.azure.com/.default"
 
 NAMES_PER_PAGE = 5000
+
+
+def told(tag: str | None) -> str:
+    """The tag that the store tells with a blob. Raises ForeignAnswer: there is none."""
+    if tag is None:
+        raise ForeignAnswer("the answer has no tag")
+    return tag
 
 
 class AzureStore(BucketStore):
@@ -76,6 +83,7 @@ class AzureStore(BucketStore):
     async def _get(self, container: Any, key: str, **options: Any) -> bytes:
         blob = container.get_blob_client(key)
         stream = await blob.download_blob(max_concurrency=1, **options, **LIMITS, **ONE_ATTEMPT)
+        told(stream.properties.etag)
         return await stream.readall()
 
     def _fetch(self, path: str) -> bytes:
@@ -87,7 +95,7 @@ class AzureStore(BucketStore):
 
     def _request_version(self, key: str) -> Version:
         found = self._request(lambda each: each.get_blob_client(key).get_blob_properties(**LIMITS, **ONE_ATTEMPT))
-        return Version(found.size, found.etag)
+        return Version(found.size, told(found.etag))
 
     def _request_page(self, prefix: str, by_folder: bool, marker: str | None) -> Page:
         async def page(container: Any) -> Page:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.retry import persist
-from ray_sampler.storage.store import UnreadableFile
+from ray_sampler.storage.store import NoRoom, UnreadableFile
 
 PASSING_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNABORTED}
 PASSING_ERRNOS |= {errno.ENOTCONN, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETRESET, errno.EREMOTEIO}
@@ -47,10 +47,10 @@ READING = ("read", "list")
 """What also those do who may not write."""
 
 CAUSES: dict[int, tuple[type[RequestError | RunError], str]] = {
-    errno.EDQUOT: (RunError, f"your quota on that disk is used up; free some space and {AGAIN}"),
-    errno.ENOSPC: (RunError, f"the disk is full; free some space and {AGAIN}"),
+    errno.EDQUOT: (NoRoom, f"your quota on that disk is used up; free some space and {AGAIN}"),
+    errno.ENOSPC: (NoRoom, f"the disk is full; free some space and {AGAIN}"),
     errno.EFBIG: (
-        RunError,
+        NoRoom,
         "the file is larger than this process (`ulimit -f`) or that disk (FAT: 4 GB) allows; raise the limit, or "
         f"choose an output on another disk, and {AGAIN}",
     ),
@@ -71,7 +71,7 @@ def failure(error: OSError, action: str, path: str) -> RequestError | RunError:
     number = error.errno or 0
     cause = said(error) if number else error.strerror or type(error).__name__
     if number == errno.ENOSPC and out_of_names(Path(path)):
-        return RunError(
+        return NoRoom(
             f"cannot {action} {path}: the disk has room but no inodes left for more files; delete some files, or "
             f"choose a larger --shard_size in another output, and {AGAIN}"
         )

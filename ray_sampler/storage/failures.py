@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ray_sampler.errors import RequestError, RunError
-from ray_sampler.storage.store import UnreadableFile
+from ray_sampler.storage.store import NoRoom, UnreadableFile
 
 FAMILIES = (
     ("botocore.exceptions", "BotoCoreError"),
@@ -87,6 +87,10 @@ class StoreError(OSError):
         return StoreError, (self.status, self.error_code)
 
 
+class ForeignAnswer(ConnectionError):
+    """What answered is no store, but perhaps a proxy or a network that wants a login; the store may answer later."""
+
+
 class Cause(NamedTuple):
     """How a failure is recognised, and what is said of it."""
 
@@ -114,7 +118,7 @@ CAUSES = (
     ),
     Cause(
         f"the bucket is full or its quota is used up; make room and {AGAIN}",
-        RunError,
+        NoRoom,
         words=frozenset({*LASTING_WORDS} - {"NotImplemented"} | {"StorageCapExceeded"}),
         statuses=frozenset({507}),
         errnos=frozenset({errno.ENOSPC, errno.EDQUOT}),
@@ -294,9 +298,10 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
             f"cannot {action} {url}: no server was reached at the store's address ({said(error)}); check the network "
             f"and the endpoint, as AWS_ENDPOINT_URL, then {AGAIN}"
         )
-    if "ResponseParserError" in kinds(error):
+    if kinds(error) & {"ResponseParserError", "ForeignAnswer"}:
         return RunError(
-            f"cannot {action} {url}: what answers there does not speak the store's protocol ({said(error)}); check "
-            f"the endpoint, as AWS_ENDPOINT_URL, then {AGAIN}"
+            f"cannot {action} {url}: what answers there does not speak the store's protocol ({said(error)}), as a "
+            "proxy's or a network's login page does not; check the network and the endpoint, as AWS_ENDPOINT_URL, "
+            f"then {AGAIN}"
         )
     return RunError(f"cannot {action} {url}: the store did not answer as it should ({said(error)}); {AGAIN}")

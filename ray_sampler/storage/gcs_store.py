@@ -25,7 +25,7 @@ from fsspec.asyn import sync
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
-from ray_sampler.storage.failures import StoreError, failure, is_passing, status
+from ray_sampler.storage.failures import ForeignAnswer, StoreError, failure, is_passing, status
 
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=20)
 """Seconds; large parts over slow lines take as long as they take, as long as they move."""
@@ -126,20 +126,23 @@ class GcsStore(BucketStore):
         parts = ((b"application/json; charset=UTF-8", about), (b"application/octet-stream", data))
         lines = [b"--%s\r\nContent-Type: %s\r\n\r\n%s\r\n" % (boundary.encode(), kind, part) for kind, part in parts]
         try:
-            self._request(
+            answer = self._request(
                 "POST",
                 f"/upload/storage/v1/b/{self.bucket}/o",
                 {"uploadType": "multipart"} | ({"ifGenerationMatch": "0"} if create else {}),
                 b"".join(lines) + f"--{boundary}--\r\n".encode(),
                 {"Content-Type": f"multipart/related; boundary={boundary}"},
             )
+            told(parsed(answer), "name")
         except StoreError as error:
             if create and error.status == 412:
                 raise FileExistsError(error.error_code) from None
             raise
 
     def _fetch(self, path: str) -> bytes:
-        return self._request("GET", self._object(self._key(path)), {"alt": "media"}).body
+        answer = self._request("GET", self._object(self._key(path)), {"alt": "media"})
+        told(lowered(answer.headers), "x-goog-hash")
+        return answer.body
 
     def _request_read(self, key: str, start: int, stop: int, version: Version) -> bytes:
         query = {"alt": "media", "generation": version.tag}
@@ -147,15 +150,16 @@ class GcsStore(BucketStore):
 
     def _request_version(self, key: str) -> Version:
         found = parsed(self._request("GET", self._object(key)))
-        return Version(int(found["size"]), str(found["generation"]))
+        return Version(int(told(found, "size")), told(found, "generation"))
 
     def _request_page(self, prefix: str, by_folder: bool, marker: str | None) -> Page:
-        query = {"prefix": prefix, "fields": "nextPageToken,prefixes,items(name,updated)"}
+        query = {"prefix": prefix, "fields": "kind,nextPageToken,prefixes,items(name,updated)"}
         query |= ({"delimiter": "/"} if by_folder else {}) | ({"pageToken": marker} if marker else {})
         try:
             page = parsed(self._request("GET", f"/storage/v1/b/{self.bucket}/o", query))
         except FileNotFoundError:
             raise StoreError(404, "NoSuchBucket") from None
+        told(page, "kind")
         objects = [Object(item["name"], unix_time(item["updated"])) for item in page.get("items", [])]
         return Page(objects, page.get("prefixes", []), page.get("nextPageToken"))
 
@@ -174,8 +178,7 @@ class GcsStore(BucketStore):
     def _request_upload(self, key: str) -> Upload:
         query = {"uploadType": "resumable", "name": key}
         answer = self._request("POST", f"/upload/storage/v1/b/{self.bucket}/o", query)
-        headers = {name.lower(): value for name, value in answer.headers.items()}
-        return Upload(headers["location"])
+        return Upload(told(lowered(answer.headers), "location"))
 
     def _request_part(self, key: str, upload: Upload, number: int, data: bytes) -> None:
         if number > upload.number:
@@ -201,9 +204,10 @@ class GcsStore(BucketStore):
             answer = self._request("PUT", upload.address, data=data, headers=headers, accept=(308,))
             upload.doubtful = False
             if answer.status != 308:  # the object is there
+                told(parsed(answer), "name")
                 upload.held = b""
                 return
-            ranges = {name.lower(): value for name, value in answer.headers.items()}.get("range", "")
+            ranges = lowered(answer.headers).get("range", "")
             taken = int(ranges.rpartition("-")[2]) + 1 if ranges else 0
             if taken < upload.offset or (last and not upload.held):
                 raise StoreError(503, "UploadLost")
@@ -232,7 +236,19 @@ def parsed(answer: Answer) -> Mapping[str, Any]:
     try:
         return dict(json.loads(answer.body))
     except (ValueError, TypeError):
-        raise ConnectionError("the answer is no JSON") from None
+        raise ForeignAnswer("the answer is no JSON") from None
+
+
+def lowered(headers: Mapping[str, str]) -> dict[str, str]:
+    """Headers by their names in lower case: HTTP does not tell the two apart."""
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def told(answer: Mapping[str, Any], name: str) -> str:
+    """What Google tells in such an answer. Raises ForeignAnswer: it is not there."""
+    if name not in answer:
+        raise ForeignAnswer(f"the answer has no {name}")
+    return str(answer[name])
 
 
 def unix_time(text: str) -> float:

@@ -62,7 +62,7 @@ class S3Store(BucketStore):
 
     def _pipe(self, path: str, data: bytes, create: bool = False) -> None:
         condition = {"IfNoneMatch": "*"} if create else {}
-        self._request("put_object", Key=self._key(path), Body=data, **condition)
+        told(self._request("put_object", Key=self._key(path), Body=data, **condition), "ETag")
 
     def _get(self, key: str, **arguments: str) -> bytes:
         async def get() -> bytes:
@@ -86,6 +86,8 @@ class S3Store(BucketStore):
     def _request_page(self, prefix: str, by_folder: bool, marker: str | None) -> Page:
         options = ({"Delimiter": "/"} if by_folder else {}) | ({"ContinuationToken": marker} if marker else {})
         page = self._request("list_objects_v2", Prefix=prefix, **options)
+        if page.keys() <= {"ResponseMetadata"}:  # taken for an empty folder, it would have everything computed again
+            raise ResponseParserError("the answer has nothing that a listing has")
         return Page(
             [Object(info["Key"], info["LastModified"].timestamp()) for info in page.get("Contents", [])],
             [folder["Prefix"] for folder in page.get("CommonPrefixes", [])],
@@ -130,15 +132,15 @@ class S3Store(BucketStore):
             return keys
 
     def _request_upload(self, key: str) -> str:
-        return str(self._request("create_multipart_upload", Key=key)["UploadId"])
+        return told(self._request("create_multipart_upload", Key=key), "UploadId")
 
     def _request_part(self, key: str, upload: str, number: int, data: bytes) -> str:
         answer = self._request("upload_part", Key=key, UploadId=upload, PartNumber=number, Body=data)
         return told(answer, "ETag")
 
     def _request_complete(self, key: str, upload: str, parts: Sequence[str]) -> None:
-        tags = [{"PartNumber": i + 1, "ETag": tag} for i, tag in enumerate(parts)]
-        self._request("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload={"Parts": tags})
+        sent = {"Parts": [{"PartNumber": i + 1, "ETag": tag} for i, tag in enumerate(parts)]}
+        told(self._request("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload=sent), "ETag")
 
     def _request_abort(self, key: str, upload: str) -> None:
         self._request("abort_multipart_upload", Key=key, UploadId=upload)

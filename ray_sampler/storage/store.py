@@ -27,6 +27,10 @@ class UnreadableFile(RunError):
         """Whether it lies in an archive class of the store, from which it can be restored."""
 
 
+class NoRoom(RunError):
+    """The output takes nothing more, whoever writes: its disk or bucket is full, or a quota or limit is reached."""
+
+
 class NotCommitted(RunError):
     """A staged file was written, and the disk or store does not keep it; written anew, it may."""
 

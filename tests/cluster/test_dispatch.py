@@ -12,6 +12,7 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ray_sampler.cluster import dispatch
 from ray_sampler.cluster.dispatch import ATTEMPTS, DEATHS, START_FAILURES, Dispatch, Tally, tasks_of
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.pool import Pool
@@ -52,7 +53,16 @@ def scripted_actor(folder: Path, script: Script, starts: Sequence[str], seconds:
             import os
 
             n = self.attempt(what)
+            told = folder / "refused"
             match script[n] if n < len(script) else "ok":
+                case "full" if told.exists():
+                    from ray_sampler.storage.store import NoRoom
+
+                    raise NoRoom("cannot write there: the disk is full")
+                case "refused" if told.exists():
+                    from ray_sampler.errors import RequestError
+
+                    raise RequestError("cannot write there: permission denied")
                 case "die":
                     os._exit(1)
                 case "raise":
@@ -181,6 +191,31 @@ def test_a_shard_that_always_fails_is_given_up_with_its_reason_and_the_others_ar
     assert story.run() == {Task(0, 8, 16): "no luck with shard-8"}
     assert sorted(story.results) == [0, 16, 24, 32, 40]
     assert len(list(tmp_path.glob("shard-8.*"))) == ATTEMPTS
+
+
+@pytest.mark.parametrize(("answer", "said"), [("full", "the disk is full"), ("refused", "permission denied")])
+def test_an_output_that_takes_nothing_for_long_ends_the_run_and_is_told_once(tmp_path, monkeypatch, answer, said):
+    monkeypatch.setattr(dispatch, "REFUSED_S", 1.0)
+    (tmp_path / "refused").touch()
+    story = Story(tmp_path, {shard.start: [answer] * 1000 for shard in SHARDS}, max_actors=1, seconds=0.01)
+    with pytest.raises(RunError, match=f"^cannot write there: {said}$"):
+        story.run()
+    assert sum(said in text for text in story.listener.messages) == 1
+
+
+def test_an_output_that_takes_something_again_loses_no_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatch, "REFUSED_S", 300.0)
+    (tmp_path / "refused").touch()
+    story = Story(tmp_path, {shard.start: ["full"] * 1000 for shard in SHARDS}, max_actors=1, seconds=0.01)
+
+    def make_room(failures: int) -> None:
+        if failures > 2 * ATTEMPTS * len(SHARDS):
+            (tmp_path / "refused").unlink(missing_ok=True)
+
+    story.dispatch.background = lambda: make_room(story.tally.failures)
+    assert story.run() == {}
+    assert sorted(story.results) == [shard.start for shard in SHARDS]
+    assert len(list(tmp_path.glob("start.*"))) == 1  # nor is the actor blamed
 
 
 def test_actors_that_never_start_stop_the_run_with_the_cause(tmp_path):

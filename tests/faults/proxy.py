@@ -49,8 +49,9 @@ sees it.
 The middle of an answer without a body is before its first byte.
 """
 
-Form = Literal["s3", "azure", "gcs", "page"]
-"""Whose way of telling a failure an answer takes; a page is HTML, as load balancers give it."""
+Form = Literal["s3", "azure", "gcs", "page", "login"]
+"""Whose way of telling a failure an answer takes; a page is HTML, as load balancers give it, and a login is that of a
+network, which a parser of XML takes too."""
 
 Request = tuple[str, str, email.message.Message]
 """Method, path with query, and headers."""
@@ -100,6 +101,9 @@ def told(form: Form, status: int, word: str) -> tuple[list[tuple[str, str]], byt
             return [("Content-Type", "application/json")], json.dumps({"error": about}).encode()
         case "page":
             page = f"<html><head><title>{status}</title></head><body><center><hr>nginx</center></body></html>"
+            return [("Content-Type", "text/html")], page.encode()
+        case "login":
+            page = "<html><head><title>Welcome</title></head><body><form method='post' action='/login'/></body></html>"
             return [("Content-Type", "text/html")], page.encode()
 
 

@@ -77,6 +77,17 @@ def lost_upload(operation: str) -> Fault:
     return Fault("answer", 2, 2, operations=[operation], status=404, word="NoSuchUpload")
 
 
+LOGIN = {
+    "ListObjectsV2": (1, 2, 3),
+    "PutObject": (1, 3, 5),
+    "CreateMultipartUpload": (1, 2),
+    "UploadPart": (1, 2),
+    "CompleteMultipartUpload": (1, 2),
+    "GetObject": (2, 5),
+    "HeadObject": (1, 2),
+}
+"""Which of the requests a network answers by its login page."""
+
 WRONG_KEY = "the credentials are wrong or have expired"
 
 CASES = [
@@ -167,6 +178,21 @@ CASES = [
             "follows in",
         )
         for operation, number in (("GetObject", 2), ("GetObject", 5), ("HeadObject", 2))
+    ),
+    *(
+        Case(
+            f"a login page in place of the answer to {operation} {number}",
+            (Fault("answer", number, number, operations=[operation], status=200, form="login"),),
+            0,
+            "follows in",
+        )
+        for operation, numbers in LOGIN.items()
+        for number in numbers
+    ),
+    Case("no store: login pages", (answer(200, form="login"),), 1, "login page", most=retry.ATTEMPTS),
+    *(
+        Case(f"login pages to {method}s", (answer(200, "", [method], form="login"),), 1, "login page")
+        for method in ("GET", "PUT", "HEAD")
     ),
     Case("no store: 404 pages", (answer(404, "", form="page"),), 2, "correct the URL"),
     Case("no store: 405 pages", (answer(405, "", ["PUT"], form="page"),), 2, "AWS_ENDPOINT_URL"),

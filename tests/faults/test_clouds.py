@@ -113,6 +113,18 @@ def test_an_error_that_passes_is_not_seen(interrupted_cloud: Cloud, kind: Kind):
     assert interrupted_cloud.proxy.faults[kind] >= 3
 
 
+@pytest.mark.parametrize("method", ["GET", "PUT", "POST", "HEAD"])
+def test_a_login_page_is_no_answer(cloud: Cloud, method: str):
+    url = cloud.url()
+    assert live(url).code == 0
+    cloud.proxy.plan(answer(200, "", [method], form="login"))
+    life = live(url)
+    assert bool(life.code) == bool(cloud.proxy.failed)
+    if method == "GET":
+        with pytest.raises((RequestError, RunError), match="cannot list"):
+            RunDir(url).fragments()
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["500", "503", "reset", "reset upload", "lost", "truncated"])
 def test_an_archive_of_several_parts_is_whole_though_any_request_of_it_fails(
