@@ -27,16 +27,6 @@ SAME_SIGNAL_S = 0.5
 """Some senders signal a process and then its group, so that the same request comes twice."""
 
 
-def heard() -> tuple[signal.Signals, ...]:
-    """The signals that a run answers.
-
-    A shell without job control starts what is behind an & with SIGINT ignored, so that Ctrl-C ends only what is in
-    front; what was ignored at the start stays so.
-    """
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    return (signal.SIGTERM,) if ignored else SIGNALS
-
-
 def wind_up_s() -> float:
     """What an interrupted run may take to end its actors and its Ray."""
     return 2.0 if JOB_VARIABLE in os.environ else 3.0
@@ -44,7 +34,7 @@ def wind_up_s() -> float:
 
 @contextmanager
 def interruptible(received: list[int], sentence: str) -> Iterator[None]:
-    """Turn the signals that are heard into KeyboardInterrupt, and note in `received` which came.
+    """Turn SIGINT and SIGTERM into KeyboardInterrupt, and note in `received` which came.
 
     Winding up may take `wind_up_s()`; when they are over, or at a second signal, the process says `sentence` and ends
     at once. That is safe, as a run may be killed anywhere. Only a main thread hears signals.
@@ -77,13 +67,13 @@ def interruptible(received: list[int], sentence: str) -> Iterator[None]:
     watcher = threading.Thread(target=watch, args=(reader, sentence), name="signals", daemon=True)
     watcher.start()
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    earlier = {each: signal.signal(each, interrupt) for each in heard()}
+    earlier = [signal.signal(each, interrupt) for each in SIGNALS]
     sys.unraisablehook = say_dropped
     try:
         yield
     finally:
         sys.unraisablehook = dropped
-        for each, handler in earlier.items():
+        for each, handler in zip(SIGNALS, earlier, strict=True):
             signal.signal(each, handler)
         signal.set_wakeup_fd(woken)
         os.write(writer, END)
