@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,8 +77,6 @@ def scripted_actor(folder: Path, script: Script, starts: Sequence[str], seconds:
                     time.sleep(1.5)
 
         def start(self) -> Any:
-            from types import SimpleNamespace
-
             self.act("start", starts)
             return SimpleNamespace(node_id=ray.get_runtime_context().get_node_id(), device="cpu", numerics_key="a key")
 
@@ -85,8 +84,6 @@ def scripted_actor(folder: Path, script: Script, starts: Sequence[str], seconds:
             return 0
 
         def work(self, task: Task) -> Any:
-            from types import SimpleNamespace
-
             with self.computing:
                 time.sleep(seconds)
                 self.act(f"shard-{task.start}", script.get(task.start, ()))
