@@ -49,15 +49,14 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "conf
 LOG_FILES = ("raylet.err", "raylet.out", "gcs_server.err", "gcs_server.out", "agent*.log", "runtime_env_agent.log")
 """Where Ray says why it did not start, the likeliest first."""
 
-NO_RAY = threading.Event()
-"""Set while no connection of this process to Ray starts, stands or ends. A thread does not tell: in Python 3.11 it
-counts as ended as soon as somebody is interrupted who waits for its end."""
-NO_RAY.set()
-
 COMPLAINT = re.compile(
     r"^(?!.*@ +0x).*(\b[EFC] \d+ \d+\]|\bERROR\b|\bFATAL\b|Error\b|error:|Check failed|terminate called|what\(\))"
 )
 """What a line says that complains; one of a stack does not."""
+
+
+latest: Keeper | None = None
+"""The connection to Ray that this process made last."""
 
 
 class Keeper:
@@ -75,6 +74,9 @@ class Keeper:
         """Connected, or failed."""
         self.done = threading.Event()
         """Nobody needs it any more."""
+        self.gone = threading.Event()
+        """Nothing of it is left. The thread does not tell: in Python 3.11 it counts as ended as soon as somebody is
+        interrupted who waits for its end."""
         self.thread = threading.Thread(target=self._keep, name="ray", daemon=True)
 
     def start(self) -> None:
@@ -84,12 +86,14 @@ class Keeper:
             RunError: no Ray starts on this machine.
             OSError, ValueError, RuntimeError: by Ray, of a cluster.
         """
+        global latest
         if self.address is None:
             check_room(ray_folder())
             check_machine()
-        NO_RAY.wait(START_S + END_S)  # a run that was interrupted again and again leaves one that still starts
-        NO_RAY.clear()
+        if latest is not None:  # a run that was interrupted again and again leaves one that still starts
+            latest.gone.wait(START_S + END_S)
         self.thread.start()
+        latest = self
         ours = self.address is None
         if not self.ready.wait(START_S if ours else None):
             self.failure = TimeoutError(f"it was not up after {START_S:.0f} s")
@@ -104,13 +108,13 @@ class Keeper:
     def stop(self) -> None:
         """Disconnect, and end a Ray of our own; one that still starts is ended when it is up."""
         self.done.set()
-        if self.failure is None:
-            NO_RAY.wait(END_S if self.ready.is_set() else START_S + END_S)
+        if self.thread.ident is not None and self.failure is None:
+            self.gone.wait(END_S if self.ready.is_set() else START_S + END_S)
 
     def _keep(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         with ExitStack() as stack:
-            stack.callback(NO_RAY.set)
+            stack.callback(self.gone.set)
             try:
                 with handlers_kept(), entrypoint_in_text():
                     if self.address is None:

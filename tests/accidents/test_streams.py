@@ -51,7 +51,7 @@ def outcomes(folder: Path, cases: list[Any]) -> list[dict[str, Any]]:
     (folder / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/accidents/streams.py"), "cases.json"],
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S,
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=4 * PATIENCE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)

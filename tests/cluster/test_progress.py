@@ -28,7 +28,7 @@ def test_the_log_has_a_line_for_each_change_of_the_fleet(configure, capsys):
     shown = [
         (parts[0].partition(":")[0], next(part for part in parts if part.startswith("actors"))) for parts in states
     ]
-    assert shown[0][1] in ("actors 0 ready, 1 pending", "actors 0 ready, 1 starting")
+    assert shown[0][1] in ("actors 0 ready, 1 pending", "actors 0 ready, 1 starting", "actors 1 ready")
     assert ("sampling", "actors 1 ready") in shown
     assert shown[-2:] == [("merging", "actors 0 ready"), ("done", "actors 0 ready")]
     assert states[-1][0] == "done: 40 of 40 samples (100%)"
@@ -37,7 +37,7 @@ def test_the_log_has_a_line_for_each_change_of_the_fleet(configure, capsys):
 def test_lines_after_sampling_show_neither_actors_nor_a_present_rate(configure, capsys):
     assert main(["sample", *flags_of(configure(progress="log", num_heads=4))]) == 0
     after = [line for line in capsys.readouterr().err.splitlines() if re.search(r" (merging|done): ", line)]
-    assert len(after) == 2
+    assert len(after) >= 2  # and one every ten seconds
     for line in after:
         assert "| actors 0 ready" in line
         assert "starting" not in line

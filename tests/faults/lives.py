@@ -37,7 +37,7 @@ def live(url: str) -> Life:
         life.rejected = found.rejected
         run_dir.prove_rights()
         run_dir.probe_write("driver")
-        assert run_dir.probe_seen("driver", 5.0)
+        assert run_dir.probe_seen("driver", 60.0)
         life.computed = True
         records = found.records | fill(run_dir, [name for name in NAMES if name not in found.records])
         run_dir.probes_clear()

@@ -204,7 +204,7 @@ def proxy(moto_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fault
     monkeypatch.setattr(retry, "BACKOFF_S", 0.01)
     monkeypatch.setattr(retry, "LONGEST_WAIT_S", 0.02)
     monkeypatch.setattr(retry, "FIRST_LOOK_S", 0.01)
-    monkeypatch.setattr(retry, "HIDDEN_S", 2.0)
+    monkeypatch.setattr(retry, "HIDDEN_S", 30.0)
     with FaultProxy(moto_endpoint) as proxy:
         use_endpoint(monkeypatch, proxy.url)
         yield proxy
