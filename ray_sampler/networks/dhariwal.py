@@ -18,6 +18,7 @@ from ray_sampler.networks.edm import PREFIX, groups_of
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
 
 HEAD_CHANNELS = 64
+"""Of an attention head, at least: where the channels are no multiple of it, the heads are as many and wider."""
 
 BLOCK = {
     "norm0": "in_layers.0",
@@ -50,13 +51,21 @@ def dhariwal_to_adm(saved: SavedNetwork) -> tuple[dict[str, Any], dict[str, Tens
     multipliers = arguments.numbers("channel_mult", (1, 2, 3, 4))
     attention = arguments.resolutions("attn_resolutions", (32, 16, 8))
     classes = arguments.number("label_dim", 0, least=0)
-    sizes = [size >> level for level in range(len(multipliers))]  # a resolution between two of them is at none here
+    width = arguments.number("model_channels", 192)
+    widths = tuple(round(width * multiplier) for multiplier in multipliers)
+    check_sizes(size, widths)
+    if widths[-1] < HEAD_CHANNELS:
+        raise Refused(
+            f"its DhariwalUNet has {widths[-1]} channels in its middle; only {HEAD_CHANNELS} or more can be sampled"
+        )
+    # A resolution between two levels is at none, and a level with less than one head has no attention.
+    attention = tuple(size >> i for i, w in enumerate(widths) if size >> i in attention and w >= HEAD_CHANNELS)
     flags: dict[str, Any] = {
         "image_size": size,
-        "num_channels": arguments.number("model_channels", 192),
+        "num_channels": width,
         "num_res_blocks": blocks,
         "num_head_channels": HEAD_CHANNELS,
-        "attention_resolutions": ",".join(str(resolution) for resolution in attention if resolution in sizes),
+        "attention_resolutions": ",".join(map(str, attention)),
         "channel_mult": ",".join(f"{multiplier:g}" for multiplier in multipliers),
         "class_cond": classes > 0,
         "use_scale_shift_norm": True,
@@ -65,7 +74,6 @@ def dhariwal_to_adm(saved: SavedNetwork) -> tuple[dict[str, Any], dict[str, Tens
     }
     flags |= {"num_classes": classes} if classes else {}
     flags |= {"in_channels": inputs} if inputs != 3 else {}
-    check_sizes(size, tuple(round(flags["num_channels"] * multiplier) for multiplier in multipliers))
     names = {
         f"{PREFIX}{theirs}": ours for theirs, ours in _names(size, len(multipliers), blocks, attention, classes > 0)
     }
@@ -104,9 +112,10 @@ def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[st
 
 def _qkv(tensor: Tensor, name: str) -> Tensor:
     """Outputs ordered (heads, channels of a head, 3) -> (3, heads, channels of a head)."""
-    if tensor.dim() == 0 or len(tensor) % (3 * HEAD_CHANNELS):
+    heads = len(tensor) // 3 // HEAD_CHANNELS if tensor.dim() else 0
+    if not heads or len(tensor) % (3 * heads):
         raise Refused(f"its DhariwalUNet has {name} of shape {list(tensor.shape)}, not in heads of {HEAD_CHANNELS}")
-    return tensor.unflatten(0, (-1, HEAD_CHANNELS, 3)).movedim(2, 0).flatten(0, 2).contiguous()
+    return tensor.unflatten(0, (heads, -1, 3)).movedim(2, 0).flatten(0, 2).contiguous()
 
 
 def _names(

@@ -43,6 +43,7 @@ class Edm2Options:
     num_blocks: int = 3
     attn_resolutions: tuple[int, ...] = (16, 8)
     channels_per_head: int = CHANNELS_PER_HEAD
+    """At least: channels that are no multiple of it make as many and wider heads, and fewer channels no attention."""
     resample_filter: tuple[float, ...] = BOX
     label_balance: float = 0.5
     concat_balance: float = 0.5
@@ -120,7 +121,8 @@ def _check(options: Edm2Options) -> None:
     bottom = options.img_resolution >> len(options.channels) - 1
     for level, channels in enumerate(options.channels):
         attends = options.img_resolution >> level in (*options.attn_resolutions, bottom)
-        if attends and channels % options.channels_per_head:
+        heads = channels // options.channels_per_head
+        if attends and heads and channels % heads:
             raise Refused(f"its network has {channels} channels in heads of {options.channels_per_head}")
 
 
@@ -237,8 +239,8 @@ class Block(nn.Module):
         self.emb_linear = Layer(options.emb_channels, outputs)
         self.conv_res1 = Layer(outputs, outputs, 3, 3)
         self.conv_skip = Layer(inputs, outputs, 1, 1) if inputs != outputs else None
-        self.attn_qkv = Layer(outputs, outputs * 3, 1, 1) if attention else None
-        self.attn_proj = Layer(outputs, outputs, 1, 1) if attention else None
+        self.attn_qkv = Layer(outputs, outputs * 3, 1, 1) if self.heads else None
+        self.attn_proj = Layer(outputs, outputs, 1, 1) if self.heads else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(B, inputs, H, W), and (B, emb_channels) float32."""

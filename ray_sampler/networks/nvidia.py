@@ -111,6 +111,8 @@ class _Stands:
             ("torch_utils.persistence", "_reconstruct_persistent_obj"): _saved,
             ("collections", "OrderedDict"): _dictionary,
             ("builtins", "set"): _set,
+            ("__builtin__", "set"): _set,  # its name in protocol 2
+            ("_codecs", "encode"): lambda text, code: Blob(_of(str, text).encode("latin-1")),  # bytes, in protocol 2
             ("dnnlib.util", "EasyDict"): _dictionary,
             ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: _of(Tensor, data),
             ("torch._utils", "_rebuild_tensor_v2"): self.tensor,

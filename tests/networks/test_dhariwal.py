@@ -60,11 +60,12 @@ class Dhariwal:
         h = self.conv(F.silu(h), f"{name}.conv1", outputs, 3)
         x = resampled(x)
         x = h + (x if x.shape[1] == outputs else self.conv(x, f"{name}.skip", outputs, 1))
-        if attends:
+        heads = outputs // 64
+        if attends and heads:
             b, c, height, width = x.shape
             qkv = self.conv(self.norm(x, f"{name}.norm2"), f"{name}.qkv", 3 * c, 1)
-            q, k, v = qkv.reshape(b, c // 64, 64, 3, height * width).unbind(3)
-            a = torch.einsum("bhcq,bhck->bhqk", q, k).div(8).softmax(3)
+            q, k, v = qkv.reshape(b, heads, c // heads, 3, height * width).unbind(3)
+            a = torch.einsum("bhcq,bhck->bhqk", q, k).div(math.sqrt(c // heads)).softmax(3)
             x = x + self.conv(torch.einsum("bhqk,bhck->bhcq", a, v).reshape(b, c, height, width), f"{name}.proj", c, 1)
         return x
 
@@ -126,12 +127,20 @@ def architecture(flags: dict[str, Any]) -> AdmOptions:
 
 
 @pytest.mark.parametrize(
-    ("width", "multipliers", "blocks"), [(64, [1, 2, 3], 1), (64, [1, 3], 2), (128, [1, 2], 1), (16, [4, 8], 1)]
+    ("width", "multipliers", "blocks", "attention"),
+    [
+        (64, [1, 2, 3], 1, [8]),
+        (64, [1, 3], 2, [8]),
+        (128, [1, 2], 1, [8]),
+        (16, [4, 8], 1, [8]),
+        (96, [1, 3], 1, [16, 8]),  # one head of 96 channels, and four of 72
+        (32, [1, 2], 1, [16, 8]),  # less than a head at 16 pixels, and so no attention
+    ],
 )
 @pytest.mark.parametrize("classes", [0, 5])
 @torch.no_grad()
-def test_computes_what_the_definition_says(width, multipliers, blocks, classes):
-    definition = Dhariwal(width, multipliers, blocks, [8], 16, classes)
+def test_computes_what_the_definition_says(width, multipliers, blocks, attention, classes):
+    definition = Dhariwal(width, multipliers, blocks, attention, 16, classes)
     x, c_noise, y = torch.randn(3, 3, 16, 16), torch.tensor([-1.5, 0.2, 1.1]), torch.tensor([0, 4, 5])
     expected = definition(x.double(), c_noise.double(), y)
     flags, tensors = dhariwal_to_adm(definition.saved())
@@ -182,5 +191,7 @@ def test_names_that_the_arguments_do_not_ask_for_are_refused():
     for name in ("model.enc.16x16_block7.conv0.weight", "model.other"):
         with pytest.raises(Refused, match=name):
             dhariwal_to_adm(SavedNetwork("EDMPrecond", arguments, {name: torch.ones(2)}))
+    with pytest.raises(Refused, match="has 32 channels in its middle; only 64 or more"):
+        dhariwal_to_adm(SavedNetwork("EDMPrecond", arguments | {"model_channels": 16}, {}))
     with pytest.raises(Refused, match="model_type 'SongUNet'"):
         dhariwal_to_adm(SavedNetwork("EDMPrecond", arguments | {"model_type": "SongUNet"}, {}))

@@ -116,6 +116,24 @@ def test_folds_to_a_dtype_and_keeps_the_embedding_in_float32():
         edm2.fold(folded, torch.float32)
 
 
+def test_channels_that_are_no_multiple_of_a_head_make_wider_heads_or_none():
+    """16 channels a head: 40 are two heads of 20, and 8 have no attention."""
+    options = replace(SMALL, channels=(8, 40), attn_resolutions=(16, 8))
+    edm2._check(options)
+    made = randomised(options)
+    assert not [name for name in made.state_dict() if "16x16" in name and "attn" in name]
+    block, qkv = made.dec["8x8_in0"], torch.randn(2, 120, 8, 8)
+    assert isinstance(block, edm2.Block)
+    parts = qkv.double().reshape(2, 2, 20, 3, 64)
+    parts = parts / (1e-4 + parts.square().mean(2, keepdim=True).sqrt())
+    q, k, v = parts.unbind(3)
+    weights = (torch.einsum("bhcq,bhck->bhqk", q, k) / 20**0.5).softmax(3)
+    expected = torch.einsum("bhqk,bhck->bhcq", weights, v).reshape(2, 40, 8, 8)
+    assert (block.attended(qkv) - expected).abs().max() < 1e-5
+    with pytest.raises(Refused, match="56 channels in heads of 16"):  # three heads
+        edm2._check(replace(options, channels=(8, 56)))
+
+
 def test_the_layout_of_what_comes_in_makes_no_difference():
     plain, turned = randomised(SMALL, torch.float16), randomised(SMALL, torch.float16)
     for parameter in turned.parameters():

@@ -127,11 +127,12 @@ def test_numpy_is_known_under_its_old_name_as_well(name):
     assert read(renamed)["ema"].arguments["scale"] == 0.25
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_every_protocol_that_has_bytes_is_read(protocol):
-    tensors = random_tensors({"unet.weight": (3,)})
-    found = read(snapshot("Precond", tensors, protocol=protocol))["ema"].tensors
-    assert torch.equal(found["unet.weight"], tensors["unet.weight"])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_binary_protocol_is_read(protocol):
+    tensors = random_tensors({"unet.weight": (300,)})
+    found = read(snapshot("Precond", tensors, {"scale": np.float64(0.25)}, protocol=protocol))["ema"]
+    assert torch.equal(found.tensors["unet.weight"], tensors["unet.weight"])
+    assert found.arguments["scale"] == 0.25
 
 
 class Calls:
