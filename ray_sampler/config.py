@@ -168,7 +168,7 @@ class _Taking:
 
 
 _Request = make_dataclass(
-    "_Request",
+    "RunConfig",
     [(name, Any, field(default=f.unset)) for name, f in FLAGS.items()],
     bases=(_Taking,),
     frozen=True,

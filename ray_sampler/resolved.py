@@ -152,10 +152,10 @@ def label_rule(labels: str | None, spec: NetworkSpec, read: bool = True) -> Labe
     Raises:
         RequestError: the network takes no labels, or the list is wrong.
     """
+    otherwise = ", or give --class_cond True" if spec.family == "adm" else ""
     require(
         labels is None or spec.num_classes > 0,
-        f"--labels is {shortened(str(labels))!r}, but the model is unconditional; leave it out or give --class_cond "
-        "True",
+        f"--labels is {shortened(str(labels))!r}, but the model is unconditional; leave it out{otherwise}",
     )
     if not spec.num_classes:
         return None
@@ -264,9 +264,9 @@ def decoder_of(settings: Mapping[str, Any], spec: NetworkSpec) -> Decoder:
     channels = spec.shape[0]
     require(
         spec.latent is None and channels in (1, 3),
-        f"--decoder is missing: the network makes latents of {channels} channels, no pictures; give --decoder DIR, "
-        "the directory of an autoencoder, or --decoder none, which writes the solver's result as it is, "
-        "float32 (N, H, W, C)",
+        f"--decoder is missing: the network makes latents of {channels} channels, not pictures; give --decoder none, "
+        "which writes the solver's result as it is, float32 (N, H, W, C); --decoder DIR, the directory of an "
+        "autoencoder, is not in this version yet",
     )
     return Pixels(options.rounding)
 

@@ -131,8 +131,13 @@ def test_a_request_is_one_value_with_one_field_for_each_flag(configure: Configur
     assert hash(configure()) == hash(configure())
     with pytest.raises(AttributeError):
         configure().seed = 3
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"^RunConfig\..*'num_sample'"):
         RunConfig(num_sample=3)
+
+
+def test_run_takes_a_request_alone():
+    with pytest.raises(RequestError, match="run takes a RunConfig, not 'digits'"):
+        run("digits")  # type: ignore[arg-type]  # what is tested
 
 
 @pytest.mark.parametrize("fragment_format", ["parquet", "npz"])

@@ -22,7 +22,7 @@ from ray_sampler.cluster.shipping import Shipped, ship
 from ray_sampler.cluster.tasks import Damage, Merged, merge_task, pack_pieces
 from ray_sampler.cluster.worker import CONCURRENCY, Loaded, RunSpec, Task, TaskResult, Worker
 from ray_sampler.config import FleetOptions, RunConfig
-from ray_sampler.errors import RunError
+from ray_sampler.errors import RunError, require
 from ray_sampler.reporting.progress import Reporter, Snapshot, reporter
 from ray_sampler.reporting.sheet import PreviewKeeper
 from ray_sampler.sampling.numerics import compiles
@@ -52,6 +52,7 @@ def run(config: RunConfig) -> RunResult:
         RequestError: the request is wrong; nothing was written.
         RunError: the run failed or is incomplete; what was finished is kept.
     """
+    require(isinstance(config, RunConfig), f"run takes a RunConfig, not {config!r}; give run(RunConfig(...))")
     began = time.monotonic()
     with reporter(config.progress, config.json_log) as report, joined(config.address):
         return drive([prepare(config)], report, began)[0]

@@ -42,7 +42,7 @@ class Model:
             and one_hot (True where y is wanted as float rows, (B, num_classes), zero for the null label).
 
     Raises:
-        RequestError: an argument is wrong.
+        RequestError: an argument is wrong. The name of a kind and its options are checked when the model is opened.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Model:
         **options: Any,
     ) -> None:
         name = type(network).__name__
-        require(isinstance(network, nn.Module), f"Model's network is a {name}; it must be a torch.nn.Module")
+        require(isinstance(network, nn.Module), f"Model's network is of type {name}; it must be a torch.nn.Module")
         num_classes, null_label, sigma_min, sigma_max = map(plain, (num_classes, null_label, sigma_min, sigma_max))
         shape = tuple(map(plain, shape)) if isinstance(shape, (tuple, list)) else shape
         whole = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
@@ -75,12 +75,13 @@ class Model:
         levels = all(isinstance(s, (int, float)) for s in (sigma_min, sigma_max)) and 0 < sigma_min < sigma_max < 1e30
         require(
             levels,
-            f"Model's sigma_min is {sigma_min!r} and sigma_max {sigma_max!r}; they must be 0 < sigma_min < sigma_max",
+            f"Model's sigma_min is {sigma_min!r} and sigma_max {sigma_max!r}; they must satisfy "
+            "0 < sigma_min < sigma_max",
         )
         require(
             isinstance(kind, str) or all(callable(getattr(kind, name, None)) for name in ("denoiser", "identity")),
-            f"Model's kind is a {type(kind).__name__}; it must be the name of one, as denoiser or eps, or an object "
-            "with the methods of a Parameterisation, denoiser and identity",
+            f"Model's kind is of type {type(kind).__name__}; it must be a name such as 'denoiser' or 'eps', or "
+            "an object with the methods of a Parameterisation, denoiser and identity",
         )
         require(decoder in DECODERS, f"Model's decoder is {decoder!r}; it must be None, 'sd' or 'edm2'")
         self.network = network

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ LARGEST_LOG = 700.0
 """Natural logarithm of the largest float64, about."""
 
 
-ScheduleName = Literal["karras", "logsnr", "linear", "cosine", "shifted"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """How many noise levels there are, and where."""
@@ -36,7 +33,7 @@ class Schedule:
     rho: float = option(
         RHO, "Exponent of the Karras schedule: the higher, the more levels near sigma_min.", recorded=False
     )
-    schedule: ScheduleName | None = option(
+    schedule: str | None = option(
         None,
         "How levels are spaced from sigma_max to sigma_min: karras, logsnr (even in ln sigma), linear, cosine, or "
         "shifted (flow time, with --shift). Default: logsnr for unipc, dpmpp_3m and dpmpp_3m_sde at 15 steps or fewer, "
@@ -57,7 +54,7 @@ class Schedule:
     )
 
     @property
-    def name(self) -> ScheduleName:
+    def name(self) -> str:
         return self.schedule or "karras"
 
     @property
@@ -78,6 +75,7 @@ class Schedule:
 
     def validate(self) -> None:
         """Raises RequestError: a value is wrong, by itself or beside another."""
+        require(self.name in SCHEDULES, f"--schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
         require(self.steps >= 1, f"--steps is {self.steps}; it must be at least 1")
         require(self.nfe is None or self.nfe >= 1, f"--nfe is {self.nfe}; it must be at least 1")
         for name, count in (("steps", self.steps), ("nfe", self.nfe or 1)):

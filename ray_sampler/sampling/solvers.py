@@ -23,7 +23,7 @@ from ray_sampler.options import option
 from ray_sampler.sampling.multistep_solvers import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, ipndm, unipc
 from ray_sampler.sampling.noise import Noise
 from ray_sampler.sampling.parameterisation import Denoiser
-from ray_sampler.sampling.schedules import Schedule, ScheduleName, karras_sigmas, multistep_sigmas
+from ray_sampler.sampling.schedules import Schedule, karras_sigmas, multistep_sigmas
 from ray_sampler.sampling.solver_options import DeisOrder, IpndmOrder, Plain, Restarts, Sde, UnipcOrder, snapped
 
 
@@ -246,7 +246,7 @@ class Solver(NamedTuple):
     """(steps, options) -> draws that the original makes after x_T, used or not: where its generators stand then."""
     uses: tuple[str, ...] = ("steps", "sigma_min")
     """What of the schedule decides a sample, beside sigma_max."""
-    default_schedule: Callable[[int], ScheduleName] = lambda steps: "karras"
+    default_schedule: Callable[[int], str] = lambda steps: "karras"
     """steps -> the schedule where none is asked for."""
     visited: slice = slice(None)
     """Which of `levels` a user sees; the rest are parameters."""
@@ -254,7 +254,7 @@ class Solver(NamedTuple):
     """Whether its levels are its own, so that no other schedule and no --sigmas can replace them."""
 
 
-def log_snr_at_few(steps: int) -> ScheduleName:
+def log_snr_at_few(steps: int) -> str:
     """Third order on few Karras levels extrapolates too far; log-SNR levels do better there (docs/solvers.md)."""
     return "logsnr" if steps <= 15 else "karras"
 

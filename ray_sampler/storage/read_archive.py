@@ -7,7 +7,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
 import fsspec
@@ -41,16 +41,17 @@ class ArchiveRange(NamedTuple):
     """(n,) int64; None where the archive has none."""
 
 
-class Values(NamedTuple):
+@dataclass(frozen=True)
+class Values:
     """Where the values of one array lie."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int
+    offset: int = field(repr=False)
     """Of the first value in the file."""
-    header: bytes
+    header: bytes = field(repr=False)
     """What stands before the values in the zip's member."""
-    crc32: int
+    crc32: int = field(repr=False)
     """Of header and values."""
 
     @property

@@ -37,7 +37,7 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 NETWORK = "nn.Conv2d(3, 3, 1)"
 WRONG_MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "no network": ("3, 'edm', (3, 4, 4)", ("network is a int", "torch.nn.Module", "MODULE.py, line 4")),
+    "no network": ("3, 'edm', (3, 4, 4)", ("network is of type int", "torch.nn.Module", "MODULE.py, line 4")),
     "no size": (f"{NETWORK}, 'edm', (3, 0, 4)", ("shape is (3, 0, 4)",)),
     "fewer than no classes": (f"{NETWORK}, 'edm', (3, 4, 4), -1", ("num_classes is -1",)),
     "null without classes": (f"{NETWORK}, 'edm', (3, 4, 4), null_label=0", ("null_label is 0",)),
@@ -56,10 +56,10 @@ WRONG_MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
         f"{NETWORK}, type('P', (), {{'denoiser': print, 'identity': print}})(), (3, 4, 4), c_noise='log/4'",
         ("given as an object", "c_noise must be left out"),
     ),
-    "another object": (f"{NETWORK}, object(), (3, 4, 4)", ("kind is a object", "denoiser")),
+    "another object": (f"{NETWORK}, object(), (3, 4, 4)", ("kind is of type object", "denoiser")),
     "an object without identity": (
         f"{NETWORK}, type('P', (), {{'denoiser': print}})(), (3, 4, 4)",
-        ("kind is a P", "denoiser and identity"),
+        ("kind is of type P", "denoiser and identity"),
     ),
     "weights on no device": ("nn.Conv2d(3, 3, 1, device='meta'), 'edm', (3, 4, 4)", ("no values for weight, bias",)),
     "weights without values": ("nn.LazyConv2d(3, 1), 'edm', (3, 4, 4)", ("no values for weight",)),
@@ -96,6 +96,12 @@ def test_a_wrong_model_is_refused_in_one_sentence(what: str, write: Write) -> No
     said = refused(write(f"{FINE}def make(weights):\n    return Model({arguments})"))
     for part in parts:
         assert part in said
+
+
+def test_labels_of_an_unconditional_network_are_refused_without_a_flag_of_other_networks(write: Write) -> None:
+    module = write(f"{FINE}def make(weights):\n    return Model({NETWORK}, 'edm', (3, 4, 4))")
+    with pytest.raises(RequestError, match=r"the model is unconditional; leave it out$"):
+        job(module, labels="3")
 
 
 def test_numbers_of_numpy_and_torch_are_taken(write: Write) -> None:

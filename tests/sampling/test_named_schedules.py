@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ray_sampler.config import RunConfig
 from ray_sampler.errors import RequestError
 from ray_sampler.sampling.schedules import SCHEDULES, Schedule, karras_sigmas
 
@@ -22,6 +23,14 @@ def levels(name: Any, steps: int = 5, low: float = 0.02, high: float = 40.0, **o
 
 def even(first: float, last: float, n: int = 5) -> list[float]:
     return [first + i * (last - first) / (n - 1) for i in range(n)]
+
+
+def test_another_schedule_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEDULES, "halves", lambda schedule, n, dtype: torch.tensor([*(2.0**-i for i in range(n)), 0]))
+    RunConfig(schedule="halves").check()
+    assert levels("halves", 3) == [1, 0.5, 0.25, 0]
+    with pytest.raises(RequestError, match=r"--schedule is 'thirds'; it must be one of karras, .*, halves"):
+        RunConfig(schedule="thirds").check()
 
 
 def test_karras_is_the_schedule_of_version_1_bit_for_bit() -> None:

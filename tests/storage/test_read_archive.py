@@ -63,6 +63,12 @@ def test_one_range_is_read_alone(archive: Path):
     assert len(read_archive(archive).read(99, 3).images) == 0
 
 
+def test_a_notebook_shows_the_shapes_and_no_bytes(archive: Path):
+    shown = repr(read_archive(archive))
+    assert "(10, 3, 4, 3)" in shown
+    assert "NUMPY" not in shown
+
+
 def test_images_without_labels_and_results_of_solvers(tmp_path: Path):
     results = np.random.default_rng(1).normal(size=(5, 2, 2, 4)).astype(np.float32)
     np.savez(tmp_path / "latents.npz", results)
