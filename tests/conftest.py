@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from ray_sampler.config import RunConfig
@@ -18,6 +19,10 @@ from ray_sampler.storage.record import Samples
 ROOT = Path(__file__).resolve().parents[1]
 
 Configure = Callable[..., RunConfig]
+
+# An example may take as long as it does: on a busy machine any of them takes more than Hypothesis's 200 ms at times.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def check_told(arch: AdmOptions) -> None:
     assert explain_misfit(state_dict(arch), asdict(arch)) == ""
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(arch=architectures())
 def test_shapes_tell_the_architecture(arch: AdmOptions) -> None:
     check_told(arch)
@@ -108,7 +108,7 @@ def follow(sentence: str, arch: AdmOptions) -> AdmOptions:
     return replace(arch, **changed)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(arch=architectures(), other=architectures())
 def test_advice_leads_to_a_network_that_fits_in_one_step(arch: AdmOptions, other: AdmOptions) -> None:
     asked = replace(other, image_size=arch.image_size, num_heads=1)
@@ -161,7 +161,7 @@ def test_another_network_tells_nothing(names: dict[str, tuple[int, ...]]) -> Non
     assert explain_misfit(weights, {"num_channels": 3}) == ""
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_a_network_that_lost_a_tensor_tells_something_or_nothing(data: st.DataObject) -> None:
     weights = dict(DIGITS)

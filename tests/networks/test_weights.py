@@ -63,7 +63,7 @@ def test_every_floating_point_type_is_read_as_it_is_stored(dtype: torch.dtype, t
         assert weights_hash(read_checkpoint(str(tmp_path / "w")).tensors) == weights_hash(state)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(prefixes=st.lists(st.sampled_from(["module.", "_orig_mod.", "model.", "ema_model.", "net."]), max_size=5))
 def test_prefixes_in_any_order_change_nothing(prefixes: list[str], tmp_path: Path) -> None:
     torch.save({"state_dict": prefixed(STATE, *prefixes)}, tmp_path / "w.ckpt")

@@ -59,7 +59,6 @@ def test_scalings_equal_the_original(golden: Path, mode: str) -> None:
         np.testing.assert_allclose(values.numpy(), numbers[f"{mode}_{name}"], rtol=1e-6, atol=1e-9)
 
 
-@settings(deadline=None)
 @given(sigma=SIGMAS, consistency=st.booleans())
 def test_scalings_follow_the_formulas(sigma: float, consistency: bool) -> None:
     level = torch.tensor(sigma)
@@ -67,7 +66,6 @@ def test_scalings_follow_the_formulas(sigma: float, consistency: bool) -> None:
     assert [float(c) for c in scalings] == pytest.approx(scalings_formula(sigma, consistency), rel=1e-6, abs=1e-9)
 
 
-@settings(deadline=None)
 @given(sigma=SIGMAS)
 def test_the_network_is_told_250_times_the_logarithm_of_sigma(sigma: float) -> None:
     assert float(network_time(torch.tensor(sigma))) == pytest.approx(250 * math.log(sigma), rel=1e-6, abs=1e-4)
@@ -79,7 +77,7 @@ def test_the_time_of_sigma_0_is_finite() -> None:
 
 @pytest.mark.parametrize("consistency", [False, True])
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 3])])
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(sigma=SIGMAS)
 def test_the_denoiser_follows_the_formula(consistency: bool, labels: Tensor | None, sigma: float) -> None:
     x = torch.linspace(-2, 2, 2 * 3 * 2 * 2).reshape(2, 3, 2, 2)
@@ -105,7 +103,7 @@ def test_an_edm_model_is_not_the_identity_at_sigma_min() -> None:
     assert not torch.equal(denoise(x, torch.tensor(SIGMA_MIN)), x)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sigmas=st.lists(SIGMAS, min_size=1, max_size=4), consistency=st.booleans())
 def test_a_level_for_each_image_is_the_same_as_a_level_for_all(sigmas: list[float], consistency: bool) -> None:
     x = torch.linspace(-1, 1, len(sigmas) * 12).reshape(len(sigmas), 3, 2, 2)

@@ -97,7 +97,7 @@ def test_the_test_pictures_differ(whole: dict[str, Pictures]) -> None:
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_a_range_gives_the_same_bytes_however_it_was_cut(
     generator: str, data: st.DataObject, whole: dict[str, Pictures]

@@ -43,14 +43,12 @@ def test_random_labels_follow_the_seed() -> None:
     assert not torch.equal(labels_of(rule, 0, indices), labels_of(rule, 1, indices))
 
 
-@settings(deadline=None)
 @given(indices=st.lists(st.integers(0, 10**12), min_size=1), num_classes=st.integers(1, 2000))
 def test_balanced_labels_are_the_index_modulo_the_classes(indices: list[int], num_classes: int) -> None:
     labels = labels_of(LabelRule("balanced", num_classes), 42, torch.tensor(indices))
     assert labels.tolist() == [i % num_classes for i in indices]
 
 
-@settings(deadline=None)
 @given(values=st.lists(st.integers(0, 9), min_size=1), indices=st.lists(st.integers(0, 10**12), min_size=1))
 def test_listed_labels_are_repeated(values: list[int], indices: list[int]) -> None:
     labels = labels_of(listed_labels(np.array(values), 10, "a list"), 42, torch.tensor(indices))
@@ -58,7 +56,7 @@ def test_listed_labels_are_repeated(values: list[int], indices: list[int]) -> No
     assert labels.tolist() == [values[i % len(values)] for i in indices]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     kind=st.sampled_from(["random", "balanced", "listed"]),
     indices=st.lists(st.integers(0, 10**12), min_size=1, max_size=8),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_sampler.config import RunConfig
@@ -66,7 +66,6 @@ def test_a_shift_of_one_changes_nothing() -> None:
     assert times == pytest.approx(even(40 / 41, 0.02 / 1.02), rel=1e-12)
 
 
-@settings(deadline=None)
 @given(
     name=st.sampled_from(sorted(SCHEDULES)),
     n=st.integers(1, 200),

@@ -78,7 +78,6 @@ def test_philox_gives_its_known_answers(
     assert reference_philox(counter, seed) == expected
 
 
-@settings(deadline=None)
 @given(counter=st.tuples(WORD, WORD, WORD, WORD), seed=SEEDS)
 def test_philox_words_are_those_of_unbounded_integers(
     counter: Words, seed: int, reference_philox: ReferencePhilox
@@ -86,7 +85,7 @@ def test_philox_words_are_those_of_unbounded_integers(
     assert words_of(counter, seed) == reference_philox(counter, seed)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=SEEDS, index=INDICES, draw=DRAWS, shape=SHAPES)
 def test_normals_are_box_muller_of_philox_to_one_unit_in_the_last_place(
     seed: int, index: int, draw: int, shape: tuple[int, ...], reference_philox: ReferencePhilox
@@ -105,7 +104,7 @@ def test_seed_42_begins_with_the_numbers_of_the_specification() -> None:
     assert normals.tolist() == pytest.approx([-0.9701898, 0.1940190, -1.2356207, 1.9239267], abs=6e-8)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=SEEDS, indices=st.lists(INDICES, min_size=1, max_size=6), draw=DRAWS, shape=SHAPES)
 def test_a_row_depends_on_its_index_alone(seed: int, indices: list[int], draw: int, shape: tuple[int, ...]) -> None:
     together = philox_normals(seed, torch.tensor(indices), draw, shape)
@@ -176,7 +175,7 @@ def test_philox_does_not_depend_on_the_number_of_samples() -> None:
     assert torch.equal(few(1), many(1))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=SEEDS, indices=st.lists(INDICES, min_size=1, max_size=6), num_classes=st.integers(1, 2000))
 def test_random_labels_are_the_scaled_first_word_of_their_own_draw(
     seed: int, indices: list[int], num_classes: int, reference_philox: ReferencePhilox
@@ -213,7 +212,7 @@ def test_the_draws_are_those_of_torch_generators(generator: Generator) -> None:
 
 
 @EARLIER
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(cuts=st.sets(st.integers(1, N - 1)), seed=st.integers(0, 2**32))
 def test_row_i_belongs_to_sample_i_whatever_the_batches(generator: Generator, cuts: set[int], seed: int) -> None:
     bounds = [0, *sorted(cuts), N]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_sampler.sampling.schedules import karras_sigmas, multistep_sigmas
@@ -29,7 +29,6 @@ def test_schedules_equal_the_original(
     np.testing.assert_allclose(karras_sigmas(n, sigma_min, sigma_max, rho).numpy(), expected, rtol=1e-6)
 
 
-@settings(deadline=None)
 @given(
     n=st.integers(2, 300),
     sigma_min=st.floats(1e-3, 0.5),
@@ -57,7 +56,6 @@ def test_schedules_live_on_the_host() -> None:
     assert multistep_sigmas((0, 3), 4, 0.002, 80.0).device.type == "cpu"
 
 
-@settings(deadline=None)
 @given(data=st.data(), steps=st.integers(2, 300))
 def test_multistep_levels_follow_the_formula(data: st.DataObject, steps: int) -> None:
     ts = tuple(data.draw(st.lists(st.integers(0, steps - 1), min_size=1, max_size=5)))

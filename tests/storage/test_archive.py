@@ -48,7 +48,7 @@ def written(run_dir: RunDir, layout: ArchiveLayout) -> bytes:
     return data
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=300), st.binary(max_size=300))
 def test_crcs_of_consecutive_parts_combine(a, b):
     assert crc32_combine(zlib.crc32(a), zlib.crc32(b), len(b)) == zlib.crc32(a + b)
@@ -59,7 +59,7 @@ def test_crcs_of_long_parts_combine():
     assert crc32_combine(zlib.crc32(a), zlib.crc32(b), len(b)) == zlib.crc32(a + b)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(1, 12), st.integers(1, 4)),
     labelled=st.booleans(),
@@ -117,7 +117,7 @@ def test_the_archive_has_the_same_bytes_in_every_store(output, tmp_path):
     assert {entry.name for entry in run_dir._store.list("")} == {"fragments", "samples_23x8x8x3.npz"}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12), st.sampled_from(["parquet", "npz"])), max_size=6),
     st.integers(1, 30),

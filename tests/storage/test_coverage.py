@@ -22,7 +22,7 @@ def winner(names, index):
     return min(holding, key=lambda name: (name.start, -name.stop, name.filename), default=None)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(names=st.lists(NAMES, max_size=12), num_samples=st.integers(1, 60))
 def test_overlaps_go_to_the_smallest_start_then_the_largest_stop_then_the_first_name(names, num_samples):
     pieces = cover(names, num_samples)

@@ -28,7 +28,7 @@ def assert_same(a: Samples, b: Samples) -> None:
 
 
 @FORMATS
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     start=st.integers(0, 2**40),
     count=st.integers(1, 20),
@@ -85,7 +85,7 @@ def test_a_fragment_cut_short_is_found(format):
 
 
 @FORMATS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(garbage=st.binary(max_size=400), wrapped=st.booleans())
 def test_garbage_is_a_damaged_fragment_and_no_other_error(format, garbage, wrapped):
     if wrapped:
