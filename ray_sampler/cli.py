@@ -321,13 +321,13 @@ def execute_presets(arguments: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Command] = {
     "sample": Command(
-        "Fill an archive with samples of a model; run again after any stop, it goes on.",
+        "Fill an archive with samples of a model; after any stop, the same command goes on.",
         declare_sample,
         execute_sample,
         "[--FLAG VALUE] ...",
     ),
     "status": Command(
-        "How far a run is, from its directory alone: no Ray, no GPU, from any machine.",
+        "Show how far a run is, from its directory alone: no Ray, no GPU, from any machine.",
         declare_status,
         execute_status,
         "[--json] [--watch] URL",
@@ -351,7 +351,7 @@ COMMANDS: dict[str, Command] = {
         "URL",
     ),
     "inspect": Command(
-        "What a checkpoint is, and the command line that samples it.",
+        "Say what a checkpoint is, and print the command line that samples it.",
         declare_inspect,
         execute_inspect,
         "[--json] [--FLAG VALUE] ... MODEL",

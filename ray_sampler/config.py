@@ -45,7 +45,7 @@ class PrecisionOptions:
     """In what numbers the network computes."""
 
     precision: Literal["auto"] | Precision = option(
-        "auto", "Of the network's torso; auto is fp16 on a GPU and fp32 on a CPU."
+        "auto", "Precision of the network; auto is fp16 on a GPU and fp32 on a CPU."
     )
     use_fp16: bool | None = option(None, "True means --precision fp16.")
 

@@ -30,7 +30,7 @@ class ModelOptions:
     )
     model_path: str = option("", "The same as --model.")
     weights_key: str | None = option(
-        None, "Where in a checkpoint the weights are, as ema or state_dict (found by itself).", recorded=False
+        None, "Where in a checkpoint the weights are, such as ema or state_dict (found automatically).", recorded=False
     )
     weights: str | None = option(None, "Passed to the function of --model python:module:function.", recorded=False)
     tag: str | None = option(

@@ -22,7 +22,7 @@ class OutputOptions:
         "The run directory: a local path or any fsspec URL, s3:// and gs:// among them "
         "(runs/<model>-<start of the fingerprint>).",
     )
-    fragment_format: FragmentFormat = option("parquet", "Of the fragments.")
+    fragment_format: FragmentFormat = option("parquet", "File format of the fragments.")
     overwrite: bool = option(False, "Delete an earlier run there first; no other driver may be writing to it.")
 
     def validate(self) -> None:
