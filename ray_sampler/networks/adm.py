@@ -36,6 +36,12 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     Raises:
         RequestError: flags contradict the tensors, or the tensors are those of no ADM network.
     """
+    attention = checkpoint.tensors.get("middle_block.1.qkv.weight")
+    require(
+        attention is None or attention.dim() != 3,
+        f"--model is {checkpoint.shown}; its attention is that of guided-diffusion, whose networks predict the noise "
+        "of a table of alphas; give --model python:module:function, which returns it as a Model of kind eps",
+    )
     settings = {**settings, "label_dropout": label_dropout(checkpoint, settings, given)}
     told = adm_flags(checkpoint.tensors, null_label=settings["label_dropout"] > 0)
     if told is None:

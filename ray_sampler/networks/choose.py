@@ -120,10 +120,12 @@ def listed(key: str) -> str:
 
 
 def _mapping(value: Any) -> dict[Any, Any] | None:
-    """What a dictionary, or an object of a class derived from it, holds."""
-    if isinstance(value, dict):
-        return value
-    return value.items if isinstance(value, Inert) and value.items else None
+    """What a dictionary, or an object of a class derived from it, holds; numbers that name no tensor as text."""
+    items = value.items or None if isinstance(value, Inert) else value
+    if not isinstance(items, dict):
+        return None
+    numbers = [key for key, each in items.items() if type(key) in (int, float) and not isinstance(each, Stored | Odd)]
+    return items | {str(key): items[key] for key in numbers} if numbers else items
 
 
 def _tensors(value: Any) -> Tensors:
@@ -150,9 +152,9 @@ def _candidates(
     """Keys and state dicts, in the order in which they are preferred."""
     items = _mapping(root)
     seen = set() if seen is None else seen  # of dictionaries, which may hold themselves
-    if items is None or depth >= MAX_DEPTH or "param_groups" in items or id(items) in seen:
+    if items is None or depth >= MAX_DEPTH or "param_groups" in items or id(root) in seen:
         return
-    seen.add(id(items))
+    seen.add(id(root))
     found = set()
     for name in _sought(items):
         if name in items:
@@ -169,6 +171,10 @@ def _candidates(
         for name in others:
             if name not in found:
                 yield f"{path}.{name}" if path else name, _tensors(items[name])
+    if depth == 0 and not found and not others:
+        for name in items:
+            if isinstance(name, str) and not _is_optimizer(name, items[name]):
+                yield from _candidates(items[name], name, 1, seen)
 
 
 def _sought(items: Mapping[Any, Any]) -> list[str]:
@@ -191,13 +197,14 @@ def _in_states(
 ) -> Iterator[tuple[str, Tensors]]:
     """Averages in the states of callbacks, by the callbacks' names, or of optimizers, which are a list."""
     states = items[name]
+    beside = {plain: items[plain] for plain in PLAIN if plain in items}
     named = enumerate(states) if isinstance(states, list) else (_mapping(states) or {}).items()
     for key, value in named:
         state = _mapping(value) or {}
         for average in (*_averages(state), SHADOW):
             if average in state:
                 inside = f"{path}.{name}.{key}" if path else f"{name}.{key}"
-                yield from _under({**items, average: state[average]}, average, inside, depth + 2, seen)
+                yield from _under({**beside, average: state[average]}, average, inside, depth + 2, seen)
 
 
 def _under(items: dict[Any, Any], name: str, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensors]]:
@@ -206,6 +213,11 @@ def _under(items: dict[Any, Any], name: str, path: str, depth: int, seen: set[in
     shadow = value if isinstance(value, list | tuple) else (_mapping(value) or {}).get(SHADOW)
     if isinstance(shadow, list | tuple) and shadow and all(isinstance(item, Stored | Odd) for item in shadow):
         yield inside, _shadow(shadow, items, inside)
+    elif isinstance(value, list | tuple):  # of averages, as EDM2 keeps them in the state of its training
+        each_once = () if id(value) in seen else value
+        seen.add(id(value))
+        for number, each in enumerate(each_once):
+            yield from _candidates(each, f"{inside}.{number}", depth + 1, seen)
     elif not isinstance(value, Inert) or value.items:
         yield from _candidates(value, inside, depth + 1, seen)
 

@@ -82,7 +82,7 @@ def preconditioning(saved: SavedNetwork) -> Preconditioning:
         Refused: it is none of the published ones.
     """
     if saved.class_name not in PRECONDITIONINGS:
-        known = ", ".join(PRECONDITIONINGS)
+        known = ", ".join(name for name, kind in PRECONDITIONINGS.items() if kind != "iddpm")
         raise Refused(f"its network is preconditioned by {saved.class_name[:60]!a}; only {known} can be sampled")
     return PRECONDITIONINGS[saved.class_name]
 
@@ -97,10 +97,13 @@ def options_from(saved: SavedNetwork) -> SongUNetOptions:
     arguments.choice("model_type", ("SongUNet",))
     arguments.choice("decoder_type", ("standard",))
     channels = arguments.number("img_channels", 3)
+    inputs, outputs = arguments.number("in_channels", channels), arguments.number("out_channels", channels)
+    if outputs != inputs:
+        raise Arguments.refused("out_channels", outputs, f"{inputs}, as many as it takes in,")
     options = SongUNetOptions(
         img_resolution=arguments.number("img_resolution"),
-        in_channels=arguments.number("in_channels", channels),
-        out_channels=arguments.number("out_channels", channels),
+        in_channels=inputs,
+        out_channels=outputs,
         label_dim=arguments.number("label_dim", 0, least=0),
         augment_dim=arguments.number("augment_dim", 0, least=0),
         model_channels=arguments.number("model_channels", 128),

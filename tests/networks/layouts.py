@@ -146,6 +146,15 @@ LAYOUTS: dict[str, tuple[Any, str]] = {
         "state_dict",
     ),
     "averages by rate": ({"model": OTHER, "ema": {"0.9999": STATE}}, "ema.0.9999"),
+    "averages by rate, a number": ({"model": OTHER, "ema": {0.9999: STATE, 0.99: OTHER}}, "ema.0.9999"),
+    "averages by width, a list": (
+        {"net": OTHER, "optimizer": EXTRAS["opt"], "ema": {"stds": [0.05, 0.1], "emas": [STATE, OTHER]}},
+        "ema.emas.0",
+    ),
+    "under another name": (
+        {"checkpoint": {"model": STATE, "epoch": 3}, "optimizer": EXTRAS["opt"]},
+        "checkpoint.model",
+    ),
     "averages by rate, named apart": ({"model": OTHER, "ema_0.9999": STATE, "ema_0.99": OTHER}, "ema_0.9999"),
     "averages by rate, together": ({"model": OTHER, "emas": {"0.9999": STATE, "0.99": OTHER}}, "emas.0.9999"),
     "net_ema": ({"net": OTHER, "net_ema": STATE, "ema_figures": {"a": torch.ones(1)}}, "net_ema"),

@@ -52,6 +52,15 @@ def opened(tmp_path: Path) -> Any:
     return open_
 
 
+def test_a_network_of_guided_diffusion_is_told_by_its_attention(state: dict[str, Tensor], opened: Any) -> None:
+    """Its kernels have one dimension less; it predicts noise, so that the pictures would be wrong."""
+    theirs = {
+        name: t.squeeze(3) if name.endswith(("qkv.weight", "proj_out.weight")) else t for name, t in state.items()
+    }
+    with pytest.raises(RequestError, match=r"that of guided-diffusion, .* a Model of kind eps$"):
+        opened(theirs)
+
+
 @pytest.mark.parametrize(
     ("change", "advice"),
     [

@@ -108,7 +108,9 @@ def test_the_file_names_its_preconditioning():
     for class_name, kind in kinds.items():
         assert edm.preconditioning(SavedNetwork(class_name, {}, {})) == kind
     assert edm.preconditioning(saved("edm_ncsnpp8")) == "edm"
-    with pytest.raises(Refused, match="preconditioned by 'Mine'"):
+    with pytest.raises(
+        Refused, match=r"preconditioned by 'Mine'; only EDMPrecond, Precond, VPPrecond, VEPrecond can be"
+    ):
         edm.preconditioning(SavedNetwork("Mine", {}, {}))
 
 
@@ -122,6 +124,7 @@ def test_the_file_names_its_preconditioning():
         ("img_resolution", 36),
         ("resample_filter", [1, 2, 1]),
         ("num_blocks", 0),
+        ("out_channels", 6),
     ],
 )
 def test_what_no_published_network_has_is_refused(name, value):

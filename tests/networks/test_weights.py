@@ -157,6 +157,17 @@ def test_a_key_reaches_into_nested_and_flat_names(tmp_path: Path) -> None:
     assert weights_hash(read_checkpoint(str(path), "model").tensors) == weights_hash(FLOATS)
 
 
+def test_of_averages_in_a_list_or_by_number_each_can_be_chosen(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    others = {name: OTHER[name] for name in FLOATS}
+    for averages, first, second in (([STATE, OTHER], "0", "1"), ({0.999: STATE, 0.99: OTHER}, "0.999", "0.99")):
+        torch.save({"net": OTHER, "ema": {"emas": averages}}, path)
+        note = f"took the weights under 'ema.emas.{first}'; the file also has 'ema.emas.{second}', 'net'"
+        assert read_checkpoint(str(path)).note == f"{note}; --weights_key chooses"
+        chosen = read_checkpoint(str(path), f"ema.emas.{second}").tensors
+        assert weights_hash(chosen) == weights_hash(others)
+
+
 def test_several_weights_under_unknown_names_ask_for_a_key(tmp_path: Path) -> None:
     torch.save({"generator": STATE, "critic": OTHER}, tmp_path / "w.pt")
     assert "'generator', 'critic'; --weights_key chooses" in refusal(tmp_path / "w.pt")
