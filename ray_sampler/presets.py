@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from ray_sampler.errors import RequestError, redact, require
@@ -71,7 +72,7 @@ def settings_for(options: ModelOptions) -> tuple[str, dict[str, Any]]:
     weights = weights or DEFAULT_MODEL
     bundled = BUNDLED.get(weights)
     bare = PurePosixPath(weights).name == weights and not PurePosixPath(weights).suffix and ":" not in weights
-    if bundled is None and bare and not Path(weights).exists():
+    if bundled is None and bare and not os.path.exists(weights):
         require(
             weights not in PRESETS,
             f"--model is {weights!r}, a preset; give --preset {weights}",

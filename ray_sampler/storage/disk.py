@@ -59,6 +59,10 @@ CAUSES: dict[int, tuple[type[RequestError | RunError], str]] = {
     errno.EROFS: (RequestError, "the file system is read-only; choose another output"),
     errno.ENOTDIR: (RequestError, "a file stands where a folder must be; choose another output"),
     errno.EEXIST: (RequestError, "a file stands where a folder must be; choose another output"),
+    errno.ELOOP: (
+        RequestError,
+        "a link stands where a run's own file or folder must be, or leads back to itself; choose another output",
+    ),
     errno.ENAMETOOLONG: (RequestError, "a name in it is too long for that disk; choose a shorter one"),
     errno.EACCES: (RequestError, "permission denied; get the right to, or choose another output"),
     errno.EPERM: (RequestError, "permission denied; get the right to, or choose another output"),

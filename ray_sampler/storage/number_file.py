@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import os
 import re
+import stat
 
 import fsspec
 
@@ -23,6 +25,8 @@ def read_given(url: str, flag: str, expected: str) -> bytes:
         RequestError: it cannot be read.
     """
     try:
+        if is_device(url):
+            raise OSError("a device, which has no end")
         with fsspec.open(url, "rb") as file:
             content: bytes = file.read()
             return content
@@ -30,6 +34,15 @@ def read_given(url: str, flag: str, expected: str) -> bytes:
         raise RequestError(
             f"{flag} is {shortened(url)!r}; it must be {expected}, or a readable file ({type(error).__name__})"
         ) from None
+
+
+def is_device(path: str) -> bool:
+    """Whether a path leads to something without an end, as /dev/zero, and not to a file, a folder or a pipe."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # it is no path, or whoever opens it says what is wrong
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISFIFO(mode))
 
 
 def is_list(shape: tuple[int, ...]) -> bool:

@@ -20,6 +20,7 @@ from tests.resolving import SMALL, resolve
     [
         pytest.param("s3://key:HIDDEN@bucket/x", id="a bucket's name that is none"),
         pytest.param("zip://x::PLAIN", id="no zip file"),
+        pytest.param("/dev/zero", id="a device without an end"),
         pytest.param("unknown://user:HIDDEN@host/x", id="an unknown protocol"),
     ],
 )

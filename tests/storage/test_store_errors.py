@@ -85,6 +85,12 @@ def test_a_full_or_read_only_disk_is_one_sentence(tmp_path, monkeypatch):
         assert list(Path(tmp_path / "run" / "fragments").iterdir()) == []
 
 
+def test_links_that_lead_back_to_themselves_are_a_wrong_request(tmp_path):
+    (tmp_path / "run").symlink_to("run")
+    with pytest.raises(RequestError, match="leads back to itself"):
+        RunDir(str(tmp_path / "run")).read_run()
+
+
 def test_passing_errors_are_retried_and_logged_and_lasting_ones_end(monkeypatch, caplog):
     """A store that answers 503 twice, then as it should; and one that never does."""
     run_dir = RunDir(f"memory://{uuid.uuid4().hex}")
