@@ -60,14 +60,17 @@ def tasks_of(
 ) -> Iterator[Task]:
     """Cut missing ranges at the multiples of `shard_size`; the `early` first tasks at those of `early_size`.
 
-    Small ones come first so that a run soon shows whether it works, and how fast it is.
+    As many more are at most twice as large, and so on, so that a run soon shows whether it works and how fast it is,
+    and never goes silent for much longer than before.
     """
+    size, made = early_size if early else shard_size, 0
     for start, stop in missing:
         while start < stop:
-            size = early_size if early > 0 else shard_size
-            end = min(stop, (start // size + 1) * size)
+            end = min(stop, *((start // each + 1) * each for each in (size, shard_size)))
             yield Task(run, start, end, product)
-            start, early = end, early - 1
+            start, made = end, made + 1
+            if size < shard_size and made % early == 0:
+                size = min(shard_size, 2 * size)
 
 
 def samples_in(tasks: Iterable[Task]) -> int:
