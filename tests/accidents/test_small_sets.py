@@ -39,7 +39,7 @@ def test_sizes_of_usual_runs(num_samples: int, batch_size: int, actors: int, siz
 
 
 @given(st.integers(1, 500), st.integers(1, 20), st.integers(1, 6), st.integers(0, 8))
-def test_the_first_shards_are_single_batches_and_later_ones_grow(num_samples: int, batch: int, batches: int, actors: int):
+def test_the_first_shards_are_batches_and_later_ones_grow(num_samples: int, batch: int, batches: int, actors: int):
     tasks = list(tasks_of([(0, num_samples)], batch * batches, early=actors, early_size=batch))
     assert [i for task in tasks for i in range(task.start, task.stop)] == list(range(num_samples))
     if actors:
