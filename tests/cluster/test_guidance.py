@@ -82,6 +82,14 @@ def test_an_adm_guide_may_have_a_null_label_or_not(dropout: float, guide_dropout
     torch.testing.assert_close(sampled(made), expected, rtol=0, atol=1e-5)
 
 
+def test_an_adm_guide_has_the_size_of_the_network_that_it_guides(tmp_path: Path) -> None:
+    """Its file does not tell the size, and of a network of EDM nobody has to."""
+    save_file(random_weights(), tmp_path / "guide.safetensors")
+    made = job(EDM, guidance=2.0, guide=tmp_path / "guide.safetensors")
+    assert made.networks["guide"].spec.shape == made.networks["main"].spec.shape == (3, 16, 16)
+    assert sampled(made).isfinite().all()
+
+
 def test_the_weight_1_opens_no_guide(tmp_path: Path) -> None:
     made = job(EDM2, guidance=1.0, guide=tmp_path / "nowhere.pkl")
     assert list(made.networks) == ["main"]
