@@ -26,6 +26,7 @@ from ray_sampler.errors import RunError, require
 from ray_sampler.reporting.progress import Reporter, Snapshot, reporter
 from ray_sampler.reporting.sheet import PreviewKeeper
 from ray_sampler.sampling.numerics import compiles
+from ray_sampler.sampling.plan import MAIN
 
 REPAIR_ROUNDS = 5
 """Times that the merge may find a damaged fragment and have it sampled again."""
@@ -92,9 +93,9 @@ def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> 
 
 def announce(job: Job, report: Reporter) -> None:
     report.message(f"run {job.fingerprint[:8]} in {job.run_dir.url}")
-    for network in job.networks.values():
+    for role, network in job.networks.items():
         if network.note:
-            report.message(network.note)
+            report.message(network.note if role == MAIN else f"of --guide: {network.note}")
     plan = job.run.plan
     if plan.schedule.nfe is not None:
         report.message(f"--nfe: {plan.sampler} takes {plan.schedule.steps} steps, {plan.evaluations()} evaluations")

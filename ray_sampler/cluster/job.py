@@ -15,7 +15,7 @@ from ray_sampler.cluster.session import place
 from ray_sampler.cluster.worker import Product
 from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
-from ray_sampler.networks.family import PREFIX, Network, Precision
+from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision
 from ray_sampler.networks.opening import open_network
 from ray_sampler.presets import BUNDLED, ModelOptions, as_begun, check_bundled, older_name, settings_for
 from ray_sampler.resolved import Run, resolve
@@ -171,7 +171,7 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     settings = brought | config.given()
     networks = {MAIN: open_network(model, settings, frozenset(settings))}
     if (name := guide_of(settings)) is not None:
-        networks[GUIDE] = open_guide(name, settings, networks[MAIN].spec.num_classes)
+        networks[GUIDE] = open_guide(name, settings, networks[MAIN].spec)
     specs = {role: network.spec for role, network in networks.items()}
     run = resolve(config, model, brought, specs[MAIN], specs.get(GUIDE), gpus, earlier)
     guide_hash = identity_hash(networks[GUIDE]) if GUIDE in networks else "null"
@@ -201,14 +201,13 @@ def begun_folder(config: RunConfig, model: str) -> str | None:
     return folder if folder in folders else None
 
 
-def open_guide(name: str, settings: Mapping[str, Any], classes: int) -> Network:
-    """The second network by which the first is guided. A bundled one brings its settings.
+def open_guide(name: str, settings: Mapping[str, Any], guided: NetworkSpec) -> Network:
+    """The second network by which a first, `guided`, is guided. A bundled one brings its settings.
 
-    Args:
-        classes: of the first, which the guide is expected to have too.
+    Of another, what its file does not tell is expected to be as in the first.
     """
     require(name != "", "--guide is empty; it must be null or a model, as for --model")
-    expected = {"num_classes": classes} if classes else {}
+    expected = {"image_size": guided.shape[1]} | ({"num_classes": guided.num_classes} if guided.num_classes else {})
     brought = BUNDLED[name].settings if name in BUNDLED else dict(settings) | expected
     return open_network(name, dict(brought) | {"weights": None, "weights_key": None}, flag="--guide")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ray_sampler.cluster.driver import announce
 from ray_sampler.cluster.job import Job, prepare
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.reporting.sheet import heading
@@ -80,6 +82,23 @@ def test_an_adm_guide_may_have_a_null_label_or_not(dropout: float, guide_dropout
     assert (made.networks["guide"].spec.num_classes, made.run.plan.guide_labelled) == (classes, classes > 0)
     expected = sampled(job(tmp_path / "guide.safetensors", **guide_flags))
     torch.testing.assert_close(sampled(made), expected, rtol=0, atol=1e-5)
+
+
+def test_an_adm_guide_has_the_size_of_the_network_that_it_guides(tmp_path: Path) -> None:
+    """Its file does not tell the size, and of a network of EDM nobody has to."""
+    save_file(random_weights(), tmp_path / "guide.safetensors")
+    made = job(EDM, guidance=2.0, guide=tmp_path / "guide.safetensors")
+    assert made.networks["guide"].spec.shape == made.networks["main"].spec.shape == (3, 16, 16)
+    assert sampled(made).isfinite().all()
+
+
+def test_what_was_assumed_of_a_guide_is_said_of_the_guide(tmp_path: Path) -> None:
+    save_file(random_weights(), tmp_path / "guide.safetensors")
+    said: list[str] = []
+    report: Any = SimpleNamespace(message=lambda text, kind="": said.append(text))
+    announce(job(EDM, guidance=2.0, guide=tmp_path / "guide.safetensors"), report)
+    assert [text for text in said if "assumed" in text] == [text for text in said if text.startswith("of --guide: ")]
+    assert any(text.startswith("of --guide: --num_heads 4 is assumed") for text in said)
 
 
 def test_the_weight_1_opens_no_guide(tmp_path: Path) -> None:
