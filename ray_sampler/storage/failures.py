@@ -189,14 +189,19 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or (inner if isinstance(inner, BaseException) else None)
 
 
+def garbled(error: BaseException) -> bool:
+    """Whether what came was no whole HTTP answer. aiohttp gives such a failure a status of its own, 400."""
+    return any("HttpProcessingError" in kinds(each) for each in chain(error))
+
+
 def code(error: BaseException) -> str:
     """The store's own word for a failure, as NoSuchBucket, or its status, as 503; "" if it has none."""
+    if garbled(error):
+        return ""
     for cause in chain(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
             return str(response.get("Error", {}).get("Code", ""))
-        if "HttpProcessingError" in kinds(cause):  # aiohttp's own number for an answer that was cut short
-            return ""
         for attribute in ("error_code", "code", "status_code", "status"):
             value = getattr(cause, attribute, None)
             if isinstance(value, str | int) and value != "":
@@ -206,14 +211,14 @@ def code(error: BaseException) -> str:
 
 def status(error: BaseException) -> int | None:
     """The HTTP status of the answer, None where there was none."""
+    if garbled(error):
+        return None
     for cause in chain(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
             number = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             word = str(response.get("Error", {}).get("Code", ""))
             return number if isinstance(number, int) else int(word) if word.isdigit() else None
-        if "HttpProcessingError" in kinds(cause):
-            return None
         for attribute in ("status_code", "status", "code"):
             value = getattr(cause, attribute, None)
             if isinstance(value, int | str) and str(value).isdigit():
@@ -231,7 +236,8 @@ def is_passing(error: BaseException) -> bool:
     if number is not None and number >= 400:
         return number in PASSING_STATUS or (number >= 500 and number not in LASTING_STATUS)
     return (
-        isinstance(error, TimeoutError | ConnectionError)
+        garbled(error)
+        or isinstance(error, TimeoutError | ConnectionError)
         or (isinstance(error, OSError) and error.errno in PASSING_ERRNOS)
         or bool(kinds(error) & PASSING_KINDS)
     )

@@ -9,13 +9,15 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import botocore.exceptions
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ray_sampler.errors import RequestError, RunError
-from ray_sampler.storage import retry
+from ray_sampler.storage import failures, retry
 from ray_sampler.storage.run_dir import RunDir
 from tests.faults.servers import KEY, SECRET
 from tests.storage.fill import NAME
@@ -83,6 +85,19 @@ def test_a_full_or_read_only_disk_is_one_sentence(tmp_path, monkeypatch):
             with pytest.raises(kind, match=words):
                 run_dir.write_fragment(NAME, b"x")
         assert list(Path(tmp_path / "run" / "fragments").iterdir()) == []
+
+
+def test_an_answer_that_is_no_http_passes_and_has_no_status():
+    from aiohttp import ClientResponseError
+    from aiohttp.http_exceptions import BadStatusLine
+
+    request: Any = SimpleNamespace(real_url="http://127.0.0.1/")
+    garbled = ClientResponseError(request, (), status=400, message="Bad status line")
+    garbled.__cause__ = BadStatusLine("<Error>")
+    for error in (garbled, botocore.exceptions.HTTPClientError(error=garbled)):
+        assert failures.is_passing(error)
+        assert failures.status(error) is None
+        assert failures.code(error) == ""
 
 
 def test_links_that_lead_back_to_themselves_are_a_wrong_request(tmp_path):
