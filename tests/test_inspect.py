@@ -254,7 +254,7 @@ def test_a_flag_that_contradicts_the_file_is_refused_with_both_values(
     [
         ([], "needs a model"),
         (["nowhere.pt"], "there is no such file"),
-        (["x" * 300], "there is no such file"),
+        (["x" * 300], "neither a file nor a bundled model"),
         (["--weights_key", "model", str(REFERENCE / "edm2_16" / "net.pkl")], "--weights_key is 'model'"),
         (["digits", "--num_channels", "x"], "--num_channels is 'x'"),
         (["digits", "--steps", "3"], "--steps is not a flag of inspect"),

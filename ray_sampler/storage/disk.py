@@ -59,10 +59,7 @@ CAUSES: dict[int, tuple[type[RequestError | RunError], str]] = {
     errno.EROFS: (RequestError, "the file system is read-only; choose another output"),
     errno.ENOTDIR: (RequestError, "a file stands where a folder must be; choose another output"),
     errno.EEXIST: (RequestError, "a file stands where a folder must be; choose another output"),
-    errno.ELOOP: (
-        RequestError,
-        "a link stands where a run's own file or folder must be, or leads back to itself; choose another output",
-    ),
+    errno.ELOOP: (RequestError, "a link in it leads back to itself; choose another output"),
     errno.ENAMETOOLONG: (RequestError, "a name in it is too long for that disk; choose a shorter one"),
     errno.EACCES: (RequestError, "permission denied; get the right to, or choose another output"),
     errno.EPERM: (RequestError, "permission denied; get the right to, or choose another output"),
@@ -81,6 +78,8 @@ def failure(error: OSError, action: str, path: str) -> RequestError | RunError:
         )
     if number in (errno.EACCES, errno.EPERM) and action in READING:
         return RequestError(f"cannot {action} {path}: permission denied; ask its owner for the right to read it")
+    if number == errno.ELOOP and Path(path).is_symlink():
+        return RunError(f"cannot {action} {path}: a link stands in place of the run's own file; delete it and {AGAIN}")
     if number in CAUSES:
         kind, sentence = CAUSES[number]
         return kind(f"cannot {action} {path}: {sentence}")
