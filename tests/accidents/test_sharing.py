@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -15,6 +16,18 @@ from tests.cluster.processes import PATIENCE_S
 from tests.cluster.runs import ARCHIVE, SMALL, TINY, savez
 
 pytestmark = pytest.mark.accidents
+
+
+def carried_out(
+    script: str, folder: Path, *arguments: str, log: int | IO[str] = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
+    """A script of Python that ran in `folder`, in a session of its own; `log` takes its standard error."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=log, text=True, timeout=PATIENCE_S,
+        start_new_session=True,
+    )  # fmt: skip
+
 
 NOTEBOOK = """
 import os, signal, sys, threading, time
@@ -57,10 +70,7 @@ def test_an_interrupted_cell_leaves_no_process_and_runs_again(
     Whoever interrupts it again does not wait until its Ray is gone, but the next run does.
     """
     script = NOTEBOOK.format(model=str(checkpoint), flags=TINY | SMALL)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(processes), str(times)],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, start_new_session=True,
-    )  # fmt: skip
+    done = carried_out(script, tmp_path, str(processes), str(times))
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()[-2:]
     assert first.startswith("interrupted [")
@@ -91,14 +101,7 @@ print(sorted((name, result.summary["num_samples"]) for name, result in results.i
 
 def test_runs_in_threads_share_one_ray_and_all_finish(tmp_path: Path, checkpoint: Path):
     script = THREADS.format(model=str(checkpoint), flags=TINY | SMALL)
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
+    done = carried_out(script, tmp_path)
     assert done.stdout == "[('a', 8), ('b', 40), ('c', 200)] False\n", done.stderr
 
 
@@ -124,14 +127,7 @@ if __name__ == "__main__":
 
 def test_a_run_in_a_fork_of_a_process_that_has_used_ray_is_refused(tmp_path: Path, checkpoint: Path):
     script = FORKED.format(model=str(checkpoint), flags=TINY | SMALL)
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
+    done = carried_out(script, tmp_path)
     refusal, code = done.stdout.splitlines()
     assert "spawn" in refusal
     assert code == "0"
@@ -173,10 +169,7 @@ def test_one_actor_fits_beside_whatever_else_a_node_does(held: int, tmp_path: Pa
     """Where nothing is free, the run says so, waits, and goes on when something is."""
     script = HELD.format(held=held, said=NO_ROOM, model=str(checkpoint), flags=TINY | SMALL | {"max_actors": 1})
     with (tmp_path / "log").open("w") as log:
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=log, text=True, timeout=PATIENCE_S,
-        )  # fmt: skip
+        done = carried_out(script, tmp_path, log=log)
     said = (tmp_path / "log").read_text()
     assert done.stdout == "40\n", said
     assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)
