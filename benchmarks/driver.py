@@ -54,7 +54,8 @@ class NullActor:
     def start(self) -> WorkerInfo:
         return WorkerInfo(ray.get_runtime_context().get_node_id(), 0, "a CPU", "a key")
 
-    def work(self, task: Task) -> TaskResult:
+    def work(self, packed: list[Any]) -> TaskResult:
+        task = Task(*packed)
         return result_of(task.start, task.stop)
 
 
@@ -118,14 +119,14 @@ def ours(handles: list[Any]) -> float:
 def theirs(handles: list[Any]) -> float:
     queue = deque(Task(0, i * SHARD, (i + 1) * SHARD) for i in range(SHARDS))
     began = time.perf_counter()
-    owners = {handle.work.remote(queue.popleft()): handle for handle in handles for _ in range(IN_FLIGHT)}
+    owners = {handle.work.remote(list(queue.popleft())): handle for handle in handles for _ in range(IN_FLIGHT)}
     results = 0
     while owners:
         (ref,), _ = ray.wait(list(owners), num_returns=1)
         handle = owners.pop(ref)
         results += isinstance(ray.get(ref), TaskResult)
         if queue:
-            owners[handle.work.remote(queue.popleft())] = handle
+            owners[handle.work.remote(list(queue.popleft()))] = handle
     assert results == SHARDS
     return SHARDS / (time.perf_counter() - began)
 

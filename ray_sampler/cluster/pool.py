@@ -244,7 +244,7 @@ class Pool:
     def submit(self, member: Member, task: Task) -> None:
         if not member.tasks:
             member.work_begins()
-        member.tasks[member.handle.work.remote(task)] = task
+        member.tasks[member.handle.work.remote(list(task))] = task
 
     def straggler(self, unfinished: Container[Task]) -> Task | None:
         """A shard of `unfinished` that one actor alone has, and that takes long or waits behind another.

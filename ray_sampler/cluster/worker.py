@@ -186,15 +186,18 @@ class Worker:
         """Network calls so far: a number that rises shows that a slow shard is being computed."""
         return self.engine.evaluations
 
-    def work(self, task: Task) -> TaskResult:
+    def work(self, packed: list[Any]) -> TaskResult:
         """Carry out a task: compute its samples and write their fragment, or make another product of them.
 
-        It is one argument, as Ray sends fewer calls a second with four.
+        Args:
+            packed: the fields of the `Task`, as a list: Ray sends that in half the time of four arguments, and
+                without pickle.
 
         Raises:
             NonFiniteError, OutOfDeviceMemoryError: from the engine.
             RunError: the result cannot be written.
         """
+        task = Task(*packed)
         return self._sample(task) if task.product == IMAGES else self._derive(task)
 
     def _sample(self, task: Task) -> TaskResult:

@@ -83,10 +83,11 @@ def scripted_actor(folder: Path, script: Script, starts: Sequence[str], seconds:
         def evaluations(self) -> int:
             return 0
 
-        def work(self, task: Task) -> Any:
+        def work(self, packed: list[Any]) -> Any:
+            start = packed[1]
             with self.computing:
                 time.sleep(seconds)
-                self.act(f"shard-{task.start}", script.get(task.start, ()))
+                self.act(f"shard-{start}", script.get(start, ()))
             return SimpleNamespace(compute_s=1.0, upload_s=0.0)
 
     return Scripted
