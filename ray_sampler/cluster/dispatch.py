@@ -32,8 +32,7 @@ FAILURES_IN_A_ROW = 12
 bucket that takes nothing any more."""
 
 REFUSED_S = 15.0
-"""Seconds for which an output that refuses what is written is tried again, with no shard finished between: somebody may
-make room."""
+"""Seconds for which writing is retried where the output refuses it and no shard is finished: somebody may make room."""
 
 NOTHING_BUT_NON_FINITE = 25
 """Shards given up, with none ever finished, at which the run stops: the model gives nothing else."""
@@ -145,7 +144,7 @@ class Dispatch:
         self.start_failures = 0
         self.failures_in_a_row = 0
         self.refused_since: float | None = None
-        """Since when the output refuses whatever is written, on the monotonic clock."""
+        """When the output began to refuse writes, on the monotonic clock."""
         self.given_up: dict[Task, str] = {}
         self.told_unplaced = False
         """Whether the user knows that no actor has a place."""
@@ -282,7 +281,7 @@ class Dispatch:
             raise RunError(f"{len(self.given_up)} shards failed and none was finished, so the run stopped: {reason}")
 
     def _refused(self, shard: Task, reason: str) -> None:
-        """What is wrong is the same for every shard, so none is given up for it.
+        """The output refused a fragment, as it would refuse any other: no shard is given up for that.
 
         Raises:
             RunError: it has been so for long.

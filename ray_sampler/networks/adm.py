@@ -21,7 +21,7 @@ SHOWN = ("input_blocks.0.0.weight", "time_embed.0.weight", "out.2.weight")
 """Names by which a checkpoint of this family is known."""
 
 UNKNOWN_DROPOUT = 0.1
-"""Stands for a share that is above 0 and not known. Samples do not depend on it."""
+"""Used where the share is above 0 but unknown; samples do not depend on its value."""
 
 
 def recognises(checkpoint: Checkpoint) -> bool:

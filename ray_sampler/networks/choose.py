@@ -120,7 +120,7 @@ def listed(key: str) -> str:
 
 
 def _mapping(value: Any) -> dict[Any, Any] | None:
-    """What a dictionary, or an object of a class derived from it, holds; numbers that name no tensor as text."""
+    """What a dictionary, or an object of a class derived from it, holds; numeric keys also as text."""
     items = value.items or None if isinstance(value, Inert) else value
     if not isinstance(items, dict):
         return None

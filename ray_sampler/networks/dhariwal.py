@@ -18,7 +18,7 @@ from ray_sampler.networks.edm import PREFIX, groups_of
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
 
 HEAD_CHANNELS = 64
-"""Of an attention head, at least: where the channels are no multiple of it, the heads are as many and wider."""
+"""Channels of an attention head, at least: there are channels // 64 heads, wider ones where that is not exact."""
 
 BLOCK = {
     "norm0": "in_layers.0",
@@ -58,7 +58,7 @@ def dhariwal_to_adm(saved: SavedNetwork) -> tuple[dict[str, Any], dict[str, Tens
         raise Refused(
             f"its DhariwalUNet has {widths[-1]} channels in its middle; only {HEAD_CHANNELS} or more can be sampled"
         )
-    # A resolution between two levels is at none, and a level with less than one head has no attention.
+    # A level with fewer channels than a head has no attention, whatever the list of resolutions says.
     attention = tuple(size >> i for i, w in enumerate(widths) if size >> i in attention and w >= HEAD_CHANNELS)
     flags: dict[str, Any] = {
         "image_size": size,

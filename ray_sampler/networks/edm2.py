@@ -43,7 +43,7 @@ class Edm2Options:
     num_blocks: int = 3
     attn_resolutions: tuple[int, ...] = (16, 8)
     channels_per_head: int = CHANNELS_PER_HEAD
-    """At least: channels that are no multiple of it make as many and wider heads, and fewer channels no attention."""
+    """At least: there are channels // this heads, wider ones where that is not exact; with none, no attention."""
     resample_filter: tuple[float, ...] = BOX
     label_balance: float = 0.5
     concat_balance: float = 0.5

@@ -171,8 +171,8 @@ def read_zip(file: BinaryIO, size: int) -> Any:
     """
     try:
         records = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
-    # zipfile raises NotImplementedError where a damaged directory asks for a zip version that it does not know.
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, zlib.error, OverflowError) as error:
+    # zipfile raises a RuntimeError where a damaged directory asks for a zip version that it does not know.
+    except (zipfile.BadZipFile, ValueError, RuntimeError, struct.error, zlib.error, OverflowError) as error:
         raise Refused("it is truncated or damaged: a zip archive, as torch.save writes, without its end") from error
     folder = next(
         (name.partition("/")[0] for name in records if name.count("/") == 1 and name.endswith("/data.pkl")), None

@@ -31,7 +31,7 @@ NAMES_PER_PAGE = 5000
 
 
 def told(tag: str | None) -> str:
-    """The tag that the store tells with a blob. Raises ForeignAnswer: there is none."""
+    """The ETag of a blob. Raises ForeignAnswer: it is missing."""
     if tag is None:
         raise ForeignAnswer("the answer has no tag")
     return tag

@@ -240,12 +240,12 @@ def parsed(answer: Answer) -> Mapping[str, Any]:
 
 
 def lowered(headers: Mapping[str, str]) -> dict[str, str]:
-    """Headers by their names in lower case: HTTP does not tell the two apart."""
+    """Headers by their names in lower case, as HTTP ignores case there."""
     return {name.lower(): value for name, value in headers.items()}
 
 
 def told(answer: Mapping[str, Any], name: str) -> str:
-    """What Google tells in such an answer. Raises ForeignAnswer: it is not there."""
+    """A field that every such answer of Google has. Raises ForeignAnswer: it is missing."""
     if name not in answer:
         raise ForeignAnswer(f"the answer has no {name}")
     return str(answer[name])

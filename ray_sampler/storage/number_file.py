@@ -37,7 +37,7 @@ def read_given(url: str, flag: str, expected: str) -> bytes:
 
 
 def is_device(path: str) -> bool:
-    """Whether a path leads to something without an end, as /dev/zero, and not to a file, a folder or a pipe."""
+    """Whether a path is a device or a socket: /dev/zero, for one, has no end."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):  # it is no path, or whoever opens it says what is wrong
