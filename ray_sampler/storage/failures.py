@@ -9,8 +9,8 @@ import errno
 import socket
 import ssl
 import sys
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.store import NoRoom, UnreadableFile
@@ -89,6 +89,13 @@ class StoreError(OSError):
 
 class ForeignAnswer(ConnectionError):
     """What answered is no store, but perhaps a proxy or a network that wants a login; the store may answer later."""
+
+
+def told(answer: Mapping[str, Any], name: str) -> str:
+    """A field that every such answer of a store has. Raises ForeignAnswer: it is missing."""
+    if name not in answer:
+        raise ForeignAnswer(f"the answer has no {name}")
+    return str(answer[name])
 
 
 class Cause(NamedTuple):

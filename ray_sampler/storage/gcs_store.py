@@ -25,7 +25,7 @@ from fsspec.asyn import sync
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
-from ray_sampler.storage.failures import ForeignAnswer, StoreError, failure, is_passing, status
+from ray_sampler.storage.failures import ForeignAnswer, StoreError, failure, is_passing, status, told
 
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=20)
 """Seconds; large parts over slow lines take as long as they take, as long as they move."""
@@ -242,13 +242,6 @@ def parsed(answer: Answer) -> Mapping[str, Any]:
 def lowered(headers: Mapping[str, str]) -> dict[str, str]:
     """Headers by their names in lower case, as HTTP ignores case there."""
     return {name.lower(): value for name, value in headers.items()}
-
-
-def told(answer: Mapping[str, Any], name: str) -> str:
-    """A field that every such answer of Google has. Raises ForeignAnswer: it is missing."""
-    if name not in answer:
-        raise ForeignAnswer(f"the answer has no {name}")
-    return str(answer[name])
 
 
 def unix_time(text: str) -> float:

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import fsspec
 from botocore.exceptions import ClientError
-from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
-from ray_sampler.storage.failures import code, failure, families, is_passing, status
+from ray_sampler.storage.failures import ForeignAnswer, code, failure, families, is_passing, status, told
 from ray_sampler.storage.object_store import logger
 from ray_sampler.storage.store import ABANDONED_SECONDS
 
 KEYS_PER_DELETE = 1000
 
 CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
-
-
-def told(answer: Mapping[str, Any], name: str) -> str:
-    """What every store tells in such an answer.
-
-    Raises:
-        ResponseParserError: it is not there: what answered is no store, but perhaps a web page.
-    """
-    if name not in answer:
-        raise ResponseParserError(f"the answer has no {name}")
-    return str(answer[name])
 
 
 class S3Store(BucketStore):
@@ -87,7 +75,7 @@ class S3Store(BucketStore):
         options = ({"Delimiter": "/"} if by_folder else {}) | ({"ContinuationToken": marker} if marker else {})
         page = self._request("list_objects_v2", Prefix=prefix, **options)
         if page.keys() <= {"ResponseMetadata"}:  # taken for an empty folder, it would have everything computed again
-            raise ResponseParserError("the answer has nothing that a listing has")
+            raise ForeignAnswer("the answer has nothing that a listing has")
         return Page(
             [Object(info["Key"], info["LastModified"].timestamp()) for info in page.get("Contents", [])],
             [folder["Prefix"] for folder in page.get("CommonPrefixes", [])],
