@@ -25,7 +25,8 @@ from ray_sampler.networks.opening import built, open_network
 from ray_sampler.options import pick
 from ray_sampler.published import BUNDLED, IMAGENET64
 from ray_sampler.sampling.conditions import LabelRule
-from ray_sampler.sampling.engine import Compile, Engine
+from ray_sampler.sampling.engine import Engine
+from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.plan import MAIN
 from table import Goal, Row, Values, in_turn, parser, report
 from tests.loading import loaded

@@ -24,7 +24,8 @@ from gpu_graph import whole_block
 from ray_sampler.networks.family import Precision
 from ray_sampler.sampling.engine import Engine
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, release
-from ray_sampler.sampling.numerics import Compile, compiles, numerics_key, pin
+from ray_sampler.sampling.numerics import compiles, numerics_key, pin
+from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.plan import MAIN, SamplePlan
 from table import Goal, Row, Values, in_turn, parser, report
 from tests.gpu.networks import options_of, plan_of, random_network

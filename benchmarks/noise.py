@@ -12,7 +12,8 @@ from statistics import median
 import torch
 
 from engine import digits
-from ray_sampler.sampling.noise import Generator, NoiseOptions, make_draws
+from ray_sampler.sampling.noise import make_draws
+from ray_sampler.sampling.options import Generator, NoiseOptions
 from table import Goal, Row, in_turn, parser, report
 
 REPEATS = 9

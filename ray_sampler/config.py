@@ -17,15 +17,17 @@ from ray_sampler.networks.family import Precision
 from ray_sampler.options import Flag, check_choices, flags_of, option, pick
 from ray_sampler.presets import ModelOptions
 from ray_sampler.reporting.progress import ReportingOptions
-from ray_sampler.sampling.conditions import ConditionOptions
-from ray_sampler.sampling.decoding import DecoderOptions
-from ray_sampler.sampling.engine import EngineOptions
-from ray_sampler.sampling.guidance import Guidance
-from ray_sampler.sampling.noise import NoiseOptions
-from ray_sampler.sampling.plan import PlanOptions
-from ray_sampler.sampling.schedules import Schedule
-from ray_sampler.sampling.solver_options import Order, Restarts, Sde
-from ray_sampler.sampling.solvers import Churn, Indices, SolverChoice
+from ray_sampler.sampling.options import (
+    ConditionOptions,
+    DecoderOptions,
+    EngineOptions,
+    GuidanceOptions,
+    NoiseOptions,
+    PlanOptions,
+    check_seeds,
+)
+from ray_sampler.sampling.schedules import ScheduleOptions
+from ray_sampler.sampling.solvers import SolverOptions
 from ray_sampler.sampling.stepping import check_counts
 from ray_sampler.storage.output import OutputOptions
 from ray_sampler.values import check_kinds, taken
@@ -124,10 +126,10 @@ GROUPS = (
     Group("sample set", (NoiseOptions, ConditionOptions)),
     Group(
         "sampling",
-        (TrainingOptions, SolverChoice, Schedule, Churn, Indices, Order, Sde, Restarts, PlanOptions),
+        (TrainingOptions, SolverOptions, ScheduleOptions, PlanOptions),
         brought=True,
     ),
-    Group("guidance and decoding", (Guidance, DecoderOptions), brought=True),
+    Group("guidance and decoding", (GuidanceOptions, DecoderOptions), brought=True),
     Group("precision", (PrecisionOptions, EngineOptions)),
     Group("architecture", (AdmOptions,), brought=True),
     Group("output", (OutputOptions,)),
@@ -201,16 +203,13 @@ class RunConfig(_Request):  # type: ignore[misc, valid-type]  # made of the comp
         flags = {name: f.flag for name, f in FLAGS.items()}
         check_kinds(flags, values)
         check_choices(flags, values)
-        self.of(SolverChoice).validate()
-        plan = self.of(PlanOptions)
-        plan.validate()
-        self.of(NoiseOptions).validate(plan.num_samples)
-        for component in (EngineOptions, FleetOptions, OutputOptions):
-            self.of(component).validate()
+        for component in (SolverOptions, PlanOptions, NoiseOptions, EngineOptions):
+            self.of(component).check()
+        check_seeds(self.of(NoiseOptions), self.num_samples)
+        for other in (FleetOptions, OutputOptions):
+            self.of(other).validate()
         self.of(PrecisionOptions).resolved()
         both = {"sigma_min", "sigma_max"} <= self.given().keys()
         known = {name: value for name, value in self.given().items() if both or name not in ("sigma_min", "sigma_max")}
         check_counts(self.given())
-        pick(Schedule, known).validate()
-        pick(Indices, known).indices  # noqa: B018  # raises where they are no numbers
-        pick(Restarts, known).intervals  # noqa: B018  # the same
+        pick(ScheduleOptions, known).check()

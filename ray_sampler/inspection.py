@@ -18,14 +18,14 @@ from ray_sampler.networks.family import Network
 from ray_sampler.networks.opening import open_network
 from ray_sampler.presets import ModelOptions, settings_for
 from ray_sampler.resolved import family_settings
-from ray_sampler.sampling.decoding import DecoderOptions
-from ray_sampler.sampling.plan import PlanOptions, parameterisation_of
-from ray_sampler.sampling.schedules import Schedule
-from ray_sampler.sampling.solvers import SolverChoice
+from ray_sampler.sampling.options import DecoderOptions, PlanOptions
+from ray_sampler.sampling.plan import parameterisation_of
+from ray_sampler.sampling.schedules import ScheduleOptions
+from ray_sampler.sampling.solvers import SolverOptions
 
 DEFAULTS = {
-    "sampler": SolverChoice,
-    "steps": Schedule,
+    "sampler": SolverOptions,
+    "steps": ScheduleOptions,
     "clip_denoised": PlanOptions,
     "rounding": DecoderOptions,
     "state": PlanOptions,

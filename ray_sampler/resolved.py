@@ -15,12 +15,13 @@ from ray_sampler.networks.family import NetworkSpec, Precision, Script
 from ray_sampler.options import flags_of, pick
 from ray_sampler.presets import BUNDLED, ModelOptions, settings_for
 from ray_sampler.sampling.conditions import LabelRule, listed_labels
-from ray_sampler.sampling.decoding import DECODERS, Decoder, DecoderOptions, Pixels
-from ray_sampler.sampling.guidance import Guidance
-from ray_sampler.sampling.noise import NoiseOptions
+from ray_sampler.sampling.consistency_solvers import IndexOptions, indices_of
+from ray_sampler.sampling.decoding import DECODERS, Decoder, Pixels
+from ray_sampler.sampling.guidance import check_channels
+from ray_sampler.sampling.options import DecoderOptions, GuidanceOptions, NoiseOptions
 from ray_sampler.sampling.plan import STATE_DTYPES, SamplePlan, parameterisation_of
-from ray_sampler.sampling.solver_options import Plain
-from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices
+from ray_sampler.sampling.schedules import name_of
+from ray_sampler.sampling.solvers import SOLVERS, Churn, SolverOptions
 from ray_sampler.sampling.stepping import check_levels, check_options, schedule_of, settle, still_brought
 from ray_sampler.storage.label_file import read_labels
 from ray_sampler.storage.level_file import read_levels
@@ -101,7 +102,7 @@ def resolve(
     chosen_precision = settings["precision"] == "auto"
     if gpus is not None:
         settings |= settled(settings, gpus, earlier or {})
-    guidance = pick(Guidance, settings)
+    guidance = pick(GuidanceOptions, settings)
     check_guide(guidance, spec, guide)
     labels = label_rule(config.labels, spec, read=gpus is not None)
     return Run(
@@ -128,7 +129,7 @@ def settings_of(config: RunConfig, brought: Mapping[str, Any], spec: NetworkSpec
     settings["labels"] = (config.labels or "random") if spec.num_classes else None
     settings["precision"] = config.of(PrecisionOptions).resolved()
     settings["shard_size"] = -(-(config.shard_size or LARGEST_SHARD) // config.batch_size) * config.batch_size
-    settings["ts"] = ",".join(map(str, pick(Indices, settings).indices))
+    settings["ts"] = ",".join(map(str, indices_of(pick(IndexOptions, settings))))
     return settings
 
 
@@ -164,13 +165,13 @@ def label_rule(labels: str | None, spec: NetworkSpec, read: bool = True) -> Labe
     return listed_labels(read_labels(str(labels)), spec.num_classes, repr(shortened(labels)))
 
 
-def check_guide(guidance: Guidance, spec: NetworkSpec, guide: NetworkSpec | None) -> None:
+def check_guide(guidance: GuidanceOptions, spec: NetworkSpec, guide: NetworkSpec | None) -> None:
     """Check that something can guide a network.
 
     Raises:
         RequestError: it has no null label and no guide, or the guide is of another shape or other classes.
     """
-    if not guidance.active:
+    if guidance.guidance == 1:
         return
     if guide is None:
         require(
@@ -213,14 +214,15 @@ def plan_of(
     Raises:
         RequestError: a value is wrong, by itself or beside another.
     """
-    schedule, guidance, sampler = schedule_of(settings), pick(Guidance, settings), settings["sampler"]
+    schedule, guidance, sampler = schedule_of(settings), pick(GuidanceOptions, settings), settings["sampler"]
     solver = SOLVERS[sampler]
-    solver_options = pick(solver.options, settings)
-    schedule.validate()
-    pick(Churn, settings).validate(schedule)  # which must be right even where no solver uses it
-    solver_options.validate(schedule)
+    solver_options: Any = pick(solver.options, settings)
+    schedule.check()
+    pick(SolverOptions, settings).check()
+    solver.check(schedule, solver_options)
     check_levels(settings, schedule, STATE_DTYPES[settings["state"]])
-    guidance.validate(spec.shape[0])
+    guidance.check()
+    check_channels(guidance, spec.shape[0])
     return SamplePlan(
         shape=spec.shape,
         parameterisation=parameterisation_of(spec, schedule.sigma_min),
@@ -242,9 +244,9 @@ def plan_of(
     )
 
 
-def as_script(options: Plain, script: Script) -> Plain:
+def as_script(options: Any, script: Script) -> Any:
     """A solver's options, to be rounded as the script of the network's publication does."""
-    return replace(options, adds=True) if isinstance(options, Churn) and script != "consistency-models" else options
+    return replace(options, as_edm=True) if isinstance(options, Churn) and script != "consistency-models" else options
 
 
 def decoder_of(settings: Mapping[str, Any], spec: NetworkSpec) -> Decoder:
@@ -304,5 +306,5 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     if config.guidance_channels is not None:
         result["guidance_channels"] = config.guidance_channels
     plan = run.plan
-    levels = {"schedule": plan.schedule.used, "nfe": plan.evaluations(), "sigmas": plan.sigmas()}
+    levels = {"schedule": name_of(plan.schedule), "nfe": plan.evaluations(), "sigmas": plan.sigmas()}
     return result | (dict.fromkeys(levels) if result["steps"] is None else levels)

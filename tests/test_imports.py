@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,6 +111,12 @@ def test_what_a_part_must_not_import(part: str, foreign: set[str]) -> None:
             found = {name.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for name in n.names}
             found |= {str(n.module).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
             assert found.isdisjoint(foreign), f"{module}: {found & foreign}"
+
+
+@pytest.mark.parametrize("module", ["options", "schedules", "solvers"])
+def test_what_is_asked_of_a_sample_is_checked_without_torch_and_numpy(module: str) -> None:
+    code = f"import sys, ray_sampler.sampling.{module}; print({{'torch', 'numpy'}} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -20,6 +20,7 @@ from ray_sampler.presets import ModelOptions, settings_for
 from ray_sampler.reporting.report import render_report
 from ray_sampler.resolved import Run, dry_run, resolve
 from ray_sampler.sampling.plan import MAIN, sample_block
+from ray_sampler.sampling.schedules import name_of
 from ray_sampler.sampling.solvers import SOLVERS
 from tests.golden.requests import HERE
 from tests.sampling.mixture import mixture
@@ -156,7 +157,7 @@ def test_given_steps_replace_those_that_a_model_brings() -> None:
     assert run_of(brought, sigmas="8,1").plan.sigmas() == [8.0, 1.0, 0.0]
     assert run_of(brought | {"nfe": None, "steps": 18}, nfe=5).plan.schedule.steps == 5
     other = run_of(brought, sampler="heun")
-    assert (other.plan.schedule.used, other.plan.evaluations(), other.settings["order"]) == ("karras", 9, None)
+    assert (name_of(other.plan.schedule), other.plan.evaluations(), other.settings["order"]) == ("karras", 9, None)
 
 
 # --sigmas.

@@ -25,6 +25,7 @@ from ray_sampler.cluster.job import prepare
 from ray_sampler.networks.family import Network
 from ray_sampler.sampling.engine import Engine
 from ray_sampler.sampling.plan import MAIN
+from ray_sampler.sampling.schedules import name_of
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 50
@@ -88,7 +89,7 @@ def measured(arguments: argparse.Namespace, **flags: Any) -> dict[str, Any] | No
     return {
         "solver": plan.sampler,
         "steps": plan.schedule.steps,
-        "schedule": plan.schedule.used,
+        "schedule": name_of(plan.schedule),
         "nfe": plan.evaluations(),
         "guidance": plan.guidance.guidance,
         "frechet": round(m.frechet, 4),

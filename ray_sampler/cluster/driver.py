@@ -101,7 +101,7 @@ def announce(job: Job, report: Reporter) -> None:
         report.message(f"--nfe: {plan.sampler} takes {plan.schedule.steps} steps, {plan.evaluations()} evaluations")
     for note in job.notes:
         report.message(note)
-    if warning := plan.solver_options.warning(plan.schedule):
+    if warning := plan.solver.warning(plan.schedule, plan.solver_options):
         report.message(warning, "warning")
     if not (job.local or job.gpus or job.run.request.gpus_per_actor == 0):
         report.message(

@@ -17,10 +17,10 @@ from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
 from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision
 from ray_sampler.networks.opening import open_network
+from ray_sampler.options import pick
 from ray_sampler.presets import BUNDLED, ModelOptions, as_begun, check_bundled, older_name, settings_for
 from ray_sampler.resolved import Run, resolve
-from ray_sampler.sampling.guidance import guide_of
-from ray_sampler.sampling.numerics import Compile
+from ray_sampler.sampling.options import Compile, GuidanceOptions, guide_of
 from ray_sampler.sampling.plan import GUIDE, MAIN
 from ray_sampler.storage.record import fingerprint
 from ray_sampler.storage.run_dir import RunDir
@@ -107,7 +107,7 @@ class Job:
                 f"--model {self.run.model}"
             )
         guidance = self.run.plan.guidance
-        if guidance.guide and not guidance.active:
+        if guidance.guide and guidance.guidance == 1:
             notes.append("--guide does nothing at --guidance 1, its default; give a weight, as --guidance 2")
         if self.compile != self.run.request.compile:
             notes.append(
@@ -170,7 +170,7 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     model, brought = as_begun(asked, brought, earlier.get("weights"))
     settings = brought | config.given()
     networks = {MAIN: open_network(model, settings, frozenset(settings))}
-    if (name := guide_of(settings)) is not None:
+    if (name := guide_of(pick(GuidanceOptions, settings))) is not None:
         networks[GUIDE] = open_guide(name, settings, networks[MAIN].spec)
     specs = {role: network.spec for role, network in networks.items()}
     run = resolve(config, model, brought, specs[MAIN], specs.get(GUIDE), gpus, earlier)

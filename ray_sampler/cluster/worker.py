@@ -22,7 +22,8 @@ from ray_sampler.errors import RunError
 from ray_sampler.networks.family import Precision
 from ray_sampler.sampling.engine import Engine, Pictures, why_not_compiled
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, ran_out_of_memory, take_share
-from ray_sampler.sampling.numerics import Compile, numerics_key, pin
+from ray_sampler.sampling.numerics import numerics_key, pin
+from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.plan import SamplePlan
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import FragmentFormat, FragmentName, Record, Samples

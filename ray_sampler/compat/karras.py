@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ray_sampler.compat.generators import Device, NoiseSource, get_generator
 from ray_sampler.compat.preconditioned import KarrasDenoiser
 from ray_sampler.errors import require
+from ray_sampler.sampling.consistency_solvers import IndexOptions, check_range
+from ray_sampler.sampling.multistep_solvers import AddedNoise
 from ray_sampler.sampling.noise import in_order
 from ray_sampler.sampling.parameterisation import Denoiser
-from ray_sampler.sampling.schedules import Schedule
-from ray_sampler.sampling.solver_options import Plain
-from ray_sampler.sampling.solvers import SOLVERS, Churn, Indices, Solver
+from ray_sampler.sampling.schedules import ScheduleOptions
+from ray_sampler.sampling.solvers import SOLVERS, Churn, Solver
 
 EVALUATIONS = {"heun": 2, "dpm": 2, "euler": 1, "ancestral": 1, "progdist": 1}
 """Network evaluations of a step, for the solvers that report their steps; the others report none."""
@@ -65,7 +66,7 @@ def karras_sample(
         RequestError: an argument is wrong.
     """
     rho = diffusion.rho if sampler == "multistep" else rho
-    schedule = Schedule(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    schedule = ScheduleOptions(steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
     solver, options = settled(
         sampler, schedule, Churn(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise), ts
     )
@@ -91,16 +92,18 @@ def karras_sample(
     return x_0
 
 
-def settled(sampler: str, schedule: Schedule, churn: Churn, ts: Iterable[int] | None) -> tuple[Solver, Plain]:
+def settled(sampler: str, schedule: ScheduleOptions, churn: Churn, ts: Iterable[int] | None) -> tuple[Solver, Any]:
     """The solver of that name and its options, once all values have been checked."""
     solvers = [name for name in SOLVERS if name in ORIGINAL]
     require(sampler in solvers, f"sampler is {sampler!r}; it must be one of {', '.join(solvers)}")
     solver = SOLVERS[sampler]
-    options = Indices(",".join(map(str, ts or ()))) if solver.options is Indices else churn
-    schedule.validate()
-    churn.validate(schedule)
-    if isinstance(options, Indices):
-        options.validate_range(schedule)
+    schedule.check()
+    churn.check()
+    AddedNoise.check(churn)
+    if solver.options is not IndexOptions:
+        return solver, churn
+    options = IndexOptions(ts=",".join(map(str, ts or ())))
+    check_range(schedule, options)
     return solver, options
 
 

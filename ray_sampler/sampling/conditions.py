@@ -11,19 +11,7 @@ import torch
 from torch import Tensor
 
 from ray_sampler.errors import require
-from ray_sampler.options import option
 from ray_sampler.sampling.noise import Draws, on_device
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditionOptions:
-    """What the samples of a conditional model show."""
-
-    labels: str | None = option(
-        None,
-        "Labels of a class-conditional model: random (the default), balanced, a list as 0,3,999, or a file (.npz with "
-        "arr_1, .npy, text); a list shorter than N is repeated.",
-    )
 
 
 @dataclass(frozen=True)

@@ -4,30 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ray_sampler.options import option
-
-Rounding = Literal["truncate", "nearest"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderOptions:
-    """How results become what is written."""
-
-    rounding: Rounding = option(
-        "truncate",
-        "Pixel conversion: truncate, as guided-diffusion does, or nearest, as EDM, EDM2 and DiT do; a model may bring "
-        "another default.",
-    )
-    decoder: str | None = option(
-        None,
-        "none writes the solver's result as it is, float32 (H, W, C), as for latents; without it pixels are written.",
-        recorded=False,
-    )
+from ray_sampler.sampling.options import DecoderOptions, Rounding
 
 
 class Decoder(Protocol):

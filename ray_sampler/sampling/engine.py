@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ray_sampler.errors import require
-from ray_sampler.options import option
 from ray_sampler.sampling.clock import Mark, mark, seconds_between
 from ray_sampler.sampling.memory import (
     OutOfDeviceMemoryError,
@@ -21,36 +19,15 @@ from ray_sampler.sampling.memory import (
     ran_out_of_memory,
     release,
 )
-from ray_sampler.sampling.numerics import Compile, compiles
+from ray_sampler.sampling.numerics import compiles
+from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.parameterisation import Network
 from ray_sampler.sampling.plan import SamplePlan, sample_block
 
-__all__ = ["Compile", "Engine", "EngineOptions", "NonFiniteError", "OutOfDeviceMemoryError", "Pictures", "compiled"]
+__all__ = ["Engine", "NonFiniteError", "OutOfDeviceMemoryError", "Pictures", "compiled"]
 
 PROBED_CALLS = 2
 """Calls of the network after which a batch that is tried for its memory is known to fit: no later one takes more."""
-
-
-LARGEST_BATCH = 10**6
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How a device computes."""
-
-    batch_size: int = option(16, "Images that one actor computes at once.")
-    compile: Compile = option(
-        "auto",
-        "torch.compile: off, on (kernels chosen by timing, so bytes may differ from process to process), or auto (on a "
-        "GPU, without timing, where the run is long enough to repay it).",
-    )
-
-    def validate(self) -> None:
-        """Raises RequestError: a value is wrong."""
-        require(self.batch_size >= 1, f"--batch_size is {self.batch_size}; it must be at least 1")
-        require(
-            self.batch_size <= LARGEST_BATCH, f"--batch_size is {self.batch_size}; it must be at most {LARGEST_BATCH}"
-        )
 
 
 class NonFiniteError(RuntimeError):
@@ -218,7 +195,7 @@ class Engine:
         indices = torch.arange(block * size, (block + 1) * size)
         finite = torch.ones(size, dtype=torch.bool, device=self.device)
         # Where only some levels are guided, the doubled batch may come late.
-        enough = self.evaluations + PROBED_CALLS if probe and not plan.guidance.active else None
+        enough = self.evaluations + PROBED_CALLS if probe and plan.guidance.guidance == 1 else None
 
         def watched(network: Network) -> Network:
             def watch(x: Tensor, times: Tensor, y: Tensor | None) -> Tensor:

@@ -8,37 +8,85 @@ and conventions are those of `ray_sampler.sampling.solvers`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
-from math import exp, expm1, factorial, log, sqrt
+from math import exp, expm1, factorial, inf, log, sqrt
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor
+from ray_sampler.errors import require
+from ray_sampler.options import option
 
-from ray_sampler.sampling.noise import Noise
-from ray_sampler.sampling.parameterisation import Denoiser
-from ray_sampler.sampling.solver_options import DeisOrder, IpndmOrder, Plain, Sde, UnipcOrder
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ray_sampler.sampling.noise import Noise
+    from ray_sampler.sampling.parameterisation import Denoiser
+
+UNIPC_ORDERS, IPNDM_ORDERS, DEIS_ORDERS = (2, 3), (1, 4), (1, 3)
+"""The lowest order of each, and the highest, which is the default."""
 
 
-def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class OrderOptions:
+    """The order of a multistep solver."""
+
+    order: int | None = option(
+        None, "Order of the solver: unipc 2 or 3 (default 3), ipndm 1 to 4 (4), deis 1 to 3 (3).", recorded=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedNoise:
+    """How strong the noise is that a solver adds."""
+
+    s_noise: float = option(1.0, "Deviation of the noise that churn, dpmpp_2m_sde, dpmpp_3m_sde and restart add.")
+
+    def check(self) -> None:
+        """Raises RequestError: the value is wrong."""
+        require(0 <= self.s_noise < inf, f"--s_noise is {self.s_noise:g}; it must be a finite number of at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdeOptions(AddedNoise):
+    """Noise of a solver of the reverse SDE."""
+
+    eta: float = option(
+        1.0,
+        "How much noise dpmpp_2m_sde and dpmpp_3m_sde add: 1 is the reverse SDE, 0 the ODE without noise.",
+        recorded=False,
+    )
+
+    def check(self) -> None:
+        """Raises RequestError: the value is wrong."""
+        require(0 <= self.eta < inf, f"--eta is {self.eta:g}; it must be a finite number of at least 0")
+
+
+def sde_identity(options: SdeOptions) -> dict[str, Any]:
+    """What decides a sample: the strength of noise only where some is added."""
+    return {"eta": float(options.eta)} | ({"s_noise": float(options.s_noise)} if options.eta > 0 else {})
+
+
+def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: object) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2).
 
     x' = q x + (1 - q) (D_i + (D_i - D_{i-1}) / (2 r)) with q = e^-h and r = (lambda_i - lambda_{i-1}) / h. The first
     step has order 1; the step to 0 gives D_i.
     """
-    return dpmpp(denoise, x, sigmas, noise, 2, Sde(eta=0.0))
+    return dpmpp(denoise, x, sigmas, noise, 2, SdeOptions(eta=0.0))
 
 
-def dpmpp_3m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
+def dpmpp_3m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: object) -> Tensor:
     """DPM-Solver++(3M), as its authors published it in code (Lu et al. 2022, "DPM-Solver++").
 
     x' = q x + (1 - q) D_i + phi_2 D1 - phi_3 D2, where D1 and D2 are the first two differences of D in lambda / h,
     phi_2 = 1 - (1 - q) / h and phi_3 = phi_2 / h - 1 / 2. The second step is 2M's. Taylor's term would be 2 phi_3 D2;
     with half of it the solver converges with order 2 in the end, from smaller errors than 2M.
     """
-    return dpmpp(denoise, x, sigmas, noise, 3, Sde(eta=0.0))
+    return dpmpp(denoise, x, sigmas, noise, 3, SdeOptions(eta=0.0))
 
 
-def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Sde) -> Tensor:
+def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: SdeOptions) -> Tensor:
     """SDE-DPM-Solver++(2M), the midpoint variant (Lu et al. 2022, "DPM-Solver++", section 5), with eta.
 
     With y = (1 + eta) h: x' = e^-y x + (1 - e^-y) (D_i + (D_i - D_{i-1}) / (2 r))
@@ -47,12 +95,12 @@ def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, opt
     return dpmpp(denoise, x, sigmas, noise, 2, options)
 
 
-def dpmpp_3m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Sde) -> Tensor:
+def dpmpp_3m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: SdeOptions) -> Tensor:
     """SDE-DPM-Solver++(3M): the drift of 3M over y = (1 + eta) h, and the noise of 2M SDE."""
     return dpmpp(denoise, x, sigmas, noise, 3, options)
 
 
-def dpmpp(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, order: int, sde: Sde) -> Tensor:
+def dpmpp(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, order: int, sde: SdeOptions) -> Tensor:
     """The step of all four solvers above, of order 2 or 3 once there are enough results."""
     levels = sigmas.tolist()
     lambdas = logarithms(levels)
@@ -80,7 +128,7 @@ def dpmpp(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, order: int
     return x
 
 
-def unipc(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: UnipcOrder) -> Tensor:
+def unipc(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: OrderOptions) -> Tensor:
     """UniPC of order p with B = e^-h - 1, its variant B_2, on the data prediction (Zhao et al. 2023, "UniPC").
 
     Predictor: x' = q x + (1 - q) D_i - B sum_k rho_k (D_{i-k} - D_i) / r_k, with q = e^-h and nodes
@@ -91,7 +139,7 @@ def unipc(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: U
     of the evaluation stays that of the predicted state. Step i of n has order min(p, i + 1, n - i), and the
     corrector that of its predictor; the last step is not corrected.
     """
-    levels = sigmas.tolist()
+    levels, highest = sigmas.tolist(), options.order or UNIPC_ORDERS[-1]
     lambdas = logarithms(levels)
     steps = len(levels) - 1
     denoised = denoise(x, sigmas[0])
@@ -99,7 +147,7 @@ def unipc(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: U
     for i in range(steps):
         if levels[i + 1] == 0:
             return denoised
-        order = min(options.effective, i + 1, steps - i)
+        order = min(highest, i + 1, steps - i)
         h = lambdas[i + 1] - lambdas[i]
         nodes = [(lambdas[i - k] - lambdas[i]) / h for k in range(1, order)]
         slopes = [(results[k] - denoised) / node for k, node in enumerate(nodes, 1)]
@@ -111,7 +159,7 @@ def unipc(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: U
         weights = unipc_weights(h, [*nodes, 1.0])
         x = first - expm1(-h) * weighted(weights, [*slopes, denoised_next - denoised])
         denoised = denoised_next
-        results = [denoised, *results[: options.effective - 1]]
+        results = [denoised, *results[: highest - 1]]
     return x
 
 
@@ -128,48 +176,56 @@ ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 """Coefficients for even steps, by order, newest first."""
 
 
-def ipndm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: IpndmOrder) -> Tensor:
+def ipndm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: OrderOptions) -> Tensor:
     """iPNDM (Zhang & Chen 2023, "DEIS"): Adams-Bashforth on dx/dsigma = (x - D) / sigma, warmed up by lower orders.
 
     Order 4: x' = x + (sigma' - sigma) (55 d_i - 59 d_{i-1} + 37 d_{i-2} - 9 d_{i-3}) / 24, d = (x - D) / sigma. These
     are the coefficients of even steps although the steps are not even. The step to 0 is like the others.
     """
     slopes: list[Tensor] = []
+    order = options.order or IPNDM_ORDERS[-1]
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        slopes = [(x - denoise(x, sigmas[i])) / sigma, *slopes[: options.effective - 1]]
+        slopes = [(x - denoise(x, sigmas[i])) / sigma, *slopes[: order - 1]]
         x = x + (sigma_next - sigma) * weighted(ADAMS_BASHFORTH[len(slopes) - 1], slopes)
     return x
 
 
-def deis(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: DeisOrder) -> Tensor:
+def deis(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: OrderOptions) -> Tensor:
     """DEIS, its variant rhoAB with ln sigma as rho (Zhang & Chen 2023, "DEIS"): x' = x + sum_j C_ij eps_{i-j}.
 
     eps = (x - D) / sigma, and C_ij is the integral over d sigma, from sigma_i to sigma_{i+1}, of the Lagrange
     polynomial in ln sigma that is 1 at level i - j and 0 at the other levels in use. The step to 0 gives D_i.
     """
-    levels = sigmas.tolist()
+    levels, order = sigmas.tolist(), options.order or DEIS_ORDERS[-1]
     slopes: list[Tensor] = []
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         denoised = denoise(x, sigmas[i])
         if sigma_next == 0:
             return denoised
-        slopes = [(x - denoised) / sigma, *slopes[: options.effective - 1]]
+        slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
         nodes = [log(levels[i - j] / sigma) for j in range(len(slopes))]
         x = x + sigma * weighted(deis_weights(log(sigma_next / sigma), nodes), slopes)
     return x
 
 
-POINTS, WEIGHTS = np.polynomial.legendre.leggauss(32)
-"""Of Gauss-Legendre quadrature on [-1, 1], exact to rounding for what deis integrates."""
+@cache
+def quadrature() -> Any:
+    """Points and weights of Gauss-Legendre quadrature on [-1, 1], exact to rounding for what deis integrates."""
+    import numpy as np
+
+    return np.polynomial.legendre.leggauss(32)
 
 
 def deis_weights(end: float, nodes: Sequence[float]) -> list[float]:
     """Integrals of e^v L_j(v) from 0 to `end`, L_j the Lagrange polynomials of the nodes."""
-    v = end / 2 * (POINTS + 1)
+    import numpy as np
+
+    points, quadrature_weights = quadrature()
+    v = end / 2 * (points + 1)
     weights = []
     for node in nodes:
         basis = np.prod([(v - other) / (node - other) for other in nodes if other != node], axis=0)
-        weights.append(float(end / 2 * (WEIGHTS * np.exp(v) * basis).sum()))
+        weights.append(float(end / 2 * (quadrature_weights * np.exp(v) * basis).sum()))
     return weights
 
 
@@ -192,6 +248,8 @@ def logarithms(levels: Sequence[float]) -> list[float]:
 
 
 def solved(matrix: list[list[float]], right: list[float]) -> list[float]:
+    import numpy as np
+
     result: list[float] = np.linalg.solve(np.array(matrix), np.array(right)).tolist()
     return result
 

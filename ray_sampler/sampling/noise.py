@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ray_sampler.errors import require
-from ray_sampler.options import option
-
-Generator = Literal["philox", "edm", "determ", "determ-indiv", "dummy"]
+from ray_sampler.sampling.options import NoiseOptions
 
 GENERATORS_OF_N = ("determ", "determ-indiv", "dummy")
 """Generators whose noise depends on num_samples."""
@@ -36,30 +32,10 @@ class Draws(NamedTuple):
     """Uniform class labels, (B,) int64 in [0, num_classes)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoiseOptions:
-    """Where random numbers come from."""
-
-    seed: int = option(42, "Decides the noise and the random labels, together with each sample's index.")
-    generator: Generator = option(
-        "philox",
-        "Where noise comes from: philox (counter-based), edm (the seeds of EDM's and EDM2's scripts), or the "
-        "consistency-models script's determ, determ-indiv and dummy.",
-    )
-
-    def validate(self, num_samples: int) -> None:
-        """Raises RequestError: a value is wrong, by itself or beside another."""
-        require(0 <= self.seed < 2**64, f"--seed is {self.seed}; it must be in [0, 2^64)")
-        require(
-            self.generator != "determ-indiv" or num_samples * (self.seed + 1) <= 2**64,
-            f"--seed is {self.seed}; --generator determ-indiv seeds sample i with i + num_samples * seed, so with "
-            f"--num_samples {num_samples} it must be below {2**64 // num_samples}",
-        )
-
-    def identity(self, num_samples: int) -> dict[str, Any]:
-        """What decides a sample, by effective value."""
-        result: dict[str, Any] = {"generator": self.generator, "seed": self.seed}
-        return result | ({"num_samples": num_samples} if self.generator in GENERATORS_OF_N else {})
+def noise_identity(options: NoiseOptions, num_samples: int) -> dict[str, Any]:
+    """What decides a sample, by effective value."""
+    result: dict[str, Any] = {"generator": options.generator, "seed": options.seed}
+    return result | ({"num_samples": num_samples} if options.generator in GENERATORS_OF_N else {})
 
 
 LABEL_DRAW = 0xFFFFFFFF

@@ -8,11 +8,11 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-Compile = Literal["auto", "on", "off"]
+from ray_sampler.sampling.options import Compile
 
 CUBLAS_WORKSPACE = ":4096:8"
 """Buffers that cuBLAS works in; a fixed set of them makes it give equal bits (cuBLAS manual, "Reproducibility")."""

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ray_sampler.errors import RequestError, require
+from ray_sampler.errors import RequestError
 from ray_sampler.networks.family import NetworkSpec, Script
-from ray_sampler.options import option
 from ray_sampler.sampling.conditions import LabelRule
 from ray_sampler.sampling.decoding import Decoder
-from ray_sampler.sampling.guidance import Guidance, guided
-from ray_sampler.sampling.noise import NoiseOptions, make_draws
+from ray_sampler.sampling.guidance import guidance_identity, guided
+from ray_sampler.sampling.noise import make_draws, noise_identity
+from ray_sampler.sampling.options import GuidanceOptions, NoiseOptions, StateType
 from ray_sampler.sampling.parameterisation import (
     Denoiser,
     Network,
@@ -24,33 +24,13 @@ from ray_sampler.sampling.parameterisation import (
     clipped,
     parameterise,
 )
-from ray_sampler.sampling.schedules import Schedule
-from ray_sampler.sampling.solver_options import Plain
+from ray_sampler.sampling.schedules import ScheduleOptions, schedule_identity
 from ray_sampler.sampling.solvers import Solver
 
-StateType = Literal["fp32", "fp64"]
 STATE_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 MAIN, GUIDE = "main", "guide"
 """Roles of networks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """How many samples, and how the solver works on them."""
-
-    num_samples: int = option(10000, "How many samples the archive holds.")
-    clip_denoised: bool = option(
-        True, "Whether every denoiser output is clamped to [-1, 1]; a model may bring another default."
-    )
-    state: StateType = option(
-        "fp32", "Precision of the solver's state; a model may bring another default.", recorded=False
-    )
-
-    def validate(self) -> None:
-        """Raises RequestError: a value is wrong."""
-        require(self.num_samples >= 1, f"--num_samples is {self.num_samples}; it must be at least 1")
-        require(self.num_samples <= 10**12, f"--num_samples is {self.num_samples}; it must be at most 10^12")
 
 
 @dataclass(frozen=True)
@@ -63,8 +43,9 @@ class SamplePlan:
     sampler: str
     """The solver's name."""
     solver: Solver
-    solver_options: Plain
-    schedule: Schedule
+    solver_options: Any
+    """As its `options` declare them."""
+    schedule: ScheduleOptions
     decoder: Decoder
     noise: NoiseOptions
     num_samples: int
@@ -72,7 +53,7 @@ class SamplePlan:
     """None for an unconditional network."""
     clip_denoised: bool = True
     state: StateType = "fp32"
-    guidance: Guidance = field(default_factory=Guidance)
+    guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
     guide: Parameterisation | None = None
     """Of the guide network; None where the network's null label guides, or nothing."""
     guide_labelled: bool = False
@@ -90,9 +71,11 @@ class SamplePlan:
     def identity(self, guide: str = "null") -> dict[str, Any]:
         """What decides a sample, flat, by effective value; `guide` is "null" or the guide network's hash."""
         result = {"sampler": self.sampler, "clip_denoised": self.clip_denoised}
-        result |= self.schedule.identity(self.solver.uses) | self.solver_options.identity()
-        result |= self.noise.identity(self.num_samples) | self.decoder.identity() | self.parameterisation.identity()
-        result |= self.guidance.identity(guide)
+        result |= schedule_identity(self.schedule, self.solver.uses) | self.solver.identity(self.solver_options)
+        result |= (
+            noise_identity(self.noise, self.num_samples) | self.decoder.identity() | self.parameterisation.identity()
+        )
+        result |= guidance_identity(self.guidance, guide)
         result |= {f"labels_{key}": value for key, value in (self.labels.identity() if self.labels else {}).items()}
         return result | ({"state": self.state} if self.state != "fp32" else {})
 
@@ -155,7 +138,7 @@ def sample_block(
 def make_denoiser(networks: Mapping[str, Network], plan: SamplePlan, labels: Tensor | None) -> Denoiser:
     """D of a batch with the labels (B,), guided and clamped as the plan says."""
     denoise = plan.parameterisation.denoiser(networks[MAIN], labels)
-    if plan.guidance.active:
+    if plan.guidance.guidance != 1:
         if plan.guide is not None:
             reference = plan.guide.denoiser(networks[GUIDE], labels if plan.guide_labelled else None)
             pair = of_two(denoise, reference)

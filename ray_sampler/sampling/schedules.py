@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ray_sampler.errors import require
 from ray_sampler.options import option
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MOST_STEPS = 10**6
 
@@ -24,7 +25,7 @@ LARGEST_LOG = 700.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class ScheduleOptions:
     """How many noise levels there are, and where."""
 
     steps: int = option(40, "Points of the noise schedule.")
@@ -53,32 +54,14 @@ class Schedule:
         recorded=False,
     )
 
-    @property
-    def name(self) -> str:
-        return self.schedule or "karras"
-
-    @property
-    def used(self) -> str:
-        """What gives the levels, in a word."""
-        return "explicit" if self.sigmas is not None else self.name
-
-    @property
-    def given(self) -> tuple[float, ...]:
-        """The levels that --sigmas gives, once it was read; none where a schedule gives them."""
-        return tuple(float(part) for part in self.sigmas.split(",")) if self.sigmas else ()
-
-    def levels(self, dtype: torch.dtype = torch.float64, n: int | None = None) -> Tensor:
-        """n levels (--steps unless given) that fall from sigma_max to sigma_min, then 0: (n + 1,) on the host."""
-        if self.sigmas is not None:
-            return torch.tensor(self.given, dtype=dtype)
-        return SCHEDULES[self.name](self, self.steps if n is None else n, dtype)
-
-    def validate(self) -> None:
+    def check(self) -> None:
         """Raises RequestError: a value is wrong, by itself or beside another."""
-        require(self.name in SCHEDULES, f"--schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
-        require(self.steps >= 1, f"--steps is {self.steps}; it must be at least 1")
-        require(self.nfe is None or self.nfe >= 1, f"--nfe is {self.nfe}; it must be at least 1")
-        for name, count in (("steps", self.steps), ("nfe", self.nfe or 1)):
+        require(
+            (self.schedule or "karras") in SCHEDULES,
+            f"--schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}",
+        )
+        for name, count in (("steps", self.steps), ("nfe", 1 if self.nfe is None else self.nfe)):
+            require(count >= 1, f"--{name} is {count}; it must be at least 1")
             require(count <= MOST_STEPS, f"--{name} is {count}; it must be at most {MOST_STEPS}")
         require(
             self.sigmas is not None or 0 < self.sigma_min < self.sigma_max < math.inf,
@@ -92,62 +75,87 @@ class Schedule:
             f"--rho is {self.rho:g}; with it sigma_max^(1/rho) overflows a float; it must be larger, as in 7",
         )
 
-    def identity(self, used: tuple[str, ...]) -> dict[str, Any]:
-        """What decides a sample where a solver takes the values `used`."""
-        if self.sigmas is not None:
-            return {"sigmas": self.sigmas}
-        result: dict[str, Any] = {"sigma_max": float(self.sigma_max)}
-        if "sigma_min" in used:
-            result["sigma_min"] = float(self.sigma_min)
-        if "steps" in used:
-            result["steps"] = self.steps
-            if self.name == "karras" and self.rho != RHO:
-                result["rho"] = float(self.rho)
-            if self.name != "karras" or "schedule" in used:
-                result["schedule"] = self.name
-            if self.name == "shifted":
-                result["shift"] = float(self.shift)
-        return result
+
+def name_of(schedule: ScheduleOptions) -> str:
+    """What gives the levels, in a word."""
+    return "explicit" if schedule.sigmas is not None else schedule.schedule or "karras"
+
+
+def levels_of(schedule: ScheduleOptions, dtype: torch.dtype | None = None, n: int | None = None) -> Tensor:
+    """n levels (--steps unless given) that fall from sigma_max to sigma_min, then 0: (n + 1,) on the host.
+
+    Where --sigmas gives the levels, those. float64 unless `dtype` says otherwise.
+    """
+    import torch
+
+    dtype = dtype or torch.float64
+    if schedule.sigmas is not None:
+        return torch.tensor([float(part) for part in schedule.sigmas.split(",")], dtype=dtype)
+    return SCHEDULES[name_of(schedule)](schedule, schedule.steps if n is None else n, dtype)
+
+
+def schedule_identity(schedule: ScheduleOptions, used: tuple[str, ...]) -> dict[str, Any]:
+    """What decides a sample where a solver takes the values `used`."""
+    if schedule.sigmas is not None:
+        return {"sigmas": schedule.sigmas}
+    result: dict[str, Any] = {"sigma_max": float(schedule.sigma_max)}
+    name = name_of(schedule)
+    if "sigma_min" in used:
+        result["sigma_min"] = float(schedule.sigma_min)
+    if "steps" in used:
+        result["steps"] = schedule.steps
+        if name == "karras" and schedule.rho != RHO:
+            result["rho"] = float(schedule.rho)
+        if name != "karras" or "schedule" in used:
+            result["schedule"] = name
+        if name == "shifted":
+            result["shift"] = float(schedule.shift)
+    return result
 
 
 def karras_sigmas(
-    n: int, sigma_min: float, sigma_max: float, rho: float = RHO, dtype: torch.dtype = torch.float32
+    n: int, sigma_min: float, sigma_max: float, rho: float = RHO, dtype: torch.dtype | None = None
 ) -> Tensor:
     """n noise levels from sigma_max down to sigma_min, then 0: (n + 1,) on the CPU (Karras et al. 2022, eq. 5).
 
-    n = 1 gives [sigma_max, 0].
+    n = 1 gives [sigma_max, 0]. float32 unless `dtype` says otherwise.
     """
-    ramp = torch.linspace(0, 1, n, dtype=dtype)
+    import torch
+
+    ramp = torch.linspace(0, 1, n, dtype=dtype or torch.float32)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=dtype)])
+    return torch.cat([(high + ramp * (low - high)) ** rho, ramp.new_zeros(1)])
 
 
-def multistep_sigmas(ts: tuple[int, ...], steps: int, sigma_min: float, sigma_max: float, rho: float = RHO) -> Tensor:
-    """The levels at indices `ts` of a schedule of `steps` points: (len(ts),) float64 on the CPU.
+def multistep_sigmas(
+    ts: tuple[int, ...], steps: int, sigma_min: float, sigma_max: float, rho: float = RHO
+) -> list[float]:
+    """The levels at indices `ts` of a schedule of `steps` points.
 
     The last point is sigma_min itself, free of rounding, so that the solver sees that no noise is due there.
     """
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     last = steps - 1
-    levels = [sigma_min if t == last else (high + t / last * (low - high)) ** rho for t in ts]
-    return torch.tensor(levels, dtype=torch.float64)
+    return [sigma_min if t == last else (high + t / last * (low - high)) ** rho for t in ts]
 
 
 Scalar = Callable[[float], float]
 
 
-def even_sigmas(schedule: Schedule, n: int, dtype: torch.dtype, of: Scalar, back: Scalar) -> Tensor:
+def even_sigmas(schedule: ScheduleOptions, n: int, dtype: torch.dtype, of: Scalar, back: Scalar) -> Tensor:
     """n levels from sigma_max to sigma_min that are even in of(sigma), then 0: (n + 1,) on the CPU.
 
     `back` is the inverse of `of`. The ends are sigma_max and sigma_min exactly; n = 1 gives [sigma_max, 0].
     """
+    import torch
+
     first, last = of(schedule.sigma_max), of(schedule.sigma_min)
     between = [back(first + i / (n - 1) * (last - first)) for i in range(1, n - 1)]
     ends = [schedule.sigma_min] if n > 1 else []
     return torch.tensor([schedule.sigma_max, *between, *ends, 0.0], dtype=dtype)
 
 
-def shifted_sigmas(schedule: Schedule, n: int, dtype: torch.dtype) -> Tensor:
+def shifted_sigmas(schedule: ScheduleOptions, n: int, dtype: torch.dtype) -> Tensor:
     """Levels t' = s t / (1 + (s - 1) t) of a flow, for even t (Esser et al. 2024, eq. 23), with sigma = t' / (1 - t').
 
     As sigma = t / (1 - t), a shift by s multiplies sigma by s. The range of t is the one whose ends are sigma_max and
@@ -157,7 +165,7 @@ def shifted_sigmas(schedule: Schedule, n: int, dtype: torch.dtype) -> Tensor:
     return even_sigmas(schedule, n, dtype, lambda sigma: sigma / (s + sigma), lambda t: s * t / (1 - t))
 
 
-SCHEDULES: dict[str, Callable[[Schedule, int, torch.dtype], Tensor]] = {
+SCHEDULES: dict[str, Callable[[ScheduleOptions, int, torch.dtype], Tensor]] = {
     "karras": lambda schedule, n, dtype: karras_sigmas(n, schedule.sigma_min, schedule.sigma_max, schedule.rho, dtype),
     "logsnr": lambda schedule, n, dtype: even_sigmas(schedule, n, dtype, math.log, math.exp),
     "linear": lambda schedule, n, dtype: even_sigmas(schedule, n, dtype, float, float),

@@ -2,117 +2,175 @@
 
 `denoise(x, sigma, step)` is D of a batch x, (B, C, H, W); `sigmas` are levels on the host, in the dtype of x, so that
 no step waits for the device; `step` is the level at which the step began. `noise(1 + i)` is the noise of step i, which
-a solver asks for only where it uses it. Solvers of one step and the registry SOLVERS stand here, multistep solvers in
-`multistep_solvers`, and what solvers take as options in `solver_options`. Symbols are those of Karras et al. 2022
-("Elucidating the design space of diffusion-based generative models").
+a solver asks for only where it uses it. Solvers of one step and the registry SOLVERS stand here, others in
+`multistep_solvers` and `consistency_solvers`, each with its options; none of them imports torch before it computes.
+Symbols are those of Karras et al. 2022 ("Elucidating the design space of diffusion-based generative models").
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import inf
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_sampler.errors import RequestError, require
 from ray_sampler.options import option
-from ray_sampler.sampling.multistep_solvers import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, ipndm, unipc
-from ray_sampler.sampling.noise import Noise
-from ray_sampler.sampling.parameterisation import Denoiser
-from ray_sampler.sampling.schedules import Schedule, karras_sigmas, multistep_sigmas
-from ray_sampler.sampling.solver_options import DeisOrder, IpndmOrder, Plain, Restarts, Sde, UnipcOrder, snapped
+from ray_sampler.sampling.consistency_solvers import (
+    IndexOptions,
+    check_rise,
+    indices_of,
+    left_noise,
+    multistep,
+    multistep_levels,
+    onestep,
+)
+from ray_sampler.sampling.multistep_solvers import (
+    DEIS_ORDERS,
+    IPNDM_ORDERS,
+    UNIPC_ORDERS,
+    AddedNoise,
+    OrderOptions,
+    SdeOptions,
+    deis,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_3m,
+    dpmpp_3m_sde,
+    ipndm,
+    sde_identity,
+    unipc,
+)
+from ray_sampler.sampling.schedules import MOST_STEPS, ScheduleOptions, karras_sigmas, levels_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ray_sampler.sampling.noise import Noise
+    from ray_sampler.sampling.parameterisation import Denoiser
 
 
-@dataclass(frozen=True)
-class Churn(Plain):
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """A solver without options of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChurnOptions(AddedNoise):
     """Added noise of the stochastic sampler (Karras et al. 2022, algorithm 2)."""
 
     s_churn: float = option(0.0, "Stochasticity of heun and dpm.")
     s_tmin: float = option(0.0, "Smallest noise level with churn.")
     s_tmax: float = option(inf, "Largest noise level with churn.")
-    s_noise: float = option(1.0, "Deviation of the noise that churn, dpmpp_2m_sde, dpmpp_3m_sde and restart add.")
 
-    adds: bool = False
-    """Whether the raised level is sigma + gamma sigma, as EDM's scripts round it, and not sigma (gamma + 1)."""
-
-    def validate(self, schedule: Schedule) -> None:
-        for name in ("s_churn", "s_tmin", "s_noise"):
-            value = getattr(self, name)
+    def check(self) -> None:
+        """Raises RequestError: a value is wrong, by itself or beside another."""
+        for name, value in (("s_churn", self.s_churn), ("s_tmin", self.s_tmin)):
             require(0 <= value < inf, f"--{name} is {value:g}; it must be a finite number of at least 0")
         require(self.s_tmax >= self.s_tmin, f"--s_tmax is {self.s_tmax:g}; it must be at least s_tmin, {self.s_tmin:g}")
 
-    def identity(self) -> dict[str, Any]:
-        result: dict[str, Any] = {"s_churn": float(self.s_churn)}
-        if self.s_churn > 0:
-            result |= {
-                "s_tmin": float(self.s_tmin),
-                "s_tmax": str(float(self.s_tmax)),
-                "s_noise": float(self.s_noise),
-            }
-        return result
 
-    def gamma(self, sigma: Tensor, steps: int) -> float:
-        """How much the level sigma rises, as a factor above 1."""
-        return min(self.s_churn / steps, 2**0.5 - 1) if self.s_tmin <= sigma <= self.s_tmax else 0.0
+@dataclass(frozen=True, kw_only=True)
+class Churn(ChurnOptions):
+    """The same with the arithmetic of one script or another."""
+
+    as_edm: bool = False
+    """Whether the raised level is sigma + gamma sigma, as EDM's scripts round it, and not sigma (gamma + 1)."""
 
 
-@dataclass(frozen=True)
-class Indices(Plain):
-    """Where a consistency model is evaluated."""
+def churn_identity(churn: ChurnOptions) -> dict[str, Any]:
+    """What decides a sample: the rest only where there is churn."""
+    if not churn.s_churn > 0:
+        return {"s_churn": float(churn.s_churn)}
+    numbers = {name: float(getattr(churn, name)) for name in ("s_churn", "s_tmin", "s_noise")}
+    return numbers | {"s_tmax": str(float(churn.s_tmax))}
 
-    ts: str = option("", "Indices into the schedule for --sampler multistep, as 0,22,39.")
 
-    @property
-    def indices(self) -> tuple[int, ...]:
-        try:
-            return tuple(int(part) for part in self.ts.split(",")) if self.ts else ()
-        except ValueError:
-            raise RequestError(f"--ts is {self.ts!r}; it must be whole numbers with commas, as in 0,22,39") from None
+class Restart(NamedTuple):
+    """One interval that is sampled again (Xu et al. 2023): [sigma_min, sigma_max], with N - 1 steps, K times."""
 
-    def validate(self, schedule: Schedule) -> None:
-        self.validate_range(schedule)
-        for before, after in pairwise(self.indices):
-            require(
-                before < after,
-                f"--ts is {self.ts!r}, where {after} follows {before}; its indices must rise, as in 0,22,39",
-            )
+    points: int
+    """N: levels of the interval, both ends included."""
+    times: int
+    """K."""
+    sigma_min: float
+    sigma_max: float
 
-    def validate_range(self, schedule: Schedule) -> None:
-        """Check only what the original code needs, which takes indices in any order.
 
-        Raises:
-            RequestError: there are too few, or one is not in the schedule.
-        """
-        require(schedule.steps >= 2, f"--steps is {schedule.steps}; --sampler multistep needs at least 2")
-        require(len(self.indices) >= 2, f"--ts is {self.ts!r}; --sampler multistep needs two or more, as in 0,22,39")
-        for t in self.indices:
-            require(
-                0 <= t < schedule.steps,
-                f"--ts has {t}; with --steps {schedule.steps} its indices must be from 0 to {schedule.steps - 1}",
-            )
+@dataclass(frozen=True, kw_only=True)
+class RestartOptions(AddedNoise):
+    """Intervals that --sampler restart samples again."""
 
-    def warning(self, schedule: Schedule) -> str | None:
-        end, last = self.indices[-1], schedule.steps - 1
-        if end == last:
-            return None
-        level = multistep_sigmas((end,), schedule.steps, schedule.sigma_min, schedule.sigma_max, schedule.rho).item()
-        return (
-            f"--ts ends at {end}, before the last index of --steps {schedule.steps}, which is {last}: noise of level "
-            f"{level:.3g} stays on the pictures, as with the original script"
+    restarts: str = option(
+        "",
+        "Intervals that --sampler restart samples again: N,K,tmin,tmax;... is K times from tmax to tmin on N levels.",
+        recorded=False,
+    )
+
+    def check(self) -> None:
+        """Raises RequestError: the text is no list of intervals."""
+        intervals_of(self)
+
+
+def intervals_of(options: RestartOptions) -> tuple[Restart, ...]:
+    """The intervals that --restarts gives. Raises RequestError: the text is no list of intervals."""
+    try:
+        parts = [part.split(",") for part in options.restarts.split(";") if part.strip()]
+        return tuple(Restart(int(n), int(k), float(low), float(high)) for n, k, low, high in parts)
+    except ValueError:
+        raise RequestError(
+            f"--restarts is {options.restarts!r}; it must be N,K,tmin,tmax for each interval, with semicolons between "
+            "them, as in 3,2,0.06,0.30"
+        ) from None
+
+
+def check_intervals(schedule: ScheduleOptions, options: RestartOptions) -> None:
+    """Raises RequestError: there is no interval, or one is wrong, or ends nowhere on the schedule."""
+    intervals = intervals_of(options)
+    require(bool(intervals), "--restarts is missing; --sampler restart needs intervals, as in 3,2,0.06,0.30")
+    levels = levels_of(schedule).tolist()
+    for each in intervals:
+        shown = f"{each.points},{each.times},{each.sigma_min:g},{each.sigma_max:g}"
+        require(
+            each.points >= 2 and each.times >= 1 and 0 < each.sigma_min < each.sigma_max < inf,
+            f"--restarts has {shown}; it must be N,K,tmin,tmax with N at least 2, K at least 1 and 0 < tmin < tmax",
+        )
+        require(
+            each.points * each.times <= MOST_STEPS,
+            f"--restarts has {shown}; it must be at most {MOST_STEPS} steps, K times N",
+        )
+        at = snapped(each, levels)
+        require(
+            at > 0 and levels[at] < each.sigma_max,
+            f"--restarts has {shown}, and the level nearest to tmin is {levels[at]:g}; it must be below tmax, and "
+            "not the first",
         )
 
-    def identity(self) -> dict[str, Any]:
-        return {"ts": ",".join(map(str, self.indices))}
+
+def restart_identity(options: RestartOptions) -> dict[str, Any]:
+    """What decides a sample, by effective value."""
+    text = ";".join(f"{r.points},{r.times},{r.sigma_min!r},{r.sigma_max!r}" for r in intervals_of(options))
+    return {"restarts": text, "s_noise": float(options.s_noise)}
+
+
+def restart_evaluations(steps: int, options: RestartOptions) -> int:
+    """Of the denoiser for one sample: of heun, and in the intervals."""
+    return 2 * steps - 1 + sum(each.times * 2 * (each.points - 1) for each in intervals_of(options))
+
+
+def snapped(restart: Restart, levels: list[float]) -> int:
+    """Where among falling levels an interval ends: at the positive one that is nearest to its sigma_min."""
+    positive = [i for i, level in enumerate(levels) if level > 0]
+    return min(positive, key=lambda i: abs(levels[i] - restart.sigma_min))
 
 
 def add_churn(x: Tensor, sigmas: Tensor, i: int, noise: Noise, churn: Churn) -> tuple[Tensor, Tensor]:
     """x and its level, raised from sigma_i to sigma_i (1 + gamma) (Karras et al. 2022, algorithm 2, lines 5 and 6)."""
-    sigma, gamma = sigmas[i], churn.gamma(sigmas[i], len(sigmas) - 1)
-    sigma_hat = sigma + gamma * sigma if churn.adds else sigma * (gamma + 1)
+    sigma, steps = sigmas[i], len(sigmas) - 1
+    gamma = min(churn.s_churn / steps, 2**0.5 - 1) if churn.s_tmin <= sigma <= churn.s_tmax else 0.0
+    sigma_hat = sigma + gamma * sigma if churn.as_edm else sigma * (gamma + 1)
     if gamma > 0:
         x = x + noise(1 + i) * churn.s_noise * (sigma_hat**2 - sigma**2) ** 0.5
     return x, sigma_hat
@@ -136,17 +194,17 @@ def heun_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, s
     return x_next
 
 
-def restart(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Restarts) -> Tensor:
+def restart(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: RestartOptions) -> Tensor:
     """Heun's method that goes back up and down again within intervals (Xu et al. 2023, "Restart", algorithm 1).
 
     On reaching the level nearest to an interval's tmin, K times: noise is added up to tmax, then Heun's method goes
     down again on N Karras levels. Draws are numbered in the order in which they are used.
     """
     draw = 0
-    levels = sigmas.tolist()
+    levels, intervals = sigmas.tolist(), intervals_of(options)
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x = heun_step(denoise, x, sigma, sigma_next, sigma)
-        for interval in options.intervals:
+        for interval in intervals:
             if snapped(interval, levels) != i + 1:
                 continue
             low, high = levels[i + 1], interval.sigma_max
@@ -160,7 +218,7 @@ def restart(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options:
     return x
 
 
-def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
+def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: object) -> Tensor:
     """Euler's method on dx/dsigma = (x - D(x, sigma)) / sigma (Karras et al. 2022, eq. 3)."""
     for sigma, sigma_next in pairwise(sigmas):
         d = (x - denoise(x, sigma)) / sigma
@@ -180,7 +238,7 @@ def dpm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn: Churn
     return x
 
 
-def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
+def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: object) -> Tensor:
     """Euler steps down past the next level, then fresh noise up to it (Song et al. 2021, as ancestral sampling)."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         sigma_up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
@@ -192,44 +250,9 @@ def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, option
     return x
 
 
-def onestep(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
-    """One evaluation at the largest level (Song et al. 2023, "Consistency models")."""
-    return denoise(x, sigmas[0])
-
-
-def progdist(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
+def progdist(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: object) -> Tensor:
     """Euler's method without the step to 0 (the sampler of progressively distilled models)."""
     return euler(denoise, x, sigmas[:-1], noise, options)
-
-
-def multistep(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
-    """Denoise, add noise up to the next level, repeat, without the last evaluation (Song et al. 2023, algorithm 1).
-
-    `sigmas` holds the levels of the evaluations, the level of the result, and then the schedule's smallest and largest.
-    """
-    *levels, sigma_min, sigma_max = sigmas
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        x_0 = denoise(x, sigma.float())
-        level = (sigma_next.clip(sigma_min, sigma_max) ** 2 - sigma_min**2).sqrt()
-        x = x_0 + noise(1 + i) * level if level > 0 else x_0
-    return x
-
-
-def schedule_levels(schedule: Schedule, options: Any, dtype: torch.dtype) -> Tensor:
-    """As many levels as there are steps, then 0."""
-    return schedule.levels(dtype)
-
-
-def progdist_levels(schedule: Schedule, options: Any, dtype: torch.dtype) -> Tensor:
-    """One level more, as the step to 0 is not taken."""
-    return schedule.levels(dtype, schedule.steps + 1)
-
-
-def multistep_levels(schedule: Schedule, options: Indices, dtype: torch.dtype) -> Tensor:
-    """The levels at the indices, then sigma_min and sigma_max: float64."""
-    low, high = schedule.sigma_min, schedule.sigma_max
-    levels = multistep_sigmas(options.indices, schedule.steps, low, high, schedule.rho)
-    return torch.cat([levels, torch.tensor([low, high], dtype=torch.float64)])
 
 
 class Solver(NamedTuple):
@@ -239,8 +262,17 @@ class Solver(NamedTuple):
     """(denoise, x, sigmas, noise, options) -> x."""
     evaluations: Callable[[int, Any], int]
     """(steps, options) -> calls of the denoiser for one sample."""
-    options: type[Plain] = Plain
-    levels: Callable[[Schedule, Any, torch.dtype], Tensor] = schedule_levels
+    options: type = NoOptions
+    """The dataclass of the options that it takes."""
+    identity: Callable[[Any], dict[str, Any]] = asdict
+    """options -> what of them decides a sample, by effective value."""
+    check: Callable[[ScheduleOptions, Any], None] = lambda schedule, options: None
+    """Raises RequestError: options are wrong for this solver, or beside the schedule."""
+    warning: Callable[[ScheduleOptions, Any], str | None] = lambda schedule, options: None
+    """What is right, and perhaps not what was meant."""
+    levels: Callable[[ScheduleOptions, Any, torch.dtype], Tensor] = lambda schedule, options, dtype: levels_of(
+        schedule, dtype
+    )
     """(schedule, options, dtype of the state) -> sigmas, on the host."""
     draws: Callable[[int, Any], int] = lambda steps, options: 0
     """(steps, options) -> draws that the original makes after x_T, used or not: where its generators stand then."""
@@ -254,6 +286,9 @@ class Solver(NamedTuple):
     """Whether its levels are its own, so that no other schedule and no --sigmas can replace them."""
 
 
+NEW = ("steps", "sigma_min", "schedule")
+
+
 def log_snr_at_few(steps: int) -> str:
     """Third order on few Karras levels extrapolates too far; log-SNR levels do better there (docs/solvers.md)."""
     return "logsnr" if steps <= 15 else "karras"
@@ -263,40 +298,70 @@ def each_step(steps: int, options: Any) -> int:
     return steps
 
 
-def before_last(steps: int, options: Indices) -> int:
-    return len(options.indices) - 1
+def of_order(name: str, run: Callable[..., Tensor], orders: tuple[int, int], **more: Any) -> Solver:
+    """A multistep solver whose order can be chosen, from the lowest to the highest, its default."""
+    lowest, highest = orders
 
+    def check(schedule: ScheduleOptions, options: OrderOptions) -> None:
+        require(
+            lowest <= (highest if options.order is None else options.order) <= highest,
+            f"--order is {options.order}; for --sampler {name} it must be from {lowest} to {highest}",
+        )
 
-NEW = ("steps", "sigma_min", "schedule")
+    def identity(options: OrderOptions) -> dict[str, Any]:
+        return {"order": options.order or highest}
+
+    return Solver(run, each_step, OrderOptions, identity, check, uses=NEW, **more)
+
 
 SOLVERS: dict[str, Solver] = {
-    "heun": Solver(heun, lambda steps, options: 2 * steps - 1, Churn, draws=each_step),
+    "heun": Solver(heun, lambda steps, options: 2 * steps - 1, Churn, churn_identity, draws=each_step),
     "euler": Solver(euler, each_step),
-    "dpm": Solver(dpm, lambda steps, options: 2 * steps, Churn, draws=each_step),
+    "dpm": Solver(dpm, lambda steps, options: 2 * steps, Churn, churn_identity, draws=each_step),
     "ancestral": Solver(ancestral, each_step, draws=each_step),
     "onestep": Solver(onestep, lambda steps, options: 1, uses=(), visited=slice(1), own_levels=True),
-    "progdist": Solver(progdist, each_step, levels=progdist_levels, visited=slice(-1), own_levels=True),
+    "progdist": Solver(
+        progdist,
+        each_step,
+        levels=lambda schedule, options, dtype: levels_of(schedule, dtype, schedule.steps + 1),
+        visited=slice(-1),
+        own_levels=True,
+    ),
     "multistep": Solver(
-        multistep, before_last, Indices, multistep_levels, before_last, visited=slice(-2), own_levels=True
+        multistep,
+        lambda steps, options: len(indices_of(options)) - 1,
+        IndexOptions,
+        lambda options: {"ts": ",".join(map(str, indices_of(options)))},
+        check_rise,
+        left_noise,
+        multistep_levels,
+        draws=lambda steps, options: len(indices_of(options)) - 1,
+        visited=slice(-2),
+        own_levels=True,
     ),
     "dpmpp_2m": Solver(dpmpp_2m, each_step, uses=NEW),
     "dpmpp_3m": Solver(dpmpp_3m, each_step, uses=NEW, default_schedule=log_snr_at_few),
-    "dpmpp_2m_sde": Solver(dpmpp_2m_sde, each_step, Sde, uses=NEW),
-    "dpmpp_3m_sde": Solver(dpmpp_3m_sde, each_step, Sde, uses=NEW, default_schedule=log_snr_at_few),
-    "unipc": Solver(unipc, each_step, UnipcOrder, uses=NEW, default_schedule=log_snr_at_few),
-    "ipndm": Solver(ipndm, each_step, IpndmOrder, uses=NEW),
-    "deis": Solver(deis, each_step, DeisOrder, uses=NEW),
-    "restart": Solver(restart, lambda steps, options: 2 * steps - 1 + options.evaluations(), Restarts, uses=NEW),
+    "dpmpp_2m_sde": Solver(dpmpp_2m_sde, each_step, SdeOptions, sde_identity, uses=NEW),
+    "dpmpp_3m_sde": Solver(
+        dpmpp_3m_sde, each_step, SdeOptions, sde_identity, uses=NEW, default_schedule=log_snr_at_few
+    ),
+    "unipc": of_order("unipc", unipc, UNIPC_ORDERS, default_schedule=log_snr_at_few),
+    "ipndm": of_order("ipndm", ipndm, IPNDM_ORDERS),
+    "deis": of_order("deis", deis, DEIS_ORDERS),
+    "restart": Solver(restart, restart_evaluations, RestartOptions, restart_identity, check_intervals, uses=NEW),
 }
 """By name; another solver is one function and one line here."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverChoice:
-    """Which solver."""
+class SolverOptions(ChurnOptions, IndexOptions, OrderOptions, SdeOptions, RestartOptions):
+    """Which solver, and the options of all of them."""
 
     sampler: str = option("heun", f"The solver: {', '.join(SOLVERS)}.")
 
-    def validate(self) -> None:
-        """Raises RequestError: no such solver."""
+    def check(self) -> None:
+        """Raises RequestError: no such solver, or a value of an option is wrong, whichever solver takes it."""
         require(self.sampler in SOLVERS, f"--sampler is {self.sampler!r}; it must be one of {', '.join(SOLVERS)}")
+        for options in SolverOptions.__mro__[1:]:
+            if "check" in vars(options):
+                options.check(self)  # type: ignore[attr-defined]  # it has one

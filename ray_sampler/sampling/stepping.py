@@ -5,14 +5,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ray_sampler.errors import require
 from ray_sampler.options import flags_of, pick
-from ray_sampler.sampling.schedules import Schedule
+from ray_sampler.sampling.schedules import ScheduleOptions
 from ray_sampler.sampling.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    import torch
 
 COUNTS = ("steps", "nfe", "sigmas")
 """Flags that each say how many steps there are."""
@@ -115,7 +116,7 @@ def fitting(settings: Mapping[str, Any]) -> dict[str, int]:
     """
     sampler, nfe = settings["sampler"], settings["nfe"]
     solver = SOLVERS[sampler]
-    options = pick(solver.options, settings)
+    options: Any = pick(solver.options, settings)
     require(nfe >= 1, f"--nfe is {nfe}; it must be at least 1")
 
     def evaluations(steps: int) -> int:
@@ -130,7 +131,7 @@ def fitting(settings: Mapping[str, Any]) -> dict[str, int]:
     return {"steps": steps, "nfe": evaluations(steps)}
 
 
-def check_levels(settings: Mapping[str, Any], schedule: Schedule, dtype: torch.dtype) -> None:
+def check_levels(settings: Mapping[str, Any], schedule: ScheduleOptions, dtype: torch.dtype) -> None:
     """Check levels after they are rounded to the dtype of the state: solvers divide by them.
 
     They must be numbers above 0, and fall where a solver divides by their distance; those of version 1 do not.
@@ -144,7 +145,7 @@ def check_levels(settings: Mapping[str, Any], schedule: Schedule, dtype: torch.d
     require(
         bool((levels[:-1] > 0).all() and levels.isfinite().all()),
         f"{f'--sigmas is {schedule.sigmas}' if explicit else said}; a level of that is 0 or infinite in "
-        f"{settings['state']}: give other values{'' if dtype == torch.float64 else ', or --state fp64'}",
+        f"{settings['state']}: give other values{'' if settings['state'] == 'fp64' else ', or --state fp64'}",
     )
     if "schedule" not in solver.uses:
         return
@@ -158,8 +159,8 @@ def check_levels(settings: Mapping[str, Any], schedule: Schedule, dtype: torch.d
     )
 
 
-def schedule_of(settings: Mapping[str, Any]) -> Schedule:
+def schedule_of(settings: Mapping[str, Any]) -> ScheduleOptions:
     """The schedule of settled settings: the one that was asked for, else the solver's own default."""
-    schedule: Schedule = pick(Schedule, settings)
+    schedule: ScheduleOptions = pick(ScheduleOptions, settings)
     default = SOLVERS[settings["sampler"]].default_schedule(schedule.steps)
     return replace(schedule, schedule=schedule.schedule or default)

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from ray_sampler.networks.family import Family, NetworkSpec, Opened, Precision, check_fit, without_memory
 from ray_sampler.networks.weights import Checkpoint
-from ray_sampler.sampling.decoding import DecoderOptions
 from ray_sampler.sampling.noise import Noise
+from ray_sampler.sampling.options import DecoderOptions
 from ray_sampler.sampling.parameterisation import Denoiser
-from ray_sampler.sampling.solver_options import Plain
 from ray_sampler.sampling.solvers import Solver
 from ray_sampler.storage.record import Samples
 
@@ -64,7 +63,7 @@ COLOURS = Family("colours", lambda checkpoint: "colours" in checkpoint.tensors, 
 # A solver: an eighth of the noise stays.
 
 
-def grain(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: Plain) -> Tensor:
+def grain(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: object) -> Tensor:
     return denoise(x, sigmas[0]) + x / sigmas[0] / 8 + noise(1) / 16
 
 

@@ -10,7 +10,8 @@ import torch
 
 from ray_sampler.networks.family import DTYPES, Precision
 from ray_sampler.sampling.engine import Engine
-from ray_sampler.sampling.numerics import Compile, compiles, pin
+from ray_sampler.sampling.numerics import compiles, pin
+from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.plan import MAIN
 from tests.gpu.networks import options_of, plan_of, random_network
 

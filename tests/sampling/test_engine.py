@@ -20,8 +20,9 @@ from ray_sampler.sampling.engine import (
     NonFiniteError,
     Pictures,
 )
-from ray_sampler.sampling.noise import NoiseOptions, make_draws
+from ray_sampler.sampling.noise import make_draws
 from ray_sampler.sampling.numerics import numerics_key
+from ray_sampler.sampling.options import NoiseOptions
 from ray_sampler.sampling.parameterisation import Consistency, Edm, clipped
 from ray_sampler.sampling.plan import MAIN, SamplePlan
 from tests.sampling.plans import plan, solve

@@ -13,7 +13,8 @@ from ray_sampler.networks.family import Precision
 from ray_sampler.networks.opening import open_network
 from ray_sampler.presets import BUNDLED
 from ray_sampler.sampling.conditions import LabelRule
-from ray_sampler.sampling.engine import Compile, Engine, compiled
+from ray_sampler.sampling.engine import Engine, compiled
+from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.plan import MAIN
 from tests.loading import loaded
 from tests.sampling.plans import plan

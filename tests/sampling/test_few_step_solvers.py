@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,19 @@ import torch
 from torch import Tensor
 
 from ray_sampler.errors import RequestError
-from ray_sampler.sampling.multistep_solvers import deis_weights, unipc_weights
-from ray_sampler.sampling.noise import NoiseOptions, make_draws, philox_normals
-from ray_sampler.sampling.schedules import Schedule
-from ray_sampler.sampling.solver_options import DeisOrder, IpndmOrder, Plain, Restarts, Sde, UnipcOrder
-from ray_sampler.sampling.solvers import SOLVERS, Indices
+from ray_sampler.sampling.consistency_solvers import IndexOptions
+from ray_sampler.sampling.multistep_solvers import OrderOptions, SdeOptions, deis_weights, unipc_weights
+from ray_sampler.sampling.noise import make_draws, philox_normals
+from ray_sampler.sampling.options import NoiseOptions
+from ray_sampler.sampling.schedules import ScheduleOptions, levels_of
+from ray_sampler.sampling.solvers import SOLVERS, NoOptions, RestartOptions
 from tests.sampling import reference_solvers as reference
 from tests.sampling.mixture import STD, gaussian, gaussian_flow, mixture, no_noise, of_levels, start
 
 INTERVALS = [(3, 2, 0.06, 0.3), (4, 1, 1.1, 3.0)]
-RESTARTS = Restarts("3,2,0.06,0.3;4,1,1.1,3", s_noise=1.003)
+RESTARTS = RestartOptions(restarts="3,2,0.06,0.3;4,1,1.1,3", s_noise=1.003)
 
-Formula = tuple[str, Plain, Callable[..., Any]]
+Formula = tuple[str, Any, Callable[..., Any]]
 
 
 def with_arguments(formula: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
@@ -32,36 +34,36 @@ def with_arguments(formula: Callable[..., Any], *arguments: Any) -> Callable[...
 
 
 FORMULAS: list[Formula] = [
-    ("dpmpp_2m", Plain(), reference.dpmpp_2m),
-    ("dpmpp_3m", Plain(), reference.dpmpp_3m),
+    ("dpmpp_2m", NoOptions(), reference.dpmpp_2m),
+    ("dpmpp_3m", NoOptions(), reference.dpmpp_3m),
     *[
-        (name, Sde(eta, s_noise), with_arguments(formula, eta, s_noise))
+        (name, SdeOptions(eta=eta, s_noise=s_noise), with_arguments(formula, eta, s_noise))
         for name, formula in (("dpmpp_2m_sde", reference.dpmpp_2m), ("dpmpp_3m_sde", reference.dpmpp_3m))
         for eta, s_noise in ((0.0, 1.0), (0.5, 1.003), (1.0, 1.0))
     ],
-    *[("unipc", UnipcOrder(p), with_arguments(reference.unipc, p)) for p in (2, 3)],
-    *[("ipndm", IpndmOrder(p), with_arguments(reference.ipndm, p)) for p in (1, 2, 3, 4)],
-    *[("deis", DeisOrder(p), with_arguments(reference.deis, p)) for p in (1, 2, 3)],
+    *[("unipc", OrderOptions(order=p), with_arguments(reference.unipc, p)) for p in (2, 3)],
+    *[("ipndm", OrderOptions(order=p), with_arguments(reference.ipndm, p)) for p in (1, 2, 3, 4)],
+    *[("deis", OrderOptions(order=p), with_arguments(reference.deis, p)) for p in (1, 2, 3)],
     ("restart", RESTARTS, with_arguments(reference.restart, INTERVALS, 1.003)),
 ]
 NEW = sorted({name for name, _, _ in FORMULAS})
-OPTIONS: dict[str, Plain] = {
-    "multistep": Indices("0,3,5"),
+OPTIONS: dict[str, Any] = {
+    "multistep": IndexOptions(ts="0,3,5"),
     "restart": RESTARTS,
 }
 """Where the defaults do not do."""
 
 
-def options_of(name: str) -> Plain:
+def options_of(name: str) -> Any:
     return OPTIONS.get(name) or SOLVERS[name].options()
 
 
-def case_of(case: tuple[str, Plain, Any]) -> str:
+def case_of(case: tuple[str, Any, Any]) -> str:
     return f"{case[0]}-{case[1]}"
 
 
-def schedule(steps: int, name: Any = "karras", low: float = 0.02, high: float = 40.0) -> Schedule:
-    return Schedule(steps=steps, sigma_min=low, sigma_max=high, schedule=name)
+def schedule(steps: int, name: Any = "karras", low: float = 0.02, high: float = 40.0) -> ScheduleOptions:
+    return ScheduleOptions(steps=steps, sigma_min=low, sigma_max=high, schedule=name)
 
 
 # Formulas.
@@ -70,9 +72,9 @@ def schedule(steps: int, name: Any = "karras", low: float = 0.02, high: float = 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("spacing", ["karras", "logsnr"])
 @pytest.mark.parametrize("case", FORMULAS, ids=case_of)
-def test_solvers_follow_their_formulas(case: tuple[str, Plain, Any], spacing: str, steps: int) -> None:
+def test_solvers_follow_their_formulas(case: tuple[str, Any, Any], spacing: str, steps: int) -> None:
     name, options, formula = case
-    levels = schedule(steps, spacing).levels()
+    levels = levels_of(schedule(steps, spacing))
     x, draws = start(40.0), philox_normals(42, torch.arange(8), 1, (1, 1, 9)).double()
 
     def noise(draw: int) -> Tensor:
@@ -83,26 +85,30 @@ def test_solvers_follow_their_formulas(case: tuple[str, Plain, Any], spacing: st
 
 
 def test_without_noise_the_sde_solvers_are_the_ode_solvers() -> None:
-    levels = schedule(9).levels()
+    levels = levels_of(schedule(9))
     for order in ("2m", "3m"):
-        ode = SOLVERS[f"dpmpp_{order}"].run(mixture, start(40.0), levels, no_noise, Plain())
-        sde = SOLVERS[f"dpmpp_{order}_sde"].run(mixture, start(40.0), levels, no_noise, Sde(eta=0.0))
+        ode = SOLVERS[f"dpmpp_{order}"].run(mixture, start(40.0), levels, no_noise, NoOptions())
+        sde = SOLVERS[f"dpmpp_{order}_sde"].run(mixture, start(40.0), levels, no_noise, SdeOptions(eta=0.0))
         assert torch.equal(ode, sde)
 
 
 def test_a_multistep_solver_of_order_one_is_eulers_method() -> None:
-    levels, x = schedule(9).levels(), start(40.0)
-    expected = SOLVERS["euler"].run(mixture, x, levels, no_noise, Plain())
-    for name, options in (("ipndm", IpndmOrder(1)), ("deis", DeisOrder(1))):
+    levels, x = levels_of(schedule(9)), start(40.0)
+    expected = SOLVERS["euler"].run(mixture, x, levels, no_noise, NoOptions())
+    for name, options in (("ipndm", OrderOptions(order=1)), ("deis", OrderOptions(order=1))):
         torch.testing.assert_close(
             SOLVERS[name].run(mixture, x, levels, no_noise, options), expected, rtol=1e-12, atol=1e-12
         )
 
 
 def test_the_order_is_the_highest_unless_it_is_given() -> None:
-    assert (UnipcOrder().effective, IpndmOrder().effective, DeisOrder().effective) == (3, 4, 3)
-    assert UnipcOrder(2).identity() == {"order": 2}
-    assert UnipcOrder().identity() == UnipcOrder(3).identity()
+    x, levels = start(40.0), levels_of(schedule(9))
+    for name, highest in (("unipc", 3), ("ipndm", 4), ("deis", 3)):
+        solver, given = SOLVERS[name], OrderOptions(order=highest)
+        assert solver.identity(OrderOptions()) == solver.identity(given) == {"order": highest}
+        assert solver.identity(OrderOptions(order=2)) == {"order": 2}
+        left, right = (solver.run(mixture, x, levels, no_noise, options) for options in (OrderOptions(), given))
+        assert torch.equal(left, right)
 
 
 @pytest.mark.parametrize("h", [1e-7, 1e-3, 0.3, 2.0, 10.0])
@@ -132,13 +138,13 @@ def warmed_up(n: int) -> Tensor:
 
 def even(n: int) -> Tensor:
     """n Karras steps that end at LOW."""
-    return schedule(n + 1, low=LOW, high=HIGH).levels()[:-1]
+    return levels_of(schedule(n + 1, low=LOW, high=HIGH))[:-1]
 
 
 @pytest.fixture(scope="module")
 def solution() -> Tensor:
     """Where the ODE leads from start(HIGH) at the level LOW, to 1e-9: by steps of two lengths, extrapolated."""
-    levels = schedule(4001, "logsnr", LOW, HIGH).levels()[:-1]
+    levels = levels_of(schedule(4001, "logsnr", LOW, HIGH))[:-1]
     coarse, fine = (
         SOLVERS["heun"].run(mixture, start(HIGH), sigmas, no_noise, options_of("heun"))
         for sigmas in (levels[::2], levels)
@@ -151,29 +157,29 @@ def slope(errors: list[float]) -> float:
     return float(-np.polyfit(np.log(STEPS), np.log(errors), 1)[0])
 
 
-WARM: list[tuple[str, Plain, float]] = [
-    ("dpmpp_2m", Plain(), 2),
-    ("dpmpp_3m", Plain(), 2),  # its published formula has half of the third-order term
-    ("unipc", UnipcOrder(2), 3),  # the corrector adds one
-    ("unipc", UnipcOrder(3), 3),
-    ("deis", DeisOrder(1), 1),
-    ("deis", DeisOrder(2), 2),
-    ("deis", DeisOrder(3), 3),
+WARM: list[tuple[str, Any, float]] = [
+    ("dpmpp_2m", NoOptions(), 2),
+    ("dpmpp_3m", NoOptions(), 2),  # its published formula has half of the third-order term
+    ("unipc", OrderOptions(order=2), 3),  # the corrector adds one
+    ("unipc", OrderOptions(order=3), 3),
+    ("deis", OrderOptions(order=1), 1),
+    ("deis", OrderOptions(order=2), 2),
+    ("deis", OrderOptions(order=3), 3),
 ]
-COLD: list[tuple[str, Plain, float]] = [
-    ("ipndm", IpndmOrder(1), 1),
-    ("ipndm", IpndmOrder(2), 2),
-    ("ipndm", IpndmOrder(3), 2),  # coefficients of even steps on uneven ones
-    ("ipndm", IpndmOrder(4), 2),
-    ("dpmpp_2m", Plain(), 2),
-    ("dpmpp_3m", Plain(), 2),
-    ("unipc", UnipcOrder(3), 2),  # the first step has order 1
-    ("deis", DeisOrder(3), 2),
+COLD: list[tuple[str, Any, float]] = [
+    ("ipndm", OrderOptions(order=1), 1),
+    ("ipndm", OrderOptions(order=2), 2),
+    ("ipndm", OrderOptions(order=3), 2),  # coefficients of even steps on uneven ones
+    ("ipndm", OrderOptions(order=4), 2),
+    ("dpmpp_2m", NoOptions(), 2),
+    ("dpmpp_3m", NoOptions(), 2),
+    ("unipc", OrderOptions(order=3), 2),  # the first step has order 1
+    ("deis", OrderOptions(order=3), 2),
 ]
 
 
 @pytest.mark.parametrize("case", WARM, ids=case_of)
-def test_solvers_converge_with_their_order_once_they_are_warm(case: tuple[str, Plain, float], solution: Tensor) -> None:
+def test_solvers_converge_with_their_order_once_they_are_warm(case: tuple[str, Any, float], solution: Tensor) -> None:
     name, options, order = case
     expected = mixture(solution, LOW)
     errors = [
@@ -185,7 +191,7 @@ def test_solvers_converge_with_their_order_once_they_are_warm(case: tuple[str, P
 
 
 @pytest.mark.parametrize("case", COLD, ids=case_of)
-def test_solvers_converge_on_karras_levels(case: tuple[str, Plain, float], solution: Tensor) -> None:
+def test_solvers_converge_on_karras_levels(case: tuple[str, Any, float], solution: Tensor) -> None:
     name, options, order = case
     errors = [
         float((SOLVERS[name].run(mixture, start(HIGH), even(n), no_noise, options) - solution).abs().mean())
@@ -201,7 +207,7 @@ def test_solvers_converge_on_karras_levels(case: tuple[str, Plain, float], solut
 def test_solvers_end_at_the_exact_solution_of_gaussian_data(name: str, tolerance: float) -> None:
     """The whole way from x_T to x_0 on the default range of levels."""
     x_0 = SOLVERS[name].run(
-        gaussian, start(80.0), schedule(200, low=0.002, high=80.0).levels(), no_noise, options_of(name)
+        gaussian, start(80.0), levels_of(schedule(200, low=0.002, high=80.0)), no_noise, options_of(name)
     )
     torch.testing.assert_close(x_0, gaussian_flow(start(80.0), 80.0, 0.0), rtol=tolerance, atol=1e-12)
 
@@ -214,8 +220,8 @@ def test_added_noise_keeps_the_distribution_of_the_data(name: str) -> None:
         return philox_normals(42, indices, draw, shape).double()
 
     x_T = noise(0) * math.sqrt(40.0**2 + STD**2)
-    options = Restarts("20,3,0.1,1") if name == "restart" else options_of(name)
-    x_0 = SOLVERS[name].run(gaussian, x_T, schedule(100).levels(), noise, options)
+    options = RestartOptions(restarts="20,3,0.1,1") if name == "restart" else options_of(name)
+    x_0 = SOLVERS[name].run(gaussian, x_T, levels_of(schedule(100)), noise, options)
     assert float(x_0.mean()) == pytest.approx(0, abs=0.01)
     assert float(x_0.std()) == pytest.approx(STD, rel=0.03)
     assert abs(float((x_0 * x_T).mean() / (x_0.std() * x_T.std()))) < 0.9, "x_T alone does not decide the result"
@@ -242,8 +248,8 @@ def test_evaluations_are_counted(name: str, steps: int) -> None:
 
 def test_the_published_restarts_take_203_evaluations() -> None:
     """Xu et al. 2023, ImageNet 64x64: 36 steps and these intervals."""
-    published = Restarts("4,1,19.35,40.79;4,1,1.09,1.92;4,5,0.59,1.09;4,5,0.30,0.59;6,6,0.06,0.30")
-    published.validate(Schedule(steps=36))
+    published = RestartOptions(restarts="4,1,19.35,40.79;4,1,1.09,1.92;4,5,0.59,1.09;4,5,0.30,0.59;6,6,0.06,0.30")
+    SOLVERS["restart"].check(ScheduleOptions(steps=36), published)
     assert SOLVERS["restart"].evaluations(36, published) == 203
 
 
@@ -292,17 +298,17 @@ def test_a_state_in_float32_is_near_that_in_float64(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "draws"),
     [
-        ("dpmpp_2m_sde", Sde(), [1, 2, 3, 4, 5]),
-        ("dpmpp_3m_sde", Sde(), [1, 2, 3, 4, 5]),
-        ("dpmpp_2m_sde", Sde(eta=0.0), []),
+        ("dpmpp_2m_sde", SdeOptions(), [1, 2, 3, 4, 5]),
+        ("dpmpp_3m_sde", SdeOptions(), [1, 2, 3, 4, 5]),
+        ("dpmpp_2m_sde", SdeOptions(eta=0.0), []),
         ("restart", RESTARTS, [1, 2, 3]),
-        ("unipc", UnipcOrder(), []),
-        ("deis", DeisOrder(), []),
-        ("ipndm", IpndmOrder(), []),
+        ("unipc", OrderOptions(), []),
+        ("deis", OrderOptions(), []),
+        ("ipndm", OrderOptions(), []),
     ],
 )
 def test_noise_is_asked_for_only_where_it_is_used_and_in_rising_order(
-    name: str, options: Plain, draws: list[int]
+    name: str, options: Any, draws: list[int]
 ) -> None:
     asked = []
 
@@ -310,7 +316,7 @@ def test_noise_is_asked_for_only_where_it_is_used_and_in_rising_order(
         asked.append(draw)
         return torch.ones(8, 1, 1, 1)
 
-    SOLVERS[name].run(mixture, start(40.0), schedule(6).levels(), noise, options)
+    SOLVERS[name].run(mixture, start(40.0), levels_of(schedule(6)), noise, options)
     assert asked == draws
 
 
@@ -323,7 +329,7 @@ def test_later_evaluations_of_a_step_name_the_level_at_which_it_began(name: str)
         told.append((float(sigma), float(sigma if step is None else step)))
         return mixture(x, sigma)
 
-    levels = schedule(6).levels()
+    levels = levels_of(schedule(6))
     SOLVERS[name].run(denoise, start(40.0), levels, lambda draw: torch.ones(8, 1, 1, 1), options)
     if name in ("heun", "dpm", "restart"):
         firsts = [i for i, (sigma, step) in enumerate(told) if sigma == step]
@@ -339,27 +345,32 @@ def test_later_evaluations_of_a_step_name_the_level_at_which_it_began(name: str)
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("name", "options", "expected"),
     [
-        (UnipcOrder(1), "--order is 1; for --sampler unipc it must be from 2 to 3"),
-        (UnipcOrder(4), "--order is 4"),
-        (IpndmOrder(5), "--order is 5; for --sampler ipndm it must be from 1 to 4"),
-        (DeisOrder(0), "--order is 0; for --sampler deis it must be from 1 to 3"),
-        (Sde(eta=-0.1), "--eta is -0.1"),
-        (Sde(eta=math.inf), "--eta is inf"),
-        (Sde(eta=math.nan), "--eta is nan"),
-        (Restarts(""), "--restarts is missing"),
-        (Restarts("3,2,0.06"), "as in 3,2,0.06,0.30"),
-        (Restarts("3,2,a,0.3"), "as in 3,2,0.06,0.30"),
-        (Restarts("1,2,0.06,0.3"), "N at least 2"),
-        (Restarts("3,0,0.06,0.3"), "K at least 1"),
-        (Restarts("3,2,0.3,0.06"), "tmin < tmax"),
-        (Restarts("3,2,nan,0.06"), "tmin < tmax"),
-        (Restarts("3,2,80,90"), "not the first"),
-        (Restarts("3,2,1.00,1.01"), "the level nearest to tmin"),
+        ("unipc", OrderOptions(order=1), "--order is 1; for --sampler unipc it must be from 2 to 3"),
+        ("unipc", OrderOptions(order=4), "--order is 4"),
+        ("ipndm", OrderOptions(order=5), "--order is 5; for --sampler ipndm it must be from 1 to 4"),
+        ("deis", OrderOptions(order=0), "--order is 0; for --sampler deis it must be from 1 to 3"),
+        ("dpmpp_2m_sde", SdeOptions(eta=-0.1), "--eta is -0.1"),
+        ("dpmpp_2m_sde", SdeOptions(eta=math.inf), "--eta is inf"),
+        ("dpmpp_2m_sde", SdeOptions(eta=math.nan), "--eta is nan"),
+        ("restart", RestartOptions(restarts=""), "--restarts is missing"),
+        ("restart", RestartOptions(restarts="3,2,0.06"), "as in 3,2,0.06,0.30"),
+        ("restart", RestartOptions(restarts="3,2,a,0.3"), "as in 3,2,0.06,0.30"),
+        ("restart", RestartOptions(restarts="1,2,0.06,0.3"), "N at least 2"),
+        ("restart", RestartOptions(restarts="3,0,0.06,0.3"), "K at least 1"),
+        ("restart", RestartOptions(restarts="3,2,0.3,0.06"), "tmin < tmax"),
+        ("restart", RestartOptions(restarts="3,2,nan,0.06"), "tmin < tmax"),
+        ("restart", RestartOptions(restarts="3,2,80,90"), "not the first"),
+        ("restart", RestartOptions(restarts="3,2,1.00,1.01"), "the level nearest to tmin"),
     ],
 )
-def test_wrong_options_are_refused(options: Plain, expected: str) -> None:
+def test_wrong_options_are_refused(name: str, options: Any, expected: str) -> None:
+    check = (
+        options.check
+        if isinstance(options, SdeOptions)
+        else partial(SOLVERS[name].check, ScheduleOptions(steps=10), options)
+    )
     with pytest.raises(RequestError) as error:
-        options.validate(Schedule(steps=10))
+        check()
     assert expected in str(error.value)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ray_sampler.errors import RequestError
 from ray_sampler.sampling.conditions import LabelRule, listed_labels
-from ray_sampler.sampling.noise import NoiseOptions, make_draws
+from ray_sampler.sampling.noise import make_draws
+from ray_sampler.sampling.options import NoiseOptions
 
 Words = tuple[int, int, int, int]
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from ray_sampler.config import RunConfig
 from ray_sampler.errors import RequestError
-from ray_sampler.sampling.schedules import SCHEDULES, Schedule, karras_sigmas
+from ray_sampler.sampling.schedules import SCHEDULES, ScheduleOptions, karras_sigmas, levels_of, schedule_identity
 
 
 def levels(name: Any, steps: int = 5, low: float = 0.02, high: float = 40.0, **options: Any) -> list[float]:
-    schedule = Schedule(steps=steps, sigma_min=low, sigma_max=high, schedule=name, **options)
-    return schedule.levels().tolist()
+    schedule = ScheduleOptions(steps=steps, sigma_min=low, sigma_max=high, schedule=name, **options)
+    return levels_of(schedule).tolist()
 
 
 def even(first: float, last: float, n: int = 5) -> list[float]:
@@ -36,8 +36,8 @@ def test_another_schedule_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_karras_is_the_schedule_of_version_1_bit_for_bit() -> None:
     for dtype in (torch.float32, torch.float64):
         expected = karras_sigmas(7, 0.002, 80.0, 7.0, dtype)
-        assert torch.equal(Schedule(steps=7).levels(dtype), expected)
-        assert torch.equal(Schedule(steps=7, schedule="karras").levels(dtype), expected)
+        assert torch.equal(levels_of(ScheduleOptions(steps=7), dtype), expected)
+        assert torch.equal(levels_of(ScheduleOptions(steps=7, schedule="karras"), dtype), expected)
     assert levels("karras", rho=3.0)[1] == pytest.approx((40 ** (1 / 3) * 0.75 + 0.02 ** (1 / 3) * 0.25) ** 3)
 
 
@@ -86,10 +86,10 @@ def test_levels_fall_from_sigma_max_to_sigma_min_and_then_0(
 
 
 def test_given_levels_stand_in_the_place_of_a_schedule() -> None:
-    schedule = Schedule(sigmas="80.0,2.5,0.3,0.0")
-    assert schedule.levels().tolist() == [80.0, 2.5, 0.3, 0.0]
-    assert schedule.levels(torch.float32).dtype == torch.float32
-    assert schedule.identity(("steps", "sigma_min", "schedule")) == {"sigmas": "80.0,2.5,0.3,0.0"}
+    schedule = ScheduleOptions(sigmas="80.0,2.5,0.3,0.0")
+    assert levels_of(schedule).tolist() == [80.0, 2.5, 0.3, 0.0]
+    assert levels_of(schedule, torch.float32).dtype == torch.float32
+    assert schedule_identity(schedule, ("steps", "sigma_min", "schedule")) == {"sigmas": "80.0,2.5,0.3,0.0"}
 
 
 OLD, NEW = ("steps", "sigma_min"), ("steps", "sigma_min", "schedule")
@@ -113,7 +113,7 @@ PLAIN = {"sigma_max": 80.0, "sigma_min": 0.002, "steps": 40}
 def test_only_what_applies_and_differs_from_version_1_is_in_the_identity(
     options: dict[str, Any], used: tuple[str, ...], expected: dict[str, Any]
 ) -> None:
-    assert Schedule(**options).identity(used) == expected
+    assert schedule_identity(ScheduleOptions(**options), used) == expected
 
 
 @pytest.mark.parametrize(
@@ -128,4 +128,4 @@ def test_only_what_applies_and_differs_from_version_1_is_in_the_identity(
 )
 def test_wrong_values_are_refused(options: dict[str, Any], flag: str) -> None:
     with pytest.raises(RequestError, match=f"{flag} is"):
-        Schedule(**options).validate()
+        ScheduleOptions(**options).check()

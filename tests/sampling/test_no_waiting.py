@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.sampling.conditions import LabelRule, listed_labels
-from ray_sampler.sampling.guidance import Guidance
+from ray_sampler.sampling.options import GuidanceOptions
 from ray_sampler.sampling.plan import MAIN, SamplePlan, sample_block
 from ray_sampler.sampling.solvers import SOLVERS
 from tests.gpu.networks import plan_of, tiny
@@ -52,7 +52,7 @@ def test_no_label_rule_waits(rule: LabelRule) -> None:
 
 def test_guidance_does_not_wait() -> None:
     plan = replace(
-        plan_of(tiny(), num_samples=8), guidance=Guidance(guidance=2.0, guidance_interval="0.1,5"), null_label=0
+        plan_of(tiny(), num_samples=8), guidance=GuidanceOptions(guidance=2.0, guidance_interval="0.1,5"), null_label=0
     )
     assert block(plan)[0].shape == (4, 3, 16, 16)
 

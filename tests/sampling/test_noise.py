@@ -13,15 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_sampler.sampling.noise import (
-    Generator,
     Noise,
-    NoiseOptions,
     box_muller,
     make_draws,
     philox,
     philox_normals,
     random_labels,
 )
+from ray_sampler.sampling.options import Generator, NoiseOptions
 
 Words = tuple[int, int, int, int]
 ReferencePhilox = Callable[[Words, int], Words]

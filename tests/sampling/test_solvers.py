@@ -16,18 +16,19 @@ from torch import Tensor
 from ray_sampler.networks.adm_options import TrainingMode
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.sampling.conditions import listed_labels
-from ray_sampler.sampling.noise import Generator, Noise, NoiseOptions, make_draws, philox_normals
+from ray_sampler.sampling.consistency_solvers import multistep, onestep
+from ray_sampler.sampling.noise import Noise, make_draws, philox_normals
+from ray_sampler.sampling.options import Generator, NoiseOptions
 from ray_sampler.sampling.plan import MAIN, SamplePlan, sample_block
 from ray_sampler.sampling.schedules import karras_sigmas
-from ray_sampler.sampling.solver_options import Plain
 from ray_sampler.sampling.solvers import (
     Churn,
+    NoOptions,
+    add_churn,
     ancestral,
     dpm,
     euler,
     heun,
-    multistep,
-    onestep,
     progdist,
 )
 from tests.networks.golden import golden_flags, golden_state, options_of
@@ -98,7 +99,7 @@ def test_batches_of_another_size_still_equal_the_original(
 # Data distributed as N(0, STD^2): the ideal denoiser and the solution of the ODE are known.
 
 STD = 0.3
-TIGHT, PLAIN = Churn(), Plain()
+TIGHT, PLAIN = Churn(), NoOptions()
 
 
 def ideal(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
@@ -279,8 +280,14 @@ def test_churn_changes_samples_only_within_its_levels(sampler: str) -> None:
 def test_churn_is_bounded() -> None:
     """gamma = min(s_churn / n, sqrt(2) - 1) from s_tmin to s_tmax, both included."""
     churn = Churn(s_churn=3.0, s_tmin=0.5, s_tmax=2.0)
-    assert [churn.gamma(torch.tensor(s), 10) for s in (0.49, 0.5, 1.0, 2.0, 2.01)] == [0.0, 0.3, 0.3, 0.3, 0.0]
-    assert churn.gamma(torch.tensor(1.0), 2) == pytest.approx(math.sqrt(2) - 1)
+
+    def gamma(sigma: float, steps: int) -> float:
+        levels = torch.full((steps + 1,), sigma, dtype=torch.float64)
+        _, raised = add_churn(torch.zeros(1), levels, 0, lambda draw: torch.zeros(1), churn)
+        return float(raised) / sigma - 1
+
+    assert [gamma(s, 10) for s in (0.49, 0.5, 1.0, 2.0, 2.01)] == pytest.approx([0.0, 0.3, 0.3, 0.3, 0.0])
+    assert gamma(1.0, 2) == pytest.approx(math.sqrt(2) - 1)
 
 
 @pytest.mark.parametrize("case", CASES)
