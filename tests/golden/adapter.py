@@ -27,7 +27,7 @@ from ray_sampler.options import pick
 from ray_sampler.presets import OLDER, ModelOptions, as_begun, settings_for
 from ray_sampler.resolved import resolve
 from ray_sampler.sampling import numerics
-from ray_sampler.sampling.plan import MAIN, sample_block
+from ray_sampler.sampling.plan import sample_block
 from ray_sampler.storage import record
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import Samples
@@ -126,16 +126,25 @@ def fragment_bytes(
     return encode(Samples(start, images, labels), fingerprint, computed_by, format)[0]
 
 
-def floats_of(flags: Mapping[str, Any], count: int) -> np.ndarray:
-    """What the first `count` samples of a request are before they become pixels, on one thread: (count, 3, H, W)."""
+def samples_of(flags: Mapping[str, Any], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The first `count` samples of a request, computed in one batch, on one thread.
+
+    Returns:
+        The solver's result (count, C, H, W) in the dtype of its state, what is written of it (count, H, W, C), uint8 or
+        float32, and the labels (count,) int64 or None.
+    """
     prepared = job.prepare(config.RunConfig(**flags))
-    network = loaded(prepared.networks[MAIN], "fp32")
+    networks = {
+        role: loaded(network) if network.tensors else network.build("fp32")  # a user's own has its tensors already
+        for role, network in prepared.networks.items()
+    }
+    plan = prepared.run.plan
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            x, _ = sample_block({MAIN: network}, prepared.run.plan, torch.arange(count))
-            return x.clamp(-1, 1).numpy()
+            x, labels = sample_block(networks, plan, torch.arange(count))
+            return x.numpy(), plan.decoder.decode(x).numpy(), None if labels is None else labels.numpy()
     finally:
         torch.set_num_threads(threads)
 
