@@ -178,9 +178,8 @@ class Filling:
                 "check the storage, then run the same command again"
             )
         finally:
-            for preview, inventory in zip(self.previews, self.inventories, strict=True):
+            for preview in self.previews:
                 preview.close()
-                inventory.close()
 
     def _sample(self, tasks: list[Task], runs: Iterable[int]) -> RunError | None:
         """Carry out tasks, and check the fragments of `runs` meanwhile; returns what could not be done."""

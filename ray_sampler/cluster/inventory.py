@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -30,6 +29,10 @@ CHECK_FRAGMENTS = 32
 
 CHECK_TASKS = 4
 """Such tasks at once."""
+
+
+END = (sys.maxsize, sys.maxsize)
+"""A range beyond all others."""
 
 
 class Maker(NamedTuple):
@@ -58,19 +61,14 @@ class Inventory:
         """What `cover` gives for the names, until those change."""
         self._shared: dict[Any, Any] = {}
         """One copy of each value that most fragments have in common."""
-        with collector_paused():
-            listing = job.run_dir.fragments()
-            # Keys keep the order in which fragments come, which is nearly the sorted one: with a million of them a
-            # set's order costs seconds to sort.
-            self.names = dict.fromkeys(listing.fragments)
-            self.to_check = [piece.fragment for piece in self.cover()][::-1]
+        listing = job.run_dir.fragments()
+        # Keys keep the order in which fragments come, which is nearly the sorted one: with a million of them a
+        # set's order costs seconds to sort.
+        self.names = dict.fromkeys(listing.fragments)
+        self.to_check = [piece.fragment for piece in self.cover()][::-1]
         self.checking: list[ray.ObjectRef[Checked]] = []
         for filename in listing.foreign:
             self._set_aside(filename, FOREIGN)
-
-    def close(self) -> None:
-        """Give back to the garbage collector what was kept from it: a notebook's process lives on."""
-        gc.unfreeze()
 
     def cover(self) -> list[Piece]:
         """Which fragment each sample comes from, as far as there is one."""
@@ -207,28 +205,15 @@ def products_to_make(job: Job, run: int = 0) -> list[Task]:
 
 def newly(now: Iterable[tuple[int, int]], before: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Parts of the ranges `now` that are not in `before`; each is a sorted list of ranges without overlap."""
-    old = list(before)
     result: list[tuple[int, int]] = []
+    old = iter(before)
+    known_start, known_stop = next(old, END)
     for start, stop in now:
-        for known_start, known_stop in old:
-            if known_stop <= start or stop <= known_start:
+        while start < stop:
+            if known_stop <= start:
+                known_start, known_stop = next(old, END)
                 continue
             if start < known_start:
-                result.append((start, known_start))
-            start = max(start, min(known_stop, stop))
-        if start < stop:
-            result.append((start, stop))
+                result.append((start, min(stop, known_start)))
+            start = known_stop
     return result
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Build long-lived objects with the garbage collector paused, then exempt them from collection until `close`."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if enabled:
-            gc.enable()

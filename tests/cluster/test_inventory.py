@@ -26,3 +26,19 @@ def test_the_ranges_that_only_damaged_fragments_held_become_missing(names, data)
     ranges = newly(now, before)
     assert [i for start, stop in ranges for i in range(start, stop)] == sorted(lost)
     assert all(start < stop for start, stop in ranges)
+
+
+def test_what_is_newly_missing_is_found_in_one_pass_over_the_gaps() -> None:
+    """Each gap is looked at about once, however many there are: the driver's loop waits for it."""
+    looks = 0
+
+    class Counted(int):
+        def __le__(self, other: int) -> bool:
+            nonlocal looks
+            looks += 1
+            return int(self) <= other
+
+    before = [(Counted(i), Counted(i + 1)) for i in range(0, 8000, 2)]
+    now = [*before[:2000], (4000, 4004), *before[2002:]]
+    assert newly(now, before) == [(4001, 4002), (4003, 4004)]
+    assert looks < 4 * len(before)
