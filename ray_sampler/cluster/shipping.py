@@ -172,7 +172,11 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def unpack(shipped: Shipped) -> nn.Module:
-    """The module, its tensors views of the node's copy, which is shared memory and must not be written to."""
+    """The module; its parameters are views of the node's copy, which is shared memory and must not be written to.
+
+    Nothing writes parameters here. A buffer, or a tensor that is neither, is copied: a user's network may change it in
+    its forward, and what torch makes of the memory is writable whatever numpy says.
+    """
     chunks = ray.get(list(shipped.chunks))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -184,10 +188,10 @@ def unpack(shipped: Shipped) -> nn.Module:
 def _restored(data: np.ndarray, stored: Stored) -> Tensor:
     flat = torch.from_numpy(data).view(getattr(torch, stored.dtype))
     tensor = flat.as_strided(stored.shape, stored.stride)
-    return nn.Parameter(tensor, requires_grad=False) if stored.parameter else tensor
+    return nn.Parameter(tensor, requires_grad=False) if stored.parameter else tensor.clone()
 
 
 def load(shipped: Shipped, device: torch.device) -> nn.Module:
-    """The network, ready to compute on `device`; on a CPU with the node's one copy of the weights."""
+    """The network, ready to compute on `device`; on a CPU with the node's one copy of the parameters."""
     module = unpack(shipped).to(device).requires_grad_(False).eval()
     return shipped.prepare(module, shipped.precision)

@@ -180,3 +180,49 @@ def test_a_network_that_returns_another_shape_ends_the_run_with_a_sentence(files
         run(config)
     for part in ("[2, 6, 4, 4]", "[2, 3, 4, 4]", "without a variance half"):
         assert part in str(failed.value)
+
+
+COUNTING = """
+import torch
+from torch import nn
+from ray_sampler import Model
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+        self.register_buffer("calls", torch.zeros(64))
+        self.plain = torch.zeros(64)
+
+    def forward(self, x, sigma):
+        self.calls += 1
+        self.plain += 1
+        return x * self.gain + self.calls[0]
+
+
+def make(weights):
+    return Model(Network(), "denoiser", (1, 4, 4))
+"""
+
+
+@ray.remote(num_cpus=0)
+class Holder:
+    """A process that has a network, as an actor has."""
+
+    def __init__(self, shipped: shipping.Shipped) -> None:
+        self.network: Any = shipping.load(shipped, torch.device("cpu"))
+
+    def call(self) -> tuple[float, float]:
+        """Call the network; what its buffer and its plain tensor hold after that."""
+        with torch.inference_mode():
+            self.network(torch.zeros(1, 1, 4, 4), torch.ones(1))
+        return float(self.network.network.calls[0]), float(self.network.network.plain[0])
+
+
+def test_a_buffer_that_one_actor_changes_stays_as_it_was_for_the_others_of_its_node(files: Path) -> None:
+    (files / "counting_of_user.py").write_text(COUNTING)
+    shipped = shipping.ship(open_network("python:counting_of_user:make", {}), "fp32")
+    one, other = (Holder.remote(shipped) for _ in range(2))  # type: ignore[attr-defined]
+    assert ray.get([one.call.remote() for _ in range(3)]) == [(1, 1), (2, 2), (3, 3)]
+    assert ray.get(other.call.remote()) == (1, 1)
