@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data import load_digits
 from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.sampling.parameterisation import Consistency, Denoiser, Edm, clipped
+from ray_sampler.sampling.parameterisation import Denoiser, clipped, parameterise
 from ray_sampler.sampling.schedules import karras_sigmas
 from recipe import recipe_of
 from train import ARCHITECTURE, channels_last, learning_rate, save_checkpoint
@@ -82,6 +82,7 @@ def distil(recipe: Recipe) -> None:
     generator = torch.Generator().manual_seed(recipe.seed)
     optimizer = torch.optim.AdamW(student.parameters(), lr=recipe.lr, weight_decay=0.0)
     sigmas = karras_sigmas(recipe.levels, SIGMA_MIN, SIGMA_MAX)[:-1]
+    taught, learned = parameterise("edm", c_noise="250log"), parameterise("consistency", SIGMA_MIN)
     step, steps = 0, recipe.images // recipe.batch
 
     recipe.out.mkdir(parents=True, exist_ok=True)
@@ -105,10 +106,10 @@ def distil(recipe: Recipe) -> None:
         x = clean + sigma[:, None, None, None] * torch.randn(clean.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                teach = clipped(Edm("250log").denoiser(teacher, y))
+                teach = clipped(taught.denoiser(teacher, y))
                 x_next = heun_step(teach, x, sigma, sigma_next)
-                aim = clipped(Consistency(SIGMA_MIN).denoiser(target, y))(x_next, sigma_next)
-            guess = Consistency(SIGMA_MIN).denoiser(student, y)(x, sigma)
+                aim = clipped(learned.denoiser(target, y))(x_next, sigma_next)
+            guess = learned.denoiser(student, y)(x, sigma)
             loss = pseudo_huber(guess - aim, recipe.huber).mean()
         optimizer.zero_grad()
         loss.backward()

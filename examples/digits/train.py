@@ -20,7 +20,7 @@ from torch import Tensor
 from data import load_digits
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.sampling.parameterisation import Edm, edm_scalings
+from ray_sampler.sampling.parameterisation import edm_scalings, parameterise
 from recipe import recipe_of
 
 ARCHITECTURE = AdmOptions(
@@ -82,7 +82,7 @@ class Recipe:
 
 def edm_loss(network: UNet, images: Tensor, labels: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """Mean of lambda(sigma) |D(y + n, sigma) - y|^2, lambda = 1 / c_out^2 (Karras et al. 2022, eq. 2 and table 1)."""
-    denoise = Edm("250log").denoiser(network, labels)
+    denoise = parameterise("edm", c_noise="250log").denoiser(network, labels)
     noisy = images + sigma[:, None, None, None] * noise
     _, c_out, _ = edm_scalings(sigma)
     return ((denoise(noisy, sigma) - images) / c_out[:, None, None, None]).square().mean()

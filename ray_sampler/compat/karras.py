@@ -15,9 +15,9 @@ from ray_sampler.compat.generators import Device, NoiseSource, get_generator
 from ray_sampler.compat.preconditioned import KarrasDenoiser
 from ray_sampler.errors import require
 from ray_sampler.sampling.consistency_solvers import IndexOptions, check_range
+from ray_sampler.sampling.guidance import SteppedDenoiser
 from ray_sampler.sampling.multistep_solvers import AddedNoise
 from ray_sampler.sampling.noise import in_order
-from ray_sampler.sampling.parameterisation import Denoiser
 from ray_sampler.sampling.schedules import ScheduleOptions
 from ray_sampler.sampling.solvers import SOLVERS, Churn, Solver
 
@@ -108,12 +108,12 @@ def settled(sampler: str, schedule: ScheduleOptions, churn: Churn, ts: Iterable[
 
 
 def reporting(
-    denoise: Denoiser,
+    denoise: SteppedDenoiser,
     sampler: str,
     sigmas: Tensor,
     callback: Callable[[dict[str, Any]], object] | None,
     advance: Callable[[], None],
-) -> Denoiser:
+) -> SteppedDenoiser:
     """`denoise`, which at the first evaluation of each step calls `callback` with its state and then `advance`."""
     if sampler not in EVALUATIONS:
         return denoise

@@ -5,7 +5,7 @@ Ho & Salimans 2022 (classifier-free), Karras et al. 2024 (autoguidance), Kynkaan
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,16 @@ from ray_sampler.sampling.parameterisation import Denoiser
 
 ROUNDING = 1e-5
 """How far, relatively, a level of the schedule may lie from the number that a user writes for it: both are rounded."""
+
+
+class SteppedDenoiser(Protocol):
+    """D as a solver calls it."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            step: the level at which the solver's step began, which decides whether guidance applies; None: sigma.
+        """
 
 
 def check_channels(options: GuidanceOptions, channels: int) -> None:
@@ -39,7 +49,7 @@ def guidance_identity(options: GuidanceOptions, guide: str) -> dict[str, Any]:
     return result
 
 
-def guided(denoise: Denoiser, pair: Denoiser, guidance: GuidanceOptions) -> Denoiser:
+def guided(denoise: Denoiser, pair: Denoiser, guidance: GuidanceOptions) -> SteppedDenoiser:
     """The guided denoiser.
 
     Args:
@@ -50,10 +60,9 @@ def guided(denoise: Denoiser, pair: Denoiser, guidance: GuidanceOptions) -> Deno
     low, high = low * (1 - ROUNDING), high * (1 + ROUNDING)
 
     def denoiser(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
-        level = float(sigma if step is None else step)
-        if not low <= level <= high:
-            return denoise(x, sigma, step)
-        conditional, reference = pair(x, sigma, step).chunk(2)
+        if not low <= float(sigma if step is None else step) <= high:
+            return denoise(x, sigma)
+        conditional, reference = pair(x, sigma).chunk(2)
         result = torch.lerp(reference, conditional, guidance.guidance)
         n = guidance.guidance_channels
         return result if n is None else torch.cat([result[:, :n], conditional[:, n:]], dim=1)

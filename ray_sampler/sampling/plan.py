@@ -13,15 +13,13 @@ from ray_sampler.errors import RequestError
 from ray_sampler.networks.family import NetworkSpec, Script
 from ray_sampler.sampling.conditions import LabelRule
 from ray_sampler.sampling.decoding import Decoder
-from ray_sampler.sampling.guidance import guidance_identity, guided
+from ray_sampler.sampling.guidance import SteppedDenoiser, guidance_identity, guided
 from ray_sampler.sampling.noise import make_draws, noise_identity
 from ray_sampler.sampling.options import GuidanceOptions, NoiseOptions, StateType
 from ray_sampler.sampling.parameterisation import (
     Denoiser,
     Network,
     Parameterisation,
-    at_sigma_min,
-    clipped,
     parameterise,
 )
 from ray_sampler.sampling.schedules import ScheduleOptions, schedule_identity
@@ -96,7 +94,7 @@ def parameterisation_of(spec: NetworkSpec, sigma_min: float) -> Parameterisation
         RequestError: a user's Model names no such kind, or options that it does not have.
     """
     try:
-        return at_sigma_min(parameterise(spec.kind, **spec.kind_options), sigma_min)
+        return parameterise(spec.kind, sigma_min, **spec.kind_options)
     except RequestError as error:
         raise RequestError(
             f"--model {getattr(spec.options, 'name', spec.family)} returned a Model that cannot be sampled: {error}"
@@ -135,27 +133,26 @@ def sample_block(
     return plan.solver.run(denoise, x, sigmas, draws.noise, plan.solver_options), labels
 
 
-def make_denoiser(networks: Mapping[str, Network], plan: SamplePlan, labels: Tensor | None) -> Denoiser:
+def make_denoiser(networks: Mapping[str, Network], plan: SamplePlan, labels: Tensor | None) -> SteppedDenoiser:
     """D of a batch with the labels (B,), guided and clamped as the plan says."""
     denoise = plan.parameterisation.denoiser(networks[MAIN], labels)
-    if plan.guidance.guidance != 1:
-        if plan.guide is not None:
-            reference = plan.guide.denoiser(networks[GUIDE], labels if plan.guide_labelled else None)
-            pair = of_two(denoise, reference)
-        else:
-            assert labels is not None
-            assert plan.null_label is not None
-            both = torch.cat([labels, torch.full_like(labels, plan.null_label)])
-            pair = of_doubled(plan.parameterisation.denoiser(networks[MAIN], both))
-        denoise = guided(denoise, pair, plan.guidance)
-    return clipped(denoise) if plan.clip_denoised else denoise
+    guide = guided(denoise, pair_of(networks, plan, labels), plan.guidance) if plan.guidance.guidance != 1 else None
+
+    def denoiser(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
+        denoised = guide(x, sigma, step) if guide else denoise(x, sigma)
+        return denoised.clamp(-1, 1) if plan.clip_denoised else denoised
+
+    return denoiser
 
 
-def of_two(denoise: Denoiser, reference: Denoiser) -> Denoiser:
-    """D and D_ref of two networks, one below the other."""
-    return lambda x, sigma, step=None: torch.cat([denoise(x, sigma, step), reference(x, sigma, step)])
-
-
-def of_doubled(denoise: Denoiser) -> Denoiser:
-    """D and D_ref of one network, in one call on a doubled batch."""
-    return lambda x, sigma, step=None: denoise(torch.cat([x, x]), sigma, step)
+def pair_of(networks: Mapping[str, Network], plan: SamplePlan, labels: Tensor | None) -> Denoiser:
+    """D and D_ref, one below the other: of two networks, or of one that is called on a doubled batch."""
+    if plan.guide is not None:
+        denoise = plan.parameterisation.denoiser(networks[MAIN], labels)
+        reference = plan.guide.denoiser(networks[GUIDE], labels if plan.guide_labelled else None)
+        return lambda x, sigma: torch.cat([denoise(x, sigma), reference(x, sigma)])
+    assert labels is not None
+    assert plan.null_label is not None
+    both = torch.cat([labels, torch.full_like(labels, plan.null_label)])
+    doubled = plan.parameterisation.denoiser(networks[MAIN], both)
+    return lambda x, sigma: doubled(torch.cat([x, x]), sigma)

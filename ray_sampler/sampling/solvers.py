@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ray_sampler.sampling.guidance import SteppedDenoiser
     from ray_sampler.sampling.noise import Noise
     from ray_sampler.sampling.parameterisation import Denoiser
 
@@ -176,7 +177,7 @@ def add_churn(x: Tensor, sigmas: Tensor, i: int, noise: Noise, churn: Churn) -> 
     return x, sigma_hat
 
 
-def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn: Churn) -> Tensor:
+def heun(denoise: SteppedDenoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn: Churn) -> Tensor:
     """Heun's second order method with churn (Karras et al. 2022, algorithm 2); Euler's in the step to 0."""
     for i in range(len(sigmas) - 1):
         x, sigma = add_churn(x, sigmas, i, noise, churn)
@@ -184,7 +185,7 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn: Chur
     return x
 
 
-def heun_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, step: Tensor) -> Tensor:
+def heun_step(denoise: SteppedDenoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, step: Tensor) -> Tensor:
     """From x at sigma to sigma_next, in a step that began at level `step` (ibid., lines 7 to 11)."""
     d = (x - denoise(x, sigma, step)) / sigma
     x_next = x + d * (sigma_next - sigma)
@@ -194,7 +195,7 @@ def heun_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, s
     return x_next
 
 
-def restart(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: RestartOptions) -> Tensor:
+def restart(denoise: SteppedDenoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: RestartOptions) -> Tensor:
     """Heun's method that goes back up and down again within intervals (Xu et al. 2023, "Restart", algorithm 1).
 
     On reaching the level nearest to an interval's tmin, K times: noise is added up to tmax, then Heun's method goes
@@ -226,7 +227,7 @@ def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: o
     return x
 
 
-def dpm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn: Churn) -> Tensor:
+def dpm(denoise: SteppedDenoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn: Churn) -> Tensor:
     """The midpoint method, after DPM-Solver-2 (Lu et al. 2022), with churn; midpoints lie on a rho = 3 schedule."""
     for i in range(len(sigmas) - 1):
         x, sigma = add_churn(x, sigmas, i, noise, churn)
@@ -258,7 +259,7 @@ def progdist(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options
 class Solver(NamedTuple):
     """A solver with all that belongs to it."""
 
-    run: Callable[[Denoiser, Tensor, Tensor, Noise, Any], Tensor]
+    run: Callable[[SteppedDenoiser, Tensor, Tensor, Noise, Any], Tensor]
     """(denoise, x, sigmas, noise, options) -> x."""
     evaluations: Callable[[int, Any], int]
     """(steps, options) -> calls of the denoiser for one sample."""

@@ -30,4 +30,10 @@ def solve(plan: SamplePlan, denoise: Denoiser, noise: Noise) -> Tensor:
     """What the plan's solver makes of a denoiser and noise, clamped to [-1, 1] as a picture is: (B, C, H, W)."""
     sigmas = plan.solver.levels(plan.schedule, plan.solver_options, torch.float32)
     x_T = noise(0) * plan.schedule.sigma_max
-    return plan.solver.run(denoise, x_T, sigmas, noise, plan.solver_options).clamp(-1, 1)
+
+    def stepped(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
+        return denoise(x, sigma)
+
+    return plan.solver.run(
+        lambda x, sigma, step=None: denoise(x, sigma), x_T, sigmas, noise, plan.solver_options
+    ).clamp(-1, 1)

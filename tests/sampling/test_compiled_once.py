@@ -15,7 +15,7 @@ from ray_sampler.networks.custom import Called
 from ray_sampler.sampling import engine
 from ray_sampler.sampling.conditions import LabelRule
 from ray_sampler.sampling.engine import Engine
-from ray_sampler.sampling.parameterisation import Direct, Edm
+from ray_sampler.sampling.parameterisation import parameterise
 from ray_sampler.sampling.plan import MAIN
 from tests.gpu.networks import random_network, tiny
 from tests.sampling.plans import plan
@@ -56,10 +56,10 @@ def folded() -> nn.Module:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
-    "adm": (lambda: random_network(tiny(), "fp32", CPU), Edm("250log")),
-    "edm": (song, Edm(shared_time=True)),
-    "edm2": (folded, Edm(shared_time=True)),
-    "a user's": (lambda: Called(filled(Mine()), 10, False, "fp32"), Direct()),
+    "adm": (lambda: random_network(tiny(), "fp32", CPU), parameterise("edm", c_noise="250log")),
+    "edm": (song, parameterise("edm", shared_time=True)),
+    "edm2": (folded, parameterise("edm", shared_time=True)),
+    "a user's": (lambda: Called(filled(Mine()), 10, False, "fp32"), parameterise("denoiser")),
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,18 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ray_sampler.networks.adm import spec_of
+from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.sampling.parameterisation import (
     TIMES,
-    Consistency,
     Denoiser,
-    Edm,
     Network,
     clipped,
     consistency_scalings,
     edm_scalings,
+    parameterise,
 )
+from ray_sampler.sampling.plan import MAIN, parameterisation_of, sample_block
+from tests.sampling.plans import plan
 
 SIGMA_MIN = 0.002
+SPEC = replace(spec_of(AdmOptions(image_size=8), {}), kind_options={})
 SIGMAS = st.floats(SIGMA_MIN, 80.0)
 network_time = TIMES["250log"]
 
@@ -32,7 +38,7 @@ def make_denoiser(
     network: Network, labels: Tensor | None, *, consistency: bool, sigma_min: float, clip: bool
 ) -> Denoiser:
     """D of a checkpoint of consistency-models."""
-    kind = Consistency(sigma_min) if consistency else Edm("250log")
+    kind = parameterise("consistency", sigma_min) if consistency else parameterise("edm", c_noise="250log")
     denoise = kind.denoiser(network, labels)
     return clipped(denoise) if clip else denoise
 
@@ -121,3 +127,29 @@ def test_clipping_clamps_to_one() -> None:
     )
     assert free.abs().max() > 1
     assert torch.equal(within, free.clamp(-1, 1))
+
+
+def test_a_run_ends_only_what_was_left_open() -> None:
+    """D of a consistency model is the identity at its own sigma_min, where it has one, and else at the run's."""
+    x = torch.linspace(-1, 1, 3 * 4 * 4).reshape(1, 3, 4, 4)
+    own, left_open = parameterise("consistency", sigma_min=0.01), parameterise("consistency")
+    for kind, end in ((own, 0.01), (left_open, 0.05)):
+        taken = parameterisation_of(replace(SPEC, kind=kind), 0.05)
+        assert taken.identity()["sigma_min"] == end
+        assert torch.equal(taken.denoiser(cube, None)(x, torch.tensor(end)), x)
+
+
+def test_a_parameterisation_of_ones_own_gets_no_step() -> None:
+    """It has the methods of `Parameterisation`, whose D takes a state and a level."""
+
+    class Halved:
+        def denoiser(self, network: Network, y: Tensor | None) -> Denoiser:
+            return lambda x, sigma: x / 2
+
+        def identity(self) -> dict[str, Any]:
+            return {"preconditioning": "halved"}
+
+    planned = replace(plan(), parameterisation=parameterisation_of(replace(SPEC, kind=Halved()), 0.002))
+    x, _ = sample_block({MAIN: cube}, planned, torch.arange(2))
+    assert x.isfinite().all()
+    assert planned.identity()["preconditioning"] == "halved"

@@ -23,7 +23,7 @@ from ray_sampler.sampling.engine import (
 from ray_sampler.sampling.noise import make_draws
 from ray_sampler.sampling.numerics import numerics_key
 from ray_sampler.sampling.options import NoiseOptions
-from ray_sampler.sampling.parameterisation import Consistency, Edm, clipped
+from ray_sampler.sampling.parameterisation import clipped, parameterise
 from ray_sampler.sampling.plan import MAIN, SamplePlan
 from tests.sampling.plans import plan, solve
 
@@ -169,7 +169,7 @@ def test_pictures_are_those_of_the_solver(training_mode: TrainingMode, sampler: 
     }
     indices = torch.arange(4, 8)
     draws = make_draws(NoiseOptions(seed=7), N, indices, (3, SIZE, SIZE))
-    kind = Edm("250log") if training_mode == "edm" else Consistency(0.002)
+    kind = parameterise("edm", c_noise="250log") if training_mode == "edm" else parameterise("consistency")
     with torch.no_grad():
         denoise = clipped(kind.denoiser(NETWORK, LABELS.labels(draws, indices)))
         x = solve(planned(**flags), denoise, draws.noise)

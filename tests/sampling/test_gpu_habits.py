@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ray_sampler.sampling.clock import seconds_between
 from ray_sampler.sampling.engine import Engine
-from ray_sampler.sampling.parameterisation import Direct
+from ray_sampler.sampling.parameterisation import parameterise
 from ray_sampler.sampling.plan import MAIN
 from tests.sampling.plans import plan
 
@@ -56,7 +56,7 @@ class InOnePlace(nn.Module):
 @pytest.mark.parametrize("sampler", ["dpmpp_3m", "unipc", "multistep"])
 def test_results_that_a_solver_keeps_outlive_the_next_call_of_a_captured_network(sampler: str) -> None:
     made = plan(sampler=sampler, steps=6, ts="0,2,5", clip_denoised=False, num_samples=4)
-    made = replace(made, parameterisation=Direct())
+    made = replace(made, parameterisation=parameterise("denoiser"))
 
     def pictures(network: nn.Module, graphs: bool) -> bytes:
         engine = Engine({MAIN: network}, batch_size=4, device=CPU, compile="off")
