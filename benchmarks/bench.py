@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results", HERE / "README.md"
 LATEST = RESULTS / "latest.json"
 BEGIN, END = "<!-- results: written by make bench -->", "<!-- end of results -->"
-NO_PROGRAMS = {"bench", "gpu_cases", "stub", "table", "textbook"}
+NO_PROGRAMS = {"bench", "gpu_cases", "request_path", "statements", "stub", "table", "textbook"}
 ON_REQUEST = {"against"}
 """Run where they are named only: this one takes an hour."""
 PACKAGES = ("torch", "ray", "numpy", "pyarrow", "fsspec")
