@@ -127,6 +127,22 @@ def as_pictures(images: np.ndarray) -> np.ndarray:
     return np.broadcast_to(channels, (*channels.shape[:3], 3))
 
 
+def reduced(image: np.ndarray) -> np.ndarray:
+    """What a sheet shows of a sample (H, W, C), in its dtype and no larger than a tile: (H', W', 1 or 3).
+
+    A tile that is drawn of it is the one that would be drawn of the sample.
+    """
+    shown = image[..., : 3 if image.shape[-1] >= 3 else 1]
+    size = _tile_size(shown.shape[1], shown.shape[0])
+    if size[0] >= shown.shape[1]:
+        return shown.copy()
+    channels = [
+        Image.fromarray(np.ascontiguousarray(shown[..., c])).resize(size, Image.Resampling.LANCZOS)
+        for c in range(shown.shape[-1])
+    ]
+    return np.stack([np.asarray(channel) for channel in channels], axis=-1)
+
+
 def _grid_size(n: int, columns: int, tile: tuple[int, int], labelled: bool) -> tuple[int, int]:
     """Width and height in pixels of `n` tiles in rows of `columns`, with nothing around them."""
     rows = -(-n // columns)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
 from typing import Any
 
 import numpy as np
 
 from ray_sampler.errors import RequestError, RunError
-from ray_sampler.reporting.preview import choose_indices, contact_sheet
+from ray_sampler.reporting.preview import choose_indices, contact_sheet, reduced
 from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.record import DamagedFragment, FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
@@ -36,7 +37,7 @@ class Tile:
     """One sample on the sheet."""
 
     image: np.ndarray
-    """(H, W, C), as the run has it."""
+    """(H, W, C) as `reduced` makes it: small, as it goes from process to process."""
     label: int | None
 
 
@@ -45,11 +46,25 @@ def tiles_of(samples: Samples, wanted: Sequence[int]) -> dict[int, Tile]:
     here = wanted[bisect_left(wanted, samples.start) : bisect_left(wanted, samples.stop)]
     return {
         i: Tile(
-            samples.images[i - samples.start].copy(),
+            reduced(samples.images[i - samples.start]),
             None if samples.labels is None else int(samples.labels[i - samples.start]),
         )
         for i in here
     }
+
+
+def read_tiles(run_dir: RunDir, fingerprint: str, wanted: Mapping[FragmentName, Sequence[int]]) -> dict[int, Tile]:
+    """Tiles of the samples `wanted` of some fragments; those of a damaged one are left out."""
+    tiles: dict[int, Tile] = {}
+    for name, indices in wanted.items():
+        # The check that follows a damaged one reports it.
+        with suppress(DamagedFragment):
+            tiles |= tiles_of(run_dir.read_fragment(name, fingerprint).samples, indices)
+    return tiles
+
+
+Read = Callable[[Mapping[FragmentName, Sequence[int]]], dict[int, Tile]]
+"""Reads tiles of the given samples of some fragments, wherever that is done."""
 
 
 def heading(settings: Mapping[str, Any], fingerprint: str) -> str:
@@ -61,36 +76,41 @@ def heading(settings: Mapping[str, Any], fingerprint: str) -> str:
 
 
 class Sheet:
-    """The tiles of a contact sheet, each read once."""
+    """The tiles of a contact sheet, each read once.
 
-    def __init__(self, run_dir: RunDir, fingerprint: str, num_samples: int, settings: Mapping[str, Any]) -> None:
+    Args:
+        read: how they are read; by this process unless given.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        fingerprint: str,
+        num_samples: int,
+        settings: Mapping[str, Any],
+        read: Read | None = None,
+    ) -> None:
         self.run_dir = run_dir
-        self.fingerprint = fingerprint
         self.num_samples = num_samples
         self.title = heading(settings, fingerprint)
         self.tiles: dict[int, Tile] = {}
+        self._read = read or partial(read_tiles, run_dir, fingerprint)
 
     def read(self, fragments: Iterable[FragmentName], most: int | None = None) -> dict[int, Tile]:
         """Evenly spaced samples of what `fragments` hold, by index; reads at most `most` new fragments."""
         pieces = cover(fragments, self.num_samples)
         wanted = choose_indices(self.num_samples, [(piece.start, piece.stop) for piece in pieces], TILES)
-        read, at = 0, 0
+        new: dict[FragmentName, list[int]] = {}
+        at = 0
         for piece in pieces:
             while at < len(wanted) and wanted[at] < piece.start:
                 at += 1
             here = [i for i in wanted[at : at + piece.stop - piece.start] if i < piece.stop]
-            if all(i in self.tiles for i in here) or (most is not None and read >= most):
-                continue
-            read += 1
-            self._take(piece.fragment, here)
+            if not all(i in self.tiles for i in here) and (most is None or len(new) < most):
+                new[piece.fragment] = here
+        if new:
+            self.tiles |= self._read(new)
         return {i: self.tiles[i] for i in wanted if i in self.tiles}
-
-    def _take(self, name: FragmentName, indices: list[int]) -> None:
-        try:
-            samples = self.run_dir.read_fragment(name, self.fingerprint).samples
-        except DamagedFragment:
-            return  # the check that follows it reports it and sets it aside
-        self.tiles |= tiles_of(samples, indices)
 
     def draw(self, tiles: dict[int, Tile]) -> bytes:
         """A PNG of `tiles`, ordered by index."""
@@ -114,8 +134,9 @@ class PreviewKeeper:
         num_samples: int,
         settings: Mapping[str, Any],
         names: Collection[FragmentName],
+        read: Read | None = None,
     ) -> None:
-        self.sheet = Sheet(run_dir, fingerprint, num_samples, settings)
+        self.sheet = Sheet(run_dir, fingerprint, num_samples, settings, read)
         self.names = names
         """Of the run's fragments, as they come and go."""
         self.drawing: Thread | None = None

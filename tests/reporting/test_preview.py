@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ray_sampler.reporting.preview import choose_indices, class_strips, contact_sheet
+from ray_sampler.reporting.preview import choose_indices, class_strips, contact_sheet, reduced
 
 RANGES = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=8)
 
@@ -45,6 +45,18 @@ def test_every_image_is_on_the_sheet_at_a_legible_size(side: int, shown: int, la
         assert np.ptp(y) == np.ptp(x) == shown - 1
         corners.append((y.min(), x.min()))
     assert corners == sorted(corners)  # in the order of the indices
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (28, 28, 1), (128, 128, 3), (256, 256, 3), (200, 100, 1), (512, 300, 4)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_reduced_image_is_small_and_looks_the_same_on_a_sheet(shape: tuple[int, int, int], dtype: type) -> None:
+    image: np.ndarray = (np.random.default_rng(0).random(shape) * 255).astype(dtype)
+    small = reduced(image)
+    assert small.dtype == dtype
+    assert max(small.shape[:2]) <= 128
+    assert small.nbytes <= 128 * 128 * 3 * image.itemsize
+    if dtype == np.uint8:  # a float's range is stretched over what is shown
+        assert contact_sheet(small[None], None, "", "") == contact_sheet(image[None], None, "", "")
 
 
 def test_small_images_keep_their_pixels_sharp(images: np.ndarray) -> None:
