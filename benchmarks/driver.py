@@ -29,7 +29,7 @@ from ray_sampler.cluster.tasks import pack_pieces
 from ray_sampler.cluster.worker import CONCURRENCY, Task, TaskResult, WorkerInfo
 from ray_sampler.reporting.progress import Snapshot
 from ray_sampler.reporting.sheet import PreviewKeeper
-from ray_sampler.storage.record import FragmentName, Record
+from ray_sampler.storage.record import LABEL, Column, FragmentName, Record
 from ray_sampler.storage.run_dir import RunDir
 from table import Goal, Row, in_turn, parser, report
 
@@ -40,11 +40,14 @@ MILLION, LEFT = 1_000_000, 10_000
 FINGERPRINT = "ab" * 32
 
 
+COLUMNS = {"image": Column("uint8", (64, 64, 3)), "label": LABEL}
+
+
 def result_of(start: int, stop: int) -> TaskResult:
     """What an actor says of a shard of labelled images."""
     crc32 = {column: start * 7919 % 2**32 + i for i, column in enumerate(("image", "index", "label", "label_int64"))}
     made = {"numerics_key": "a CPU, torch, batch 64, fp32", "device": "a CPU", "host": "here", "seconds": 0.0}
-    record = Record(FINGERPRINT, start, stop, (64, 64, 3), True, crc32, made)
+    record = Record(FINGERPRINT, start, stop, COLUMNS, crc32, made)
     return TaskResult(FragmentName(start, stop, "parquet"), record, 0.0, 0.0, 0.0)
 
 
@@ -88,7 +91,7 @@ class Bookkeeping:
         num_samples = job.run.request.num_samples
         self.inventory = Inventory(job, Silent())
         self.tally = Tally(num_samples, reused=num_samples - self.inventory.missing_samples())
-        self.preview = PreviewKeeper(job.run_dir, FINGERPRINT, num_samples, SETTINGS, self.inventory.names)
+        self.preview = PreviewKeeper(job.run_dir, FINGERPRINT, num_samples, SETTINGS, self.inventory.fragments.names)
         self.shards = list(tasks_of(self.inventory.missing(), SHARD))
 
     def dispatch(self, pool: Any) -> float:
@@ -182,7 +185,7 @@ def drive_here(folder: Path) -> None:
     planned = time.perf_counter()
     inventory = books.inventory
     # Checking a million fragments is the cluster's work; what is known of them afterwards is the driver's.
-    names, inventory.to_check = inventory.to_check, []
+    names, inventory.fragments.to_check = inventory.fragments.to_check, []
     for name in names:
         record = result_of(name.start, name.stop).record
         assert record
@@ -191,7 +194,7 @@ def drive_here(folder: Path) -> None:
     books.dispatch(ScriptedPool())
     assert not inventory.unchecked()
     assert not inventory.missing()
-    packed = pack_pieces(inventory.cover(), inventory.contents)
+    packed = pack_pieces(inventory.fragments.cover(), inventory.fragments.known)
     parts = inventory.parts()
     ended = time.perf_counter()
     books.preview.close()

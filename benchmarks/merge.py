@@ -52,7 +52,7 @@ def fill(folder: Path, num_samples: int) -> Contents:
         stop = min(num_samples, start + SHARD)
         name = FragmentName(start, stop, "parquet")
         labels = np.arange(start, stop, dtype=np.int32) % 1000
-        data, record = encode(Samples(start, images[: stop - start], labels), FINGERPRINT, {}, "parquet")
+        data, record = encode(Samples.of(start, images[: stop - start], labels), FINGERPRINT, {}, "parquet")
         run_dir.write_fragment(name, data)
         contents[name] = content_of(record)
     return contents

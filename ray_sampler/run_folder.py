@@ -63,10 +63,12 @@ def print_status(url: str, as_json: bool, watch: bool) -> int:
 def status_of(run_dir: RunDir, run: dict[str, Any]) -> Status:
     """How far a run is, from the listing of its fragments and the records of a few."""
     listing = run_dir.fragments(times=True)
+    damaged = lost(run_dir, run["fingerprint"])
+    fragments = [name for name in listing.fragments if name not in damaged]
     looked_at = [
         name
         for kind, most in RECORDS_READ.items()
-        for name in evenly([name for name in listing.fragments if name.format == kind], most)
+        for name in evenly([name for name in fragments if name.format == kind], most)
     ]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         made = dict(
@@ -80,10 +82,21 @@ def status_of(run_dir: RunDir, run: dict[str, Any]) -> Status:
             text_or_none(made.get(name, {}).get("device")),
             text_or_none(made.get(name, {}).get("numerics_key")),
         )
-        for name in listing.fragments
+        for name in fragments
     ]
     archive = run_dir.archive_name(run["num_samples"], tuple(run["image_shape"]))
     return status(run["fingerprint"], run["num_samples"], facts, archive if run_dir.has(archive) else None, time.time())
+
+
+def lost(run_dir: RunDir, fingerprint: str) -> set[FragmentName]:
+    """Fragments that a run found damaged and could not move, and that were not replaced by whole ones since."""
+    ranges, damaged = run_dir.ranges(), set()
+    for name in ranges.noted():
+        try:
+            ranges.read(name, fingerprint)
+        except DamagedFragment:
+            damaged.add(name)
+    return damaged
 
 
 def evenly(names: Sequence[FragmentName], most: int) -> Sequence[FragmentName]:
@@ -98,7 +111,7 @@ def text_or_none(value: object) -> str | None:
 
 def made_by(run_dir: RunDir, name: FragmentName, fingerprint: str) -> Mapping[str, Any]:
     try:
-        return run_dir.read_record(name, fingerprint).computed_by
+        return run_dir.ranges().read_record(name, fingerprint).computed_by
     except DamagedFragment:
         return {}  # `verify` tells of it
 

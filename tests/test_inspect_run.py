@@ -14,6 +14,7 @@ from PIL import Image
 
 from ray_sampler.cli import main
 from ray_sampler.storage.fragment import encode
+from ray_sampler.storage.local_store import LocalStore
 from ray_sampler.storage.record import Samples
 from tests.cluster.runs import ARCHIVE, contents, fragments, leave, part, savez
 from tests.conftest import Configure
@@ -104,6 +105,24 @@ def test_status_reads_a_damaged_directory_and_changes_nothing(configure, output:
     assert contents(output) == before
 
 
+def test_a_damaged_fragment_that_could_not_be_moved_does_not_count_as_done(
+    configure: Configure, output: Path, samples: Samples, capsys, monkeypatch
+):
+    leave(configure(), samples, WHOLE)
+    path = output / "fragments" / name(0, 16)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "move", lambda *paths: None)
+        assert main(["verify", str(output)]) == 1
+    capsys.readouterr()
+    before = contents(output)
+    assert status_of(output, capsys)["finished"] == 24
+    assert contents(output) == before
+    path.write_bytes(whole)
+    assert status_of(output, capsys)["finished"] == 40
+
+
 # verify
 
 
@@ -120,18 +139,17 @@ def test_verify_sets_aside_what_is_damaged_or_foreign_with_reasons(configure, ou
     damage(output, samples)
     assert main(["verify", str(output)]) == 1
     out = capsys.readouterr().out
-    assert "2 fragments are whole, 4 were set aside" in out
+    assert "2 fragments are whole, 3 were set aside" in out
     assert "16 of 40 samples are missing" in out
     for filename, reason in (
         (name(16, 32), "parquet"),
         (name(40, 48), "another run"),
         (name(0, 40), "a folder"),
-        ("notes.txt", "no fragment's"),
     ):
         assert (output / "rejected" / filename).exists()
         assert reason in (output / "rejected" / f"{filename}.reason.txt").read_text()
         assert f"set aside {filename}: " in out
-    assert fragments(output) == [name(0, 16), name(32, 40)]
+    assert fragments(output) == [name(0, 16), name(32, 40), "notes.txt"]
     assert main(["verify", str(output)]) == 1  # nothing more to set aside, but samples are missing
     assert "2 fragments are whole, 0 were set aside" in capsys.readouterr().out
 
@@ -152,7 +170,7 @@ def test_verify_says_when_several_numerics_keys_computed_a_run(configure, output
 @pytest.mark.parametrize("ranges", [WHOLE, [(0, 40)], [(0, 24), (8, 12), (16, 40), (20, 60)]])
 def test_merge_writes_what_savez_writes(configure: Configure, output: Path, samples: Samples, ranges, capsys):
     assert samples.labels is not None
-    more = Samples(0, np.tile(samples.images, (2, 1, 1, 1)), np.tile(samples.labels, 2))
+    more = Samples.of(0, np.tile(samples.images, (2, 1, 1, 1)), np.tile(samples.labels, 2))
     leave(configure(), more, ranges)
     assert main(["merge", str(output)]) == 0
     assert capsys.readouterr().out.strip() == str(output / ARCHIVE)

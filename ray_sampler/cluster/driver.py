@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from threading import Event
 from typing import Any, NamedTuple
 
 import ray
 
 from ray_sampler.cluster.dispatch import Dispatch, Tally
-from ray_sampler.cluster.inventory import Inventory, products_to_make
+from ray_sampler.cluster.inventory import Inventory, complete
 from ray_sampler.cluster.job import Job, claim, prepare, still_ours
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.outcome import already_done, write_outcome
 from ray_sampler.cluster.pool import Pool, reason_of
 from ray_sampler.cluster.session import Fleet, beside_driver, connect, joined, plan_fleet
 from ray_sampler.cluster.shipping import Shipped, ship
-from ray_sampler.cluster.tasks import Damage, Merged, merge_task, pack_pieces
+from ray_sampler.cluster.tasks import Damage, Merged, merge_task, pack_pieces, show_task
 from ray_sampler.cluster.worker import CONCURRENCY, Loaded, RunSpec, Task, TaskResult, Worker
 from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RunError, require
 from ray_sampler.reporting.progress import Reporter, Snapshot, reporter
-from ray_sampler.reporting.sheet import PreviewKeeper
+from ray_sampler.reporting.sheet import PreviewKeeper, Tile
 from ray_sampler.sampling.numerics import compiles
 from ray_sampler.sampling.plan import MAIN
+from ray_sampler.storage.record import FragmentName
 
 REPAIR_ROUNDS = 5
 """Times that the merge may find a damaged fragment and have it sampled again."""
+
+LOOK_S = 0.2
 
 PADDING_SHARE = 0.25
 """Of the samples: so many images may be computed beyond them before the run says so."""
@@ -76,7 +81,7 @@ def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> 
     for number, job in enumerate(jobs):
         claim(job)
         announce(job, report)
-        if (summary := already_done(job)) is not None and not products_to_make(job):
+        if (summary := already_done(job)) is not None and complete(job):
             report.message("the archive is complete already")
             results[number] = result_of(job, summary)
     groups: dict[Any, list[int]] = {}
@@ -139,8 +144,16 @@ class Filling:
             Tally(job.num_samples, reused=job.num_samples - inventory.missing_samples())
             for job, inventory in zip(jobs, self.inventories, strict=True)
         ]
+        self.closing = Event()
         self.previews = [
-            PreviewKeeper(job.run_dir, job.fingerprint, job.num_samples, job.run.as_json(), inventory.names)
+            PreviewKeeper(
+                job.run_dir,
+                job.fingerprint,
+                job.num_samples,
+                job.run.as_json(),
+                inventory.fragments.names,
+                partial(tiles_of_task, job, self.closing),
+            )
             for job, inventory in zip(jobs, self.inventories, strict=True)
         ]
         self.merge_s = [0.0] * len(jobs)
@@ -178,6 +191,7 @@ class Filling:
                 "check the storage, then run the same command again"
             )
         finally:
+            self.closing.set()
             for preview in self.previews:
                 preview.close()
 
@@ -200,8 +214,7 @@ class Filling:
 
     def _dispatch(self, pool: Pool, tasks: list[Task]) -> RunError | None:
         def finished(task: Task, result: TaskResult) -> None:
-            if result.record is not None:
-                self.inventories[task.run].add(result.name, result.record)
+            self.inventories[task.run].add(result.name, result.record, task.product)
             tally = self.tallies[task.run]
             tally.compute_s, tally.idle_s = tally.compute_s + result.compute_s, tally.idle_s + result.wait_s
 
@@ -284,6 +297,24 @@ class Filling:
         return result_of(job, summary)
 
 
+def tiles_of_task(job: Job, closing: Event, wanted: Mapping[FragmentName, Sequence[int]]) -> dict[int, Tile]:
+    """Have a task read tiles, so that no picture passes through the driver; waits on a thread of its own.
+
+    Raises:
+        RunError: the task failed, or the run ends.
+    """
+    task = show_task.options(scheduling_strategy=beside_driver()).remote(job.output, job.fingerprint, wanted)
+    try:
+        # Ray ends with the run: by then nothing may wait for it.
+        while not ray.wait([task], timeout=LOOK_S)[0]:
+            if closing.is_set():
+                ray.cancel(task)
+                raise RunError("the run ends")
+        return ray.get(task)
+    except ray.exceptions.RayError as error:
+        raise RunError(f"the preview cannot be drawn: {reason_of(error)}") from error
+
+
 def padding(num_samples: int, batch_size: int) -> str | None:
     """What it costs that the last batch is filled up, where that is much."""
     batches = -(-num_samples // batch_size)
@@ -313,7 +344,7 @@ def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Mer
         rate=tally.latest.rate,
     )
     report.update(tally.latest)
-    packed = pack_pieces(inventory.cover(), inventory.contents)
+    packed = pack_pieces(inventory.fragments.cover(), inventory.fragments.known)
     task: ray.ObjectRef[Merged | Damage] = merge_task.options(scheduling_strategy=beside_driver()).remote(
         job.output, job.fingerprint, packed, job.num_samples, job.image_shape, job.labelled
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ray_sampler.cluster.session import place
-from ray_sampler.cluster.worker import Product
 from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
 from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision
@@ -22,6 +21,7 @@ from ray_sampler.presets import BUNDLED, ModelOptions, as_begun, check_bundled, 
 from ray_sampler.resolved import Run, resolve
 from ray_sampler.sampling.options import Compile, GuidanceOptions, guide_of
 from ray_sampler.sampling.plan import GUIDE, MAIN
+from ray_sampler.sampling.products import Product
 from ray_sampler.storage.record import fingerprint
 from ray_sampler.storage.run_dir import RunDir
 
@@ -51,7 +51,7 @@ class Job:
     """Whether a Ray of our own, on this machine alone, computes the run."""
     identity: dict[str, Any]
     products: Mapping[str, Product]
-    """What is made of the pictures beside them, by name."""
+    """What is made of the samples beside their fragments, by name."""
     begun_as: str | None = None
     """The name that the model had when the run was begun, where it means other weights now."""
 

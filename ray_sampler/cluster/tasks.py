@@ -1,10 +1,10 @@
-"""Tasks beside the actors: checking old fragments, and merging all of them into the archive."""
+"""Tasks beside the actors: checking old files, looking at pictures, and merging all fragments into the archive."""
 
 from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +12,11 @@ import ray
 
 from ray_sampler.reporting.pixels import PixelStatistics
 from ray_sampler.reporting.preview import choose_indices
-from ray_sampler.reporting.sheet import TILES, Tile, tiles_of
+from ray_sampler.reporting.sheet import TILES, Tile, read_tiles, tiles_of
 from ray_sampler.storage.archive import Content, DamagedPiece, merge
 from ray_sampler.storage.archive_layout import ArchiveLayout
 from ray_sampler.storage.ranges import Piece
-from ray_sampler.storage.record import DamagedFragment, FragmentName, MissingFragment, Record, Samples
+from ray_sampler.storage.record import Column, DamagedFragment, FragmentName, MissingFragment, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
 
 PICTURES = 20_000
@@ -29,7 +29,7 @@ PACK_PIECES = 4096
 
 @dataclass(frozen=True)
 class Checked:
-    """Fragments that were read and checked."""
+    """Files of a folder of ranges that were read and checked."""
 
     records: dict[FragmentName, Record]
     damaged: list[tuple[FragmentName, str]]
@@ -61,15 +61,21 @@ class Damage:
     """Whether the merging node does not see it."""
 
 
-def check(output: str, fingerprint: str, names: Sequence[FragmentName]) -> Checked:
-    """Read and check fragments, one at a time."""
-    run_dir = RunDir(output)
+def check(
+    output: str,
+    fingerprint: str,
+    names: Sequence[FragmentName],
+    folder: str,
+    holds: Mapping[str, Column | None],
+) -> Checked:
+    """Read and check files of a folder of ranges, one at a time; `holds` as of a RangeSet."""
+    ranges = RunDir(output).ranges(folder, holds)
     records: dict[FragmentName, Record] = {}
     damaged: list[tuple[FragmentName, str]] = []
     gone: list[FragmentName] = []
     for name in names:
         try:
-            records[name] = run_dir.read_fragment(name, fingerprint).record
+            records[name] = ranges.read(name, fingerprint).record
         except MissingFragment:
             gone.append(name)
         except DamagedFragment as error:
@@ -77,7 +83,7 @@ def check(output: str, fingerprint: str, names: Sequence[FragmentName]) -> Check
     return Checked(records, damaged, gone)
 
 
-def pack_pieces(pieces: Sequence[Piece], contents: Mapping[FragmentName, Content]) -> list[bytes]:
+def pack_pieces(pieces: Sequence[Piece], contents: Mapping[FragmentName, Content | None]) -> list[bytes]:
     """Pieces with the contents of their fragments, as `merge_fragments` takes them.
 
     Pickled a few thousand at a time: a pickler remembers every object that it has met, and there may be a million.
@@ -110,29 +116,45 @@ def merge_fragments(
         packed: from `pack_pieces`.
     """
     pieces, contents = unpack_pieces(packed)
-    pixels = PixelStatistics()
-    labels: Counter[int] = Counter()
-    most = max(1, min(PICTURES, PICTURE_BYTES // int(np.prod(image_shape))))
-    every = -(-num_samples // most)
-    wanted = choose_indices(num_samples, [(0, num_samples)], TILES)
-    tiles: dict[int, Tile] = {}
+    seen = Seen(num_samples, image_shape)
 
-    def look(samples: Samples) -> None:
-        if samples.images.dtype == np.uint8:  # of latents there is nothing to say
-            pixels.add(samples.images[-samples.start % every :: every])
-        tiles.update(tiles_of(samples, wanted))
-        if samples.labels is not None:
-            values, counts = np.unique(samples.labels, return_counts=True)
-            labels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    def viewer() -> Callable[[Samples], None]:
+        nonlocal seen
+        seen = Seen(num_samples, image_shape)
+        return seen.add
 
     try:
-        layout = merge(
-            RunDir(output), pieces, contents, num_samples, image_shape, labelled, fingerprint, on_samples=look
-        )
+        layout = merge(RunDir(output), pieces, contents, num_samples, image_shape, labelled, fingerprint, viewer)
     except DamagedPiece as damage:
         return Damage(damage.fragment, damage.reason, damage.changed, isinstance(damage.__cause__, MissingFragment))
-    return Merged(layout, pixels, labels if labelled else None, tiles)
+    return Merged(layout, seen.pixels, seen.labels if labelled else None, seen.tiles)
 
 
+class Seen:
+    """What one attempt at an archive has seen of its samples."""
+
+    def __init__(self, num_samples: int, image_shape: tuple[int, int, int]) -> None:
+        self.pixels = PixelStatistics()
+        self.labels: Counter[int] = Counter()
+        self.tiles: dict[int, Tile] = {}
+        most = max(1, min(PICTURES, PICTURE_BYTES // int(np.prod(image_shape))))
+        self.every = -(-num_samples // most)
+        self.wanted = choose_indices(num_samples, [(0, num_samples)], TILES)
+
+    def add(self, samples: Samples) -> None:
+        if samples.images.dtype == np.uint8:  # of latents there is nothing to say
+            self.pixels.add(samples.images[-samples.start % self.every :: self.every])
+        self.tiles |= tiles_of(samples, self.wanted)
+        if samples.labels is not None:
+            values, counts = np.unique(samples.labels, return_counts=True)
+            self.labels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+
+
+def show(output: str, fingerprint: str, wanted: Mapping[FragmentName, Sequence[int]]) -> dict[int, Tile]:
+    """Tiles of the samples `wanted` of some fragments; those of a damaged one are left out."""
+    return read_tiles(RunDir(output), fingerprint, wanted)
+
+
+show_task = ray.remote(num_cpus=0, max_retries=0)(show)
 check_task = ray.remote(num_cpus=0, max_retries=3)(check)
 merge_task = ray.remote(num_cpus=0, max_retries=3)(merge_fragments)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -25,13 +25,15 @@ from ray_sampler.sampling.memory import OutOfDeviceMemoryError, ran_out_of_memor
 from ray_sampler.sampling.numerics import numerics_key, pin
 from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.plan import SamplePlan
+from ray_sampler.sampling.products import Product, derive
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import FragmentFormat, FragmentName, Record, Samples
 from ray_sampler.storage.retry import HIDDEN_S
-from ray_sampler.storage.run_dir import RunDir
+from ray_sampler.storage.run_dir import FRAGMENTS, RunDir
 
 CONCURRENCY = 10
 """Calls that an actor takes at once: shards in flight, at most eight, and questions beside them."""
+
 
 IMAGES = "images"
 """The product that every run has: its pictures, in fragments."""
@@ -74,18 +76,7 @@ class RunSpec:
     probe: str
     """Name of the file by which the driver shows that it writes to the same place."""
     products: Mapping[str, Product] = field(default_factory=dict)
-    """What is made of the pictures beside them, by name."""
-
-
-class Product(Protocol):
-    """Something that is made of each range of pictures and stored beside them, as features for a score are."""
-
-    @property
-    def folder(self) -> str:
-        """Where in the run directory its ranges lie."""
-
-    def encode(self, samples: Samples, fingerprint: str) -> bytes:
-        """The file of one range; called on the actor that has the pictures, or reads them from their fragments."""
+    """What is made of the samples beside their fragments, by name."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +94,7 @@ class TaskResult:
     """What comes back of a task: no images."""
 
     name: FragmentName
+    """Of the fragment, or of the other product's range."""
     record: Record | None
     """Of the fragment; None for another product."""
     compute_s: float
@@ -148,8 +140,9 @@ class Worker:
         pin(self.device, loaded.compile)  # before anything touches a GPU
         prove_gpu(self.device)
         take_share(self.device, loaded.gpus)
+        self.networks = self._load()
         engine = Engine(
-            self._load(),
+            self.networks,
             batch_size=loaded.batch_size,
             device=self.device,
             compile=loaded.compile,
@@ -203,29 +196,43 @@ class Worker:
 
     def _sample(self, task: Task) -> TaskResult:
         run, start, stop, _ = task
-        spec, run_dir = self.runs[run], self.run_dirs[run]
+        spec = self.runs[run]
         # On a GPU the compute thread only queues a shard; it is awaited here, while the next one is queued.
         pictures: Pictures = self.compute.submit(self.engine.sample, spec.plan, start, stop).result()()
         began = time.perf_counter()
-        samples = Samples(start, pictures.images, pictures.labels)
-        name = FragmentName(start, stop, spec.fragment_format)
-        data, record = encode(samples, spec.fingerprint, self._computed_by(pictures.seconds), name.format)
-        run_dir.write_fragment(name, data)
-        for made in spec.products.values():
-            run_dir.ranges(made.folder).write(name, made.encode(samples, spec.fingerprint))
+        samples = Samples.of(start, pictures.images, pictures.labels)
+        made = [(product, self._made_of(product, samples)) for product in spec.products.values()]
+        computed_by = self._computed_by(pictures.seconds)
+        # A fragment comes last: where it is, its range of the products is, too.
+        for product, columns in made:
+            self._write(run, columns, product.folder, "parquet", computed_by)
+        name, record = self._write(run, samples, FRAGMENTS, spec.fragment_format, computed_by)
         upload_s = time.perf_counter() - began
         self.metrics[run].count(stop - start, pictures.seconds, pictures.idle_s, upload_s)
         return TaskResult(name, record, pictures.seconds, pictures.idle_s, upload_s)
 
     def _derive(self, task: Task) -> TaskResult:
-        """Make a product of pictures that an earlier start left."""
-        run, start, stop, product = task
-        spec, run_dir = self.runs[run], self.run_dirs[run]
-        began = time.perf_counter()
-        made, samples = spec.products[product], run_dir.read_samples(start, stop, spec.fingerprint)
-        name = FragmentName(start, stop, spec.fragment_format)
-        run_dir.ranges(made.folder).write(name, made.encode(samples, spec.fingerprint))
-        return TaskResult(name, None, 0.0, 0.0, time.perf_counter() - began)
+        """Make a product of pictures that are stored."""
+        run, start, stop, name = task
+        spec, began = self.runs[run], time.perf_counter()
+        product = spec.products[name]
+        samples = self.run_dirs[run].ranges().read_samples(start, stop, spec.fingerprint)
+        made = self._made_of(product, samples)
+        written, _ = self._write(run, made, product.folder, "parquet", self._computed_by(time.perf_counter() - began))
+        return TaskResult(written, None, 0.0, 0.0, time.perf_counter() - began)
+
+    def _made_of(self, product: Product, samples: Samples) -> Samples:
+        engine = self.engine
+        arguments = (product, samples.images, samples.start, self.networks, self.device, engine.workers)
+        return self.compute.submit(derive, *arguments).result()
+
+    def _write(
+        self, run: int, samples: Samples, folder: str, format: FragmentFormat, computed_by: Mapping[str, Any]
+    ) -> tuple[FragmentName, Record]:
+        data, record = encode(samples, self.runs[run].fingerprint, computed_by, format)
+        name = FragmentName(samples.start, samples.stop, format)
+        self.run_dirs[run].ranges(folder).write(name, data)
+        return name, record
 
     def _computed_by(self, seconds: float) -> dict[str, Any]:
         info = self.info()

@@ -17,7 +17,7 @@ from isal import isal_zlib
 from ray_sampler.errors import RunError
 from ray_sampler.storage.archive_layout import ArchiveLayout, Member, crc32_combine
 from ray_sampler.storage.ranges import Piece, missing
-from ray_sampler.storage.record import DamagedFragment, FragmentName, Record, Samples
+from ray_sampler.storage.record import Column, DamagedFragment, FragmentName, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.store import NotCommitted, Readable, StagedFile, UnreadableFile
 
@@ -46,26 +46,32 @@ class DamagedPiece(Exception):
         """Whether it is whole by itself, but of other content than the record says: read its record again."""
 
 
-class Content(NamedTuple):
-    """What the archive counts on of a fragment: two fragments of one name and equal content hold the same samples."""
+class Maker(NamedTuple):
+    """What computed a fragment."""
 
-    image_shape: tuple[int, int, int]
-    """(H, W, C)."""
-    labelled: bool
+    numerics: str
+    """The numerics key."""
+    device: str
+
+
+class Content(NamedTuple):
+    """What the archive and its summary count on of a fragment."""
+
+    image: Column
     image_crc32: int
-    label_crc32: int
-    """Of the labels as int64, as the archive holds them; 0 if there are none."""
-    dtype: str = "uint8"
-    """Of the images."""
+    label_crc32: int | None
+    """Of the labels as int64, as the archive holds them; None if there are none."""
+    maker: Maker
+
+    def same_samples(self, other: Content) -> bool:
+        """Whether two fragments of one name hold the same samples, whoever computed them."""
+        return self[:-1] == other[:-1]
 
 
 def content_of(record: Record) -> Content:
-    labels = record.crc32.get("label_int64", 0)
-    return Content(record.shape, record.conditional, record.crc32["image"], labels, record.dtype)
-
-
-def bytes_per_image(image_shape: tuple[int, int, int], dtype: str) -> int:
-    return int(np.prod(image_shape)) * np.dtype(dtype).itemsize
+    made = record.computed_by
+    maker = Maker(str(made.get("numerics_key", "unknown")), str(made.get("device", "unknown")))
+    return Content(record.columns["image"], record.crc32["image"], record.crc32.get("label_int64"), maker)
 
 
 def lay_out(
@@ -86,12 +92,12 @@ def lay_out(
     gaps = missing(pieces, num_samples)
     if gaps:
         raise RunError(f"samples {gaps[0][0]} to {gaps[0][1]} are missing; run the same command again")
-    dtype = contents[pieces[0].fragment].dtype if pieces[0].fragment in contents else "uint8"
-    image_bytes = bytes_per_image(image_shape, dtype)
+    dtype = contents[pieces[0].fragment].image.dtype if pieces[0].fragment in contents else "uint8"
+    column = Column(dtype, tuple(image_shape))
     image_crc32 = label_crc32 = 0
     for piece in pieces:
-        image, label = piece_checksums(run_dir, piece, contents, image_shape, labelled, fingerprint)
-        image_crc32 = crc32_combine(image_crc32, image, (piece.stop - piece.start) * image_bytes)
+        image, label = piece_checksums(run_dir, piece, contents, column, labelled, fingerprint)
+        image_crc32 = crc32_combine(image_crc32, image, (piece.stop - piece.start) * column.size)
         label_crc32 = crc32_combine(label_crc32, label, (piece.stop - piece.start) * 8)
     return ArchiveLayout(num_samples, image_shape, image_crc32, label_crc32 if labelled else None, dtype)
 
@@ -100,7 +106,7 @@ def piece_checksums(
     run_dir: RunDir,
     piece: Piece,
     contents: Mapping[FragmentName, Content],
-    image_shape: tuple[int, int, int],
+    column: Column,
     labelled: bool,
     fingerprint: str | None,
 ) -> tuple[int, int]:
@@ -108,10 +114,12 @@ def piece_checksums(
     content = contents.get(piece.fragment)
     if content is None:
         raise DamagedPiece(piece.fragment, "its record is not known", changed=True)
-    if content.image_shape != tuple(image_shape) or content.labelled != labelled:
-        raise DamagedPiece(piece.fragment, f"it holds {'labelled ' * content.labelled}images of {content.image_shape}")
+    has_labels = content.label_crc32 is not None
+    if content.image != column or has_labels != labelled:
+        kind = f"{'labelled ' * has_labels}images of {content.image.shape}, {content.image.dtype}"
+        raise DamagedPiece(piece.fragment, f"it holds {kind}")
     if (piece.start, piece.stop) == (piece.fragment.start, piece.fragment.stop):
-        return content.image_crc32, content.label_crc32
+        return content.image_crc32, content.label_crc32 or 0
     image = label = 0
     for part in parts_of(piece, read_groups(run_dir, piece, content, fingerprint)):
         image, label = isal_zlib.crc32(image_values(part), image), isal_zlib.crc32(label_values(part), label)
@@ -125,8 +133,8 @@ def read_groups(run_dir: RunDir, piece: Piece, content: Content, fingerprint: st
         DamagedPiece: the fragment fails its check, is gone, or differs from `content`.
     """
     try:
-        record, groups = run_dir.read_groups(piece.fragment, fingerprint)
-        if content_of(record) != content:
+        record, groups = run_dir.ranges().read_groups(piece.fragment, fingerprint)
+        if not content_of(record).same_samples(content):
             raise DamagedPiece(piece.fragment, "it is not the one that was counted on", changed=True)
         yield from groups
     except DamagedFragment as damage:
@@ -165,7 +173,7 @@ def merge(
     image_shape: tuple[int, int, int],
     labelled: bool,
     fingerprint: str | None,
-    on_samples: Callable[[Samples], None] | None = None,
+    viewer: Callable[[], Callable[[Samples], None]] | None = None,
 ) -> ArchiveLayout:
     """Write the archive in one pass, every fragment checked on the way.
 
@@ -178,23 +186,22 @@ def merge(
         image_shape: (H, W, C).
         labelled: whether the archive has arr_1.
         fingerprint: of the run.
-        on_samples: called with all samples, a few at a time, in arbitrary order, never concurrently.
+        viewer: called at the start of each attempt for what looks at all samples, a few at a time, in arbitrary order,
+            never concurrently. What an attempt that failed had seen is seen again by the next one's.
 
     Raises:
         DamagedPiece: a fragment is damaged, gone or changed. No archive was written.
         RunError: the pieces leave samples out, or the store failed. No archive was written.
     """
     layout = lay_out(run_dir, pieces, contents, num_samples, image_shape, labelled, fingerprint)
-    show = on_samples
     for left in reversed(range(COMMITS)):
         try:
-            write_archive(run_dir, layout, pieces, contents, fingerprint, show)
+            write_archive(run_dir, layout, pieces, contents, fingerprint, viewer() if viewer else None)
             break
         except NotCommitted as error:
             if not left:
                 raise
             logger.warning("%s; the archive is written anew", error)
-            show = None  # all samples were shown already
     return layout
 
 
@@ -210,7 +217,7 @@ def write_archive(
     image_shape = layout.image_shape
     name = run_dir.archive_name(layout.num_samples, image_shape)
     images_member, *labels_members = layout.members
-    image_bytes, looking = bytes_per_image(image_shape, layout.dtype), threading.Lock()
+    image_bytes, looking = Column(layout.dtype, image_shape).size, threading.Lock()
     with tempfile.TemporaryFile() as spool, run_dir.stage_archive(name, layout.size) as file:
         write = file.write_at or in_order(file)
 

@@ -1,4 +1,4 @@
-"""One shard's samples as Parquet or npz, with a record that proves them: encoded and decoded in memory."""
+"""One range of samples as Parquet or npz, with a record that proves them: encoded and decoded in memory."""
 
 from __future__ import annotations
 
@@ -54,16 +54,8 @@ def encode(
         fingerprint: of the run.
         computed_by: what computed the samples; anything that JSON can hold.
     """
-    _, height, width, channels = samples.images.shape
     record = Record(
-        fingerprint=fingerprint,
-        start=samples.start,
-        stop=samples.stop,
-        shape=(height, width, channels),
-        conditional=samples.labels is not None,
-        crc32=checksums(samples),
-        computed_by=dict(computed_by),
-        dtype=str(samples.images.dtype),
+        fingerprint, samples.start, samples.stop, samples.kinds(), checksums(samples), computed_by=dict(computed_by)
     )
     return (encode_parquet if format == "parquet" else encode_npz)(samples, record), record
 
@@ -80,14 +72,11 @@ def decode(data: bytes, name: FragmentName, fingerprint: str | None) -> Fragment
     """
     record, groups = decode_groups(data, name, fingerprint)
     rows = record.stop - record.start
-    images = np.empty((rows, *record.shape), record.dtype)
-    labels = np.empty(rows, np.int32) if record.conditional else None
+    columns = {held: np.empty((rows, *column.shape), column.dtype) for held, column in record.columns.items()}
     for group in groups:
-        part = slice(group.start - record.start, group.stop - record.start)
-        images[part] = group.images
-        if labels is not None and group.labels is not None:
-            labels[part] = group.labels
-    return Fragment(record, Samples(record.start, images, labels))
+        for held, array in group.columns.items():
+            columns[held][group.start - record.start : group.stop - record.start] = array
+    return Fragment(record, Samples(record.start, columns))
 
 
 def decode_groups(data: bytes, name: FragmentName, fingerprint: str | None) -> tuple[Record, Iterator[Samples]]:
@@ -118,10 +107,11 @@ def checked(record: Record, groups: Iterator[dict[str, np.ndarray]], name: Fragm
     actual: dict[str, int] = {}
     with explained(name):
         for columns in groups:
-            end = reached + len(columns["index"])
-            if end > record.stop or not np.array_equal(columns["index"], np.arange(reached, end)):
+            index = columns.pop("index")
+            end = reached + len(index)
+            if end > record.stop or not np.array_equal(index, np.arange(reached, end)):
                 raise DamagedFragment(f"its index column is not {record.start} to {record.stop - 1}")
-            samples = Samples(reached, columns["image"], columns.get("label"))
+            samples = Samples(reached, columns)
             actual = checksums(samples, actual)
             yield samples
             reached = end

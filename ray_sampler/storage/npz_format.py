@@ -1,4 +1,4 @@
-"""A fragment as npz: arrays arr_0 (images), arr_1 (labels), index and record, all stored as they are."""
+"""A file of a range as npz: an array for each column, index and record, all stored as they are."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ray_sampler.storage.record import DamagedFragment, FragmentName, Record, Samples, check_record
+from ray_sampler.storage.record import Column, DamagedFragment, FragmentName, Record, Samples, check_record
 
-NPZ_MEMBERS = ("arr_0.npy", "arr_1.npy", "index.npy", "record.npy")
+NPZ_NAMES = {"image": "arr_0", "label": "arr_1"}
+"""Columns that numpy gives the names of unnamed arrays; all others keep their own."""
+
+MOST_MEMBERS = 64
 
 NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '([|<][fuiS][0-9]{1,9})', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n",
@@ -19,11 +22,15 @@ NPY_HEADER = re.compile(
 )
 
 
+def npz_columns(record: Record) -> dict[str, str]:
+    """The names of the arrays in their order, by column: images, labels, whatever else there is, and the index."""
+    names = sorted(record.columns, key=lambda column: NPZ_NAMES.get(column, column))
+    return {column: NPZ_NAMES.get(column, column) for column in [*names, "index"]}
+
+
 def encode_npz(samples: Samples, record: Record) -> bytes:
-    columns = {"arr_0": samples.images}
-    if samples.labels is not None:
-        columns["arr_1"] = samples.labels
-    columns["index"] = np.arange(samples.start, samples.stop, dtype=np.int64)
+    values = {**samples.columns, "index": np.arange(samples.start, samples.stop, dtype=np.int64)}
+    columns = {name: values[column] for column, name in npz_columns(record).items()}
     columns["record"] = np.array(record.to_json().encode())
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w") as archive:
@@ -40,26 +47,26 @@ def decode_npz(
 ) -> tuple[Record, Iterator[dict[str, np.ndarray]]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         infos = archive.infolist()
-        if len(infos) > len(NPZ_MEMBERS) or len({info.filename for info in infos}) < len(infos):
+        if len(infos) > MOST_MEMBERS or len({info.filename for info in infos}) < len(infos):
             raise DamagedFragment(f"its {len(infos)} members are too many, or one is there twice")
         for info in infos:
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(data):
+            if info.compress_type != zipfile.ZIP_STORED:
                 raise DamagedFragment(f"its member {info.filename!r} is not stored as it is")
+        if sum(info.file_size for info in infos) > len(data):
+            raise DamagedFragment("its members overlap, or are not stored as they are")
         members = {info.filename: archive.read(info) for info in infos}
     if "record.npy" not in members:
         raise DamagedFragment("it holds no record: it is another program's file")
     record = Record.from_json(npy_values(members.pop("record.npy")).tobytes())
     check_record(record, name, fingerprint, len(data))
-    names = {"arr_0.npy": "image", "index.npy": "index"} | ({"arr_1.npy": "label"} if record.conditional else {})
+    names = {f"{name}.npy": column for column, name in npz_columns(record).items()}
     if set(members) != set(names):
         raise DamagedFragment(f"its members are {', '.join(sorted(members))}, not {', '.join(sorted(names))}")
     columns = {names[member]: npy_values(content) for member, content in members.items()}
-    rows = record.stop - record.start
-    image = np.dtype(record.dtype).str[1:]
-    expected = {"image": (image, (rows, *record.shape)), "index": ("i8", (rows,)), "label": ("i4", (rows,))}
-    for column, array in columns.items():
-        if (array.dtype.str[1:], array.shape) != expected[column]:
-            raise DamagedFragment(f"its {column} column is {array.dtype} {array.shape}")
+    for held, column in {**record.columns, "index": Column("int64")}.items():
+        array, shape = columns[held], (record.stop - record.start, *column.shape)
+        if (array.dtype.str[1:], array.shape) != (np.dtype(column.dtype).str[1:], shape):
+            raise DamagedFragment(f"its {held} column is {array.dtype} {array.shape}")
     return record, iter([columns])
 
 

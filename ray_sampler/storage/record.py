@@ -1,16 +1,18 @@
-"""What a fragment is named, holds and says of itself.
+"""What a file of a range is named, holds and says of itself.
 
-Its record holds the range, the fingerprint of the run and the CRC-32 of every column, so a fragment that was cut short,
-damaged, renamed or written by another run is told apart from a whole one by its bytes alone.
+It holds columns: images, labels, or whatever else there is one of for each sample. Its record has the range, the
+fingerprint of the run, the columns and the CRC-32 of each, so a file that was cut short, damaged, renamed or written by
+another run is told apart from a whole one by its bytes alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
@@ -27,8 +29,15 @@ LONGEST_REASON = 400
 
 EXTENSIONS: dict[str, FragmentFormat] = {"parquet": "parquet", "npz": "npz"}
 
-DTYPES = ("uint8", "float32")
-"""Of images: pixels, or a solver's result as it is."""
+DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+
+COLUMN_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+RESERVED = ("index", "record", "arr_0", "arr_1")
+"""Names that no column may have: what every file holds beside its columns, and what npz calls images and labels."""
+
+WIDENED = {"label": "<i8"}
+"""Columns that the archive holds as a wider type, of which a record has the CRC-32 too, as label_int64."""
 
 INDEX = "([0-9]{12}|[1-9][0-9]{12,})"
 FILENAME = re.compile(rf"{INDEX}-{INDEX}\.([a-z]+)")
@@ -79,62 +88,114 @@ def in_order(fragments: Iterable[FragmentName]) -> list[FragmentName]:
     return names
 
 
+class Column(NamedTuple):
+    """What there is one of for each sample."""
+
+    dtype: str
+    """As numpy names it."""
+    shape: tuple[int, ...] = ()
+    """Of what one sample has; () for a number."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of what one sample has."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+LABEL = Column("int32")
+
+
+def check_column(name: str, column: Column) -> None:
+    """Raises ValueError: no file may hold such a column."""
+    dtype, shape = column
+    if not COLUMN_NAME.fullmatch(name) or name in RESERVED:
+        raise ValueError(f"a column is called {name!r}; it must be a small letter, and more, digits or _ after it")
+    if dtype not in DTYPES or not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError(f"column {name} is {dtype} {shape}; it must be of numbers, and no side 0")
+    if name == "image" and (dtype not in ("uint8", "float32") or len(shape) != 3):
+        raise ValueError(f"images are {dtype} {shape}; they must be uint8 or float32 (H, W, C)")
+    if name == "label" and column != LABEL:
+        raise ValueError(f"labels are {dtype} {shape}; they must be int32, one a sample")
+
+
 @dataclass(frozen=True)
 class Samples:
     """Consecutive samples, the first of which has the global index `start`.
 
     Raises:
-        ValueError: a shape or dtype is wrong.
+        ValueError: a column's name, shape or dtype is wrong.
     """
 
     start: int
-    images: np.ndarray
-    """(n, H, W, C) uint8, or float32 where nothing decodes the solver's result; n at least 1."""
-    labels: np.ndarray | None
-    """(n,) int32, None when unconditional."""
+    columns: Mapping[str, np.ndarray]
+    """By name, each (n, ...), n at least 1."""
 
     def __post_init__(self) -> None:
-        images, labels = self.images, self.labels
         if self.start < 0:
             raise ValueError(f"start is {self.start}; it must be at least 0")
-        if str(images.dtype) not in DTYPES or images.ndim != 4 or images.size == 0:
-            raise ValueError(
-                f"images are {images.dtype} {images.shape}; they must be uint8 or float32 (n, H, W, C), none of them 0"
-            )
-        if labels is not None and (labels.dtype != np.int32 or labels.shape != images.shape[:1]):
-            raise ValueError(f"labels are {labels.dtype} {labels.shape}; they must be int32 ({len(images)},)")
+        lengths = {array.shape[:1] for array in self.columns.values()}
+        if len(lengths) != 1 or lengths <= {(), (0,)}:
+            raise ValueError(f"columns are of lengths {sorted(lengths)}; they must be of one length, and not empty")
+        for name, column in self.kinds().items():
+            check_column(name, column)
+
+    @classmethod
+    def of(cls, start: int, images: np.ndarray, labels: np.ndarray | None = None) -> Samples:
+        """Pictures: images (n, H, W, C) uint8 or float32, and labels (n,) int32 where there are any."""
+        return cls(start, {"image": images} | ({} if labels is None else {"label": labels}))
+
+    @property
+    def images(self) -> np.ndarray:
+        """(n, H, W, C) uint8, or float32 where nothing decodes the solver's result."""
+        return self.columns["image"]
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(n,) int32, None when unconditional."""
+        return self.columns.get("label")
 
     @property
     def stop(self) -> int:
-        return self.start + len(self.images)
+        return self.start + len(next(iter(self.columns.values())))
+
+    def kinds(self) -> dict[str, Column]:
+        """The columns without their values."""
+        return {name: Column(str(array.dtype), array.shape[1:]) for name, array in self.columns.items()}
 
     def part(self, start: int, stop: int) -> Samples:
         """Those of the samples [start, stop), which must be among these."""
         here = slice(start - self.start, stop - self.start)
-        return Samples(start, self.images[here], None if self.labels is None else self.labels[here])
+        return Samples(start, {name: array[here] for name, array in self.columns.items()})
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a fragment says about itself."""
+    """What a file of a range says about itself."""
 
     fingerprint: str
     """Of the run, 64 hexadecimal digits."""
     start: int
     stop: int
-    shape: tuple[int, int, int]
-    """(H, W, C)."""
-    conditional: bool
+    columns: Mapping[str, Column]
+    """By name."""
     crc32: Mapping[str, int]
-    """CRC-32 by column: image, index (int64), label (int32), and label_int64, the labels as the archive holds them."""
+    """CRC-32 by column; of index (int64) too, and of label_int64, the labels as the archive holds them."""
     computed_by: Mapping[str, Any] = field(compare=False)
-    """Numerics key, device, versions, seconds: two fragments of equal content may differ in it."""
-    dtype: str = "uint8"
+    """Numerics key, device, versions, seconds: two files of equal content may differ in it."""
     version: int = RECORD_VERSION
 
     def to_json(self) -> str:
-        """The record as JSON with its own CRC-32 under record_crc32."""
-        body = asdict(self) | {"shape": list(self.shape)}
+        """The record as JSON with its own CRC-32 under record_crc32.
+
+        Images, and labels beside them, are said by shape, dtype and conditional; other columns by a list of them.
+        """
+        body = {name: value for name, value in vars(self).items() if name != "columns"}
+        more = dict(self.columns)
+        if image := more.pop("image", None):
+            labelled = more.pop("label", None) is not None
+            body |= {"shape": list(image.shape), "dtype": image.dtype, "conditional": labelled}
+        if more:
+            body["columns"] = {name: [column.dtype, list(column.shape)] for name, column in more.items()}
         return json.dumps(body | {"record_crc32": json_crc32(body)}, sort_keys=True)
 
     @classmethod
@@ -151,13 +212,20 @@ class Record:
                 raise DamagedFragment("its record does not match the record's own CRC-32")
             if body["version"] != RECORD_VERSION:
                 raise DamagedFragment(f"its record has version {body['version']}; this code reads {RECORD_VERSION}")
-            kinds = (("shape", tuple), ("crc32", dict), ("computed_by", dict))
-            record = cls(**body | {name: kind(body[name]) for name, kind in kinds})
+            columns = {name: Column(dtype, tuple(shape)) for name, (dtype, shape) in body.pop("columns", {}).items()}
+            if "shape" in body:
+                columns["image"] = Column(body.pop("dtype"), tuple(body.pop("shape")))
+                labelled = body.pop("conditional")
+                if type(labelled) is not bool:
+                    raise TypeError
+                columns |= {"label": LABEL} if labelled else {}
+            for name, column in columns.items():
+                check_column(name, column)
+            kinds = (("crc32", dict), ("computed_by", dict))
+            record = cls(columns=columns, **body | {name: kind(body[name]) for name, kind in kinds})
             # True equals 1 and 8.0 equals 8: of another type, a value passes for a number until it is used as one.
-            numbers = (record.start, record.stop, *record.shape, *record.crc32.values())
-            if {type(number) for number in numbers} != {int} or len(record.shape) != 3:
-                raise TypeError
-            if type(record.fingerprint) is not str or type(record.conditional) is not bool:
+            numbers = (record.start, record.stop, *record.crc32.values())
+            if {type(number) for number in numbers} != {int} or type(record.fingerprint) is not str or not columns:
                 raise TypeError
             return record
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -170,10 +238,9 @@ def json_crc32(body: Mapping[str, Any]) -> int:
 
 def checksums(samples: Samples, before: Mapping[str, int] | None = None) -> dict[str, int]:
     """CRC-32 of each column's bytes, little-endian, in C order; goes on from those of the samples `before` these."""
-    index = np.arange(samples.start, samples.stop, dtype="<i8")
-    columns = {"image": samples.images, "index": index}
-    if samples.labels is not None:
-        columns |= {"label": samples.labels.astype("<i4", copy=False), "label_int64": samples.labels.astype("<i8")}
+    columns = {"index": np.arange(samples.start, samples.stop, dtype="<i8"), **samples.columns}
+    for name in WIDENED.keys() & columns.keys():
+        columns[f"{name}_int64"] = columns[name].astype(WIDENED[name])
     before = before or {}
     return {
         name: isal_zlib.crc32(np.ascontiguousarray(column).data, before.get(name, 0))
@@ -184,10 +251,8 @@ def checksums(samples: Samples, before: Mapping[str, int] | None = None) -> dict
 def check_record(record: Record, name: FragmentName, fingerprint: str | None, size: int) -> None:
     """Check what can be checked before the columns are read; `size` is the file's, in bytes."""
     check_origin(record, name, fingerprint)
-    if not all(n > 0 for n in record.shape) or record.dtype not in DTYPES:
-        raise DamagedFragment(f"its record says images of {record.dtype} {record.shape}")
-    if (record.stop - record.start) * image_bytes(record) > size:
-        raise DamagedFragment(f"it has {size} bytes, fewer than its images need: it was cut short")
+    if (record.stop - record.start) * sum(column.size for column in record.columns.values()) > size:
+        raise DamagedFragment(f"it has {size} bytes, fewer than its columns need: it was cut short")
 
 
 def check_origin(record: Record, name: FragmentName, fingerprint: str | None) -> None:
@@ -200,12 +265,6 @@ def check_origin(record: Record, name: FragmentName, fingerprint: str | None) ->
         raise DamagedFragment(
             f"its name says samples {name.start} to {name.stop}, its record {record.start} to {record.stop}"
         )
-
-
-def image_bytes(record: Record) -> int:
-    """Bytes of one image."""
-    height, width, channels = record.shape
-    return height * width * channels * np.dtype(record.dtype).itemsize
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:

@@ -5,34 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import secrets
 import time
-import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
-
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage import retry
 from ray_sampler.storage.connect import open_store
-from ray_sampler.storage.fragment import Fragment, decode, decode_groups, explained
-from ray_sampler.storage.local_store import LinkRefused, LocalStore
-from ray_sampler.storage.parquet_format import record_at_end
-from ray_sampler.storage.ranges import Listing, RangeSet, cover
-from ray_sampler.storage.record import (
-    DamagedFragment,
-    FragmentName,
-    MissingFragment,
-    Record,
-    Samples,
-    fingerprint,
-)
+from ray_sampler.storage.fragment import Fragment
+from ray_sampler.storage.local_store import LocalStore
+from ray_sampler.storage.ranges import Listing, RangeSet, housekeeping, is_plain
+from ray_sampler.storage.record import Column, DamagedFragment, FragmentName, MissingFragment, fingerprint
 from ray_sampler.storage.retry import look_again
-from ray_sampler.storage.store import Readable, StagedFile, UnreadableFile
+from ray_sampler.storage.store import Readable, StagedFile
 
 __all__ = ["DamagedFragment", "FragmentName", "Listing", "MissingFragment", "RunDir"]
 
@@ -40,19 +28,14 @@ logger = logging.getLogger(__name__)
 
 RUN = "run.json"
 FRAGMENTS = "fragments"
-FEATURES = "features"
-"""The folder of other products."""
+LATENTS, FEATURES = PRODUCTS = ("latents", "features")
+"""Folders of other products: one, and one for each extractor."""
 REJECTED = "rejected"
 RUN_KINDS = {"fingerprint": str, "identity": dict, "num_samples": int, "labelled": bool, "settings": dict}
 PROBE = ".probe"
 PROBE_SECONDS = 3600.0
-PATIENCE_S = 4.0
-"""How long fragments that cannot be seen are looked for again: in all, as a whole folder of them may be gone."""
-
 TRIAL_BYTES = b"ray-sampler"
 PICTURES = ("preview.png", "summary.json", "report.html")
-FOOTER_BYTES = 64 * 2**10
-"""Of a Parquet file's end: more than the footer of a fragment has."""
 ARCHIVE = re.compile(r"samples_[0-9]+x[0-9]+x[0-9]+x[0-9]+\.npz")
 
 
@@ -68,7 +51,7 @@ class RunDir:
     def __init__(self, url: str) -> None:
         self._store = open_store(url)
         self.url = self._store.url
-        self._patience_s = PATIENCE_S
+        self._fragments = self.ranges()
         self.is_local = isinstance(self._store, LocalStore)
         if isinstance(self._store, LocalStore) and self._store.is_file():
             raise RequestError(f"{self.url} is a file; an output must be a folder")
@@ -111,106 +94,37 @@ class RunDir:
         """Write run.json anew, as when num_samples grows."""
         self._store.put(RUN, run_json(run))
 
-    def ranges(self, folder: str = FRAGMENTS) -> RangeSet:
-        """A folder of ranges: the fragments, or another product of the run."""
-        return RangeSet(self._store, folder)
+    def ranges(self, folder: str = FRAGMENTS, holds: Mapping[str, Column | None] | None = None) -> RangeSet:
+        """A folder of ranges: the fragments, or another product of the run.
+
+        Args:
+            holds: columns without which a file is damaged: images in fragments, unless given.
+        """
+        images = {"image": None} if folder == FRAGMENTS else {}
+        rejects = REJECTED if folder == FRAGMENTS else f"{REJECTED}/{folder}"
+        return RangeSet(self._store, folder, rejects, images if holds is None else holds)
+
+    def products(self) -> list[str]:
+        """The folders of ranges that are there beside the fragments."""
+        top = {entry.name for entry in self._store.list("") if not entry.is_file}
+        inside = [entry.name for entry in self._store.list(FEATURES) if not entry.is_file] if FEATURES in top else []
+        return [LATENTS][: LATENTS in top] + sorted(f"{FEATURES}/{name}" for name in inside if is_plain(name))
 
     def fragments(self, times: bool = False) -> Listing:
         """What is under fragments/, never from a cache; with `times`, when each was written, where the store says."""
-        return self.ranges().list(times)
+        return self._fragments.list(times)
 
     def write_fragment(self, name: FragmentName, data: bytes) -> None:
         """Write a fragment, which is complete or absent."""
-        self.ranges().write(name, data)
-
-    def read_samples(self, start: int, stop: int, fingerprint: str | None) -> Samples:
-        """The samples [start, stop), from whatever fragments hold them.
-
-        Raises:
-            DamagedFragment: a fragment is not whole.
-            RunError: a sample is missing.
-        """
-        parts = []
-        for piece in cover(self.fragments().fragments, stop):
-            first = max(piece.start, start)
-            if first < piece.stop:
-                parts.append(self.read_fragment(piece.fragment, fingerprint).samples.part(first, piece.stop))
-        if sum(len(part.images) for part in parts) != stop - start:
-            raise RunError(f"samples {start} to {stop - 1} are not all in {self.url}; run the same command again")
-        labels = None if parts[0].labels is None else np.concatenate([np.asarray(part.labels) for part in parts])
-        return Samples(start, np.concatenate([part.images for part in parts]), labels)
+        self._fragments.write(name, data)
 
     def read_fragment(self, name: FragmentName, fingerprint: str | None) -> Fragment:
-        """A fragment, taken in one read and checked in every way.
-
-        Raises:
-            MissingFragment: it is not there.
-            DamagedFragment: it is not whole, or of another run.
-        """
-        return decode(self._fragment_bytes(name), name, fingerprint)
-
-    def read_groups(self, name: FragmentName, fingerprint: str | None) -> tuple[Record, Iterator[Samples]]:
-        """As `read_fragment`, but the samples come group by group, and are proved when the last one was taken."""
-        return decode_groups(self._fragment_bytes(name), name, fingerprint)
-
-    def read_record(self, name: FragmentName, fingerprint: str | None) -> Record:
-        """What a fragment says about itself. Of a Parquet file only the end is read, so its columns are not checked.
-
-        Raises:
-            DamagedFragment: it is not there, cannot be read, is not whole, or of another run.
-        """
-        if name.format != "parquet":
-            return self.read_fragment(name, fingerprint).record
-        try:
-            data = self.ranges().read_end(name, FOOTER_BYTES)
-        except UnreadableFile as error:
-            raise DamagedFragment(str(error)) from error
-        if data is None:
-            raise MissingFragment("it is not there any more")
-        with explained(name):
-            return record_at_end(data, name, fingerprint)
-
-    def _fragment_bytes(self, name: FragmentName) -> bytes:
-        path = f"{FRAGMENTS}/{name.filename}"
-        began = time.monotonic()
-        try:
-            # Whoever asks knows that it was there, or was written a moment ago.
-            data = look_again(lambda: self._store.read(path), f"{self.url}/{path}", self._patience_s)
-        except UnreadableFile as error:
-            raise DamagedFragment(str(error)) from error
-        if data is None:
-            self._patience_s -= time.monotonic() - began
-            raise MissingFragment("it is not there any more")
-        return data
+        """A fragment, checked in every way; raises as `RangeSet.read`."""
+        return self._fragments.read(name, fingerprint)
 
     def reject(self, filename: str, reason: str) -> None:
-        """Move a file or folder from fragments/ to rejected/, with `reason` beside it.
-
-        What cannot be moved is left where it is, with a warning: what is damaged or not ours never stops a run.
-
-        Raises:
-            RequestError: a link stands in place of one of the two folders.
-        """
-        if not is_plain(filename):
-            logger.warning("%s/%s holds a name that is no file's, %r; it is left alone", self.url, FRAGMENTS, filename)
-            return
-        target = urllib.parse.quote(filename, safe=" ", errors="surrogateescape").replace(" ", "%20")[:180]
-        with self._housekeeping(f"{FRAGMENTS}/{filename} could not be moved to {REJECTED}/, and is not used"):
-            taken = {entry.name for entry in self._store.list(REJECTED)}
-            if target in taken:
-                target = f"{target}.{secrets.token_hex(4)}"
-            self._store.put(f"{REJECTED}/{target}.reason.txt", f"{reason}\n".encode())
-            self._store.move(f"{FRAGMENTS}/{filename}", f"{REJECTED}/{target}")
-
-    @contextlib.contextmanager
-    def _housekeeping(self, what: str) -> Iterator[None]:
-        """Warn of a failure in what a run can do without."""
-        try:
-            yield
-        except LinkRefused:
-            raise
-        except (RequestError, RunError) as error:
-            logger.warning("%s: %s", what, error)
+        """Move a file or folder from fragments/ to rejected/; as `RangeSet.reject`."""
+        self._fragments.reject(filename, reason)
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write preview.png, summary.json or report.html, complete or absent."""
@@ -218,7 +132,7 @@ class RunDir:
 
     def write_view(self, name: str, data: bytes) -> None:
         """Write preview.png or report.html, which a run can do without: there is a warning where that fails."""
-        with self._housekeeping(f"{name} could not be written"):
+        with housekeeping(f"{name} could not be written"):
             self.write_file(name, data)
 
     def read_file(self, name: str) -> bytes | None:
@@ -288,7 +202,7 @@ class RunDir:
             with self._store.stage(path, len(TRIAL_BYTES)) as file:
                 file.write(TRIAL_BYTES)
         finally:
-            with self._housekeeping("a probe could not be deleted"):
+            with housekeeping("a probe could not be deleted"):
                 self._store.remove(path)
 
     def probes_clear(self, prefix: str = "") -> None:
@@ -296,7 +210,7 @@ class RunDir:
 
         Where that fails, there is a warning: probes do no harm.
         """
-        with self._housekeeping("probes could not be deleted"):
+        with housekeeping("probes could not be deleted"):
             self._clear_probes(prefix)
 
     def _clear_probes(self, prefix: str) -> None:
@@ -324,7 +238,7 @@ class RunDir:
             )
         # run.json goes last: while it stands, the same request can be made again.
         for name in [
-            n for n in names if n in (FRAGMENTS, FEATURES, REJECTED, PROBE, *PICTURES) or ARCHIVE.fullmatch(n)
+            n for n in names if n in (FRAGMENTS, *PRODUCTS, REJECTED, PROBE, *PICTURES) or ARCHIVE.fullmatch(n)
         ]:
             self._store.remove(name)
         if RUN in names:
@@ -350,11 +264,6 @@ def is_whole(run: Any) -> bool:
 
 def run_json(run: Mapping[str, Any]) -> bytes:
     return json.dumps(run, indent=2, sort_keys=True).encode() + b"\n"
-
-
-def is_plain(name: str) -> bool:
-    """Whether a name is one step of a path, inside whatever folder it is put."""
-    return bool(name) and name not in (".", "..") and "/" not in name and os.sep not in name and "\0" not in name
 
 
 def own_name(name: str) -> str:

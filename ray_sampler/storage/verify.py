@@ -1,4 +1,4 @@
-"""Check every fragment of a run, and set aside what is none of its own."""
+"""Check every file of a product of a run, and move damaged ones to rejected/."""
 
 from __future__ import annotations
 
@@ -6,32 +6,31 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ray_sampler.storage.record import DamagedFragment, FragmentName, MissingFragment, Record
-from ray_sampler.storage.run_dir import RunDir
+from ray_sampler.storage.run_dir import FRAGMENTS, RunDir
 
-FOREIGN = "its name is no fragment's, or it is a folder or a link"
+FOREIGN = "it is a folder or a link"
 
 
 @dataclass
 class Verification:
-    """What a check of all fragments found."""
+    """What a check of all files found."""
 
     records: dict[FragmentName, Record] = field(default_factory=dict)
     """Of the whole ones."""
     rejected: list[tuple[str, str]] = field(default_factory=list)
-    """File name and reason of each that was set aside."""
+    """File name and reason of each that is damaged."""
 
 
-def verify(run_dir: RunDir, fingerprint: str | None, workers: int = 4) -> Verification:
-    """Read and check every fragment, `workers` at a time; the damaged and the foreign move to rejected/."""
-    listing = run_dir.fragments()
+def verify(run_dir: RunDir, fingerprint: str | None, folder: str = FRAGMENTS, workers: int = 4) -> Verification:
+    """Read and check every file of a folder of ranges, `workers` at a time, and reject what is damaged."""
+    ranges = run_dir.ranges(folder)
+    listing, notes = ranges.list(), ranges.noted()
     result = Verification()
-    for filename in listing.foreign:
-        run_dir.reject(filename, FOREIGN)
-        result.rejected.append((filename, FOREIGN))
+    damaged = [(filename, FOREIGN) for filename in listing.foreign]
 
     def check(name: FragmentName) -> Record | DamagedFragment:
         try:
-            return run_dir.read_fragment(name, fingerprint).record
+            return ranges.read(name, fingerprint).record
         except DamagedFragment as damage:
             return damage
 
@@ -39,7 +38,11 @@ def verify(run_dir: RunDir, fingerprint: str | None, workers: int = 4) -> Verifi
         for name, found in zip(listing.fragments, pool.map(check, listing.fragments), strict=True):
             if isinstance(found, Record):
                 result.records[name] = found
+                if name in notes:
+                    ranges.clear(notes[name])
             elif not isinstance(found, MissingFragment):
-                run_dir.reject(name.filename, str(found))
-                result.rejected.append((name.filename, str(found)))
+                damaged.append((name.filename, str(found)))
+    for filename, reason in damaged:
+        ranges.reject(filename, reason)
+    result.rejected += damaged
     return result

@@ -58,14 +58,14 @@ def test_a_record_is_read_from_the_end_of_its_file_alone(configure: Configure, s
     whole = run_dir.read_fragment(name, None).record
     data = path.read_bytes()
     path.write_bytes(b"\0" * 100_000 + data[100:])  # what stands before the footer is not looked at
-    assert run_dir.read_record(name, None) == whole
+    assert run_dir.ranges().read_record(name, None) == whole
     for damaged in (b"", data[:-5], data[-1000:-4] + b"PARX", b"\0" * len(data)):
         path.write_bytes(damaged)
         with pytest.raises(DamagedFragment):
-            run_dir.read_record(name, None)
+            run_dir.ranges().read_record(name, None)
     path.write_bytes(data)
     with pytest.raises(DamagedFragment, match="another run"):
-        run_dir.read_record(name, "ab" * 32)
+        run_dir.ranges().read_record(name, "ab" * 32)
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "merge", "preview"])

@@ -80,7 +80,7 @@ def sampled(config: RunConfig) -> Samples:
         compile="off",
     )
     pictures = engine.sample(job.run.plan, 0, config.num_samples)()
-    return Samples(0, pictures.images, pictures.labels)
+    return Samples.of(0, pictures.images, pictures.labels)
 
 
 def savez(samples: Samples) -> bytes:
@@ -93,7 +93,7 @@ def savez(samples: Samples) -> bytes:
 
 def part(samples: Samples, start: int, stop: int) -> Samples:
     """The samples [start, stop) of samples that begin at 0."""
-    return Samples(start, samples.images[start:stop], None if samples.labels is None else samples.labels[start:stop])
+    return Samples.of(start, samples.images[start:stop], None if samples.labels is None else samples.labels[start:stop])
 
 
 def leave(config: RunConfig, samples: Samples, ranges: Iterable[tuple[int, int]]) -> None:

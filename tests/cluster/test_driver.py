@@ -137,7 +137,7 @@ def test_a_larger_num_samples_adds_only_the_new_ones(configure, copy, samples):
     new = part(sampled(config), 40, 51)
     assert samples.labels is not None
     assert new.labels is not None
-    both = Samples(0, np.concatenate([samples.images, new.images]), np.concatenate([samples.labels, new.labels]))
+    both = Samples.of(0, np.concatenate([samples.images, new.images]), np.concatenate([samples.labels, new.labels]))
     assert (copy / "samples_51x8x8x3.npz").read_bytes() == savez(both)
     assert json.loads((copy / "run.json").read_text())["num_samples"] == 51
     assert summary["mixed_numerics"] is True  # the batch size decides last bits
@@ -235,7 +235,6 @@ def test_damaged_foreign_and_overlapping_fragments_are_set_aside_and_the_archive
         name(24, 32): "belongs to another run",
         name(32, 40): "its name says samples 32 to 40, its record 16 to 24",
         name(38, 40): "no readable parquet",
-        "notes.txt": "name is no fragment's",
         name(20, 30): "a folder or a link",
         name(0, 40): "a folder or a link",
     }
@@ -270,7 +269,7 @@ def test_fragments_that_another_node_does_not_see_are_left_where_they_are(
     configure, copy, tmp_path, samples, monkeypatch
 ):
     elsewhere = str(tmp_path / "elsewhere")
-    blind: Any = ray.remote(num_cpus=0)(lambda output, fingerprint, names: check(elsewhere, fingerprint, names))
+    blind: Any = ray.remote(num_cpus=0)(lambda output, *rest: check(elsewhere, *rest))
     monkeypatch.setattr(inventory, "check_task", blind)
     before = fragments(copy)
     (copy / ARCHIVE).unlink()

@@ -24,9 +24,10 @@ from ray_sampler.networks.opening import FAMILIES
 from ray_sampler.reporting.progress import reporter
 from ray_sampler.sampling.decoding import DECODERS
 from ray_sampler.sampling.solvers import SOLVERS
-from ray_sampler.storage.record import Samples
+from ray_sampler.storage.fragment import encode, read_fragment
+from ray_sampler.storage.record import FragmentName, Samples
 from tests.cluster.runs import fragments, savez
-from tests.cluster.toys import COLOURS, GRAIN, SIZE, MeanColours, negative, saved
+from tests.cluster.toys import COLOURS, GRAIN, MEANS, SIZE, mean_colours, negative
 from tests.sampling.conftest import philox4x32_10
 
 pytestmark = pytest.mark.usefixtures("local_ray", "registered")
@@ -93,15 +94,18 @@ def expected(seed: int = 42, count: int = N) -> Samples:
         x = PALETTE[label][:, None, None] + normals(seed, index, 0) / 8 + normals(seed, index, 1) / 16
         pixels = ((1 - x.clip(-1, 1)) * np.float32(127.5)).astype(np.uint8).transpose(1, 2, 0)
         images.append(pixels.repeat(2, axis=0).repeat(2, axis=1))
-    return Samples(0, np.stack(images), labels)
+    return Samples.of(0, np.stack(images), labels)
 
 
-def products(output: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((output / MeanColours.folder).iterdir())}
+def products(output: Path) -> dict[str, list[list[float]]]:
+    """The features in each range, by file name."""
+    files = sorted((output / MEANS).iterdir())
+    return {path.name: read_fragment(path).samples.columns["features"].tolist() for path in files}
 
 
-def expected_products(samples: Samples) -> dict[str, bytes]:
-    return {f"{a:012d}-{b:012d}.parquet": saved(samples.images[a:b]) for a, b in RANGES}
+def expected_products(samples: Samples) -> dict[str, list[list[float]]]:
+    means = samples.images.mean((1, 2), dtype=np.float64).astype(np.float32)
+    return {FragmentName(a, b, "parquet").filename: means[a:b].tolist() for a, b in RANGES}
 
 
 def actors() -> set[str]:
@@ -111,7 +115,7 @@ def actors() -> set[str]:
 
 
 def test_a_family_a_solver_a_decoder_and_a_product_run_through_the_whole_job(request_for: Request, tmp_path: Path):
-    job = prepare(request_for("run"), {"means": MeanColours()})
+    job = prepare(request_for("run"), {"means": mean_colours()})
     (result,) = driven([job])
     samples = expected()
     assert Path(result.archive) == tmp_path / "run" / "samples_22x8x8x3.npz"
@@ -137,7 +141,7 @@ def test_what_is_registered_nowhere_is_refused_with_what_there_is(request_for: R
 
 def test_two_jobs_share_a_pool_and_end_as_they_would_alone(request_for: Request, tmp_path: Path):
     before = actors()
-    jobs = [prepare(request_for("one")), prepare(request_for("two", seed=7, num_samples=12), {"means": MeanColours()})]
+    jobs = [prepare(request_for("one")), prepare(request_for("two", seed=7, num_samples=12), {"means": mean_colours()})]
     one, two = driven(jobs)
     assert len(actors() - before) == 1
     assert Path(one.archive).read_bytes() == savez(expected())
@@ -164,7 +168,7 @@ def test_jobs_of_other_networks_or_batches_do_not_share_a_pool(request_for: Requ
 
 
 def test_an_actor_that_dies_in_a_drive_of_two_jobs_costs_neither_a_sample(request_for: Request, tmp_path: Path):
-    before, deadly = actors(), {"means": MeanColours(kills_once=tmp_path / "killed")}
+    before, deadly = actors(), {"means": mean_colours(tmp_path / "killed")}
     jobs = [prepare(request_for("one"), deadly), prepare(request_for("two", seed=7), deadly)]
     results = driven(jobs)
     assert (tmp_path / "killed").exists()
@@ -184,11 +188,12 @@ def test_a_product_that_an_earlier_start_left_unfinished_is_made_of_the_fragment
     if not merged:
         Path(before.archive).unlink()
     samples = expected()
-    kept = tmp_path / "run" / MeanColours.folder / "000000000008-000000000016.parquet"
+    kept = tmp_path / "run" / MEANS / "000000000008-000000000016.parquet"
     kept.parent.mkdir(parents=True)
-    kept.write_bytes(saved(samples.images[8:16]))
+    means = samples.images[8:16].mean((1, 2), dtype=np.float64).astype(np.float32)
+    kept.write_bytes(encode(Samples(8, {"features": means}), before.summary["fingerprint"], {}, "parquet")[0])
     written = kept.stat().st_mtime_ns
-    (result,) = driven([prepare(request_for("run"), {"means": MeanColours()})])
+    (result,) = driven([prepare(request_for("run"), {"means": mean_colours()})])
     assert products(tmp_path / "run") == expected_products(samples)
     assert kept.stat().st_mtime_ns == written
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "fragments").iterdir()} == times

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 from collections.abc import Mapping
@@ -10,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +17,9 @@ from ray_sampler.networks.weights import Checkpoint
 from ray_sampler.sampling.noise import Noise
 from ray_sampler.sampling.options import DecoderOptions
 from ray_sampler.sampling.parameterisation import Denoiser
+from ray_sampler.sampling.products import Product
 from ray_sampler.sampling.solvers import Solver
-from ray_sampler.storage.record import Samples
+from ray_sampler.storage.record import Column
 
 SIZE = 4
 """Width and height of x, which has three channels."""
@@ -94,24 +93,16 @@ def negative(options: DecoderOptions) -> Negative:
 
 # A product: the mean colour of every picture, as a metric would keep its features.
 
+MEANS = "features/means-00000000"
 
-@dataclass(frozen=True)
-class MeanColours:
+
+def mean_colours(kills_once: Path | None = None) -> Product:
     """Args: `kills_once`, a file that is made by the first actor that comes here, which dies of it."""
 
-    kills_once: Path | None = None
-
-    folder = "features/means"
-
-    def encode(self, samples: Samples, fingerprint: str) -> bytes:
-        if self.kills_once is not None and not self.kills_once.exists():
-            self.kills_once.touch()
+    def finish(images: Tensor, networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        if kills_once is not None and not kills_once.exists():
+            kills_once.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return saved(samples.images)
+        return {"features": images.double().mean((1, 2)).float()}
 
-
-def saved(images: np.ndarray) -> bytes:
-    """The mean colours of images as np.save writes them, (n, 3) float64."""
-    file = io.BytesIO()
-    np.save(file, images.mean(axis=(1, 2), dtype=np.float64))
-    return file.getvalue()
+    return Product("means", MEANS, {"features": Column("float32", (3,))}, "image", finish)

@@ -216,13 +216,14 @@ def test_what_a_mount_keeps_of_deleted_files_is_no_one_s(tmp_path, name: str):
         assert RunDir(str(disk / "run")).read_run() is None
 
 
-def test_a_busy_foreign_file_is_left_with_a_warning(tmp_path, caplog):
-    with faulty_disk(tmp_path, [DiskFault("rename", "EBUSY", name="notes")]) as disk:
+def test_a_busy_damaged_file_is_left_with_a_warning(tmp_path, caplog):
+    name = "000000000000-000000000002.parquet"
+    with faulty_disk(tmp_path, [DiskFault("rename", "EBUSY", name=name)]) as disk:
         (disk / "run" / "fragments").mkdir(parents=True)
-        (disk / "run" / "fragments" / "notes").write_text("x")
+        (disk / "run" / "fragments" / name).write_text("x")
         assert live(str(disk / "run")).code == 0
-        assert (disk / "run" / "fragments" / "notes").exists()
-    assert "notes could not be moved" in caplog.text
+        assert (disk / "run" / "fragments" / name).exists()
+    assert f"{name} could not be moved" in caplog.text
 
 
 def test_a_probe_that_a_cache_hides_is_looked_for_again(tmp_path, caplog):

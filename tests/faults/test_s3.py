@@ -16,8 +16,9 @@ import pytest
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage import connect, object_store, retry
+from ray_sampler.storage.ranges import FOOTER_BYTES
 from ray_sampler.storage.record import FragmentName, MissingFragment
-from ray_sampler.storage.run_dir import FOOTER_BYTES, RunDir
+from ray_sampler.storage.run_dir import RunDir
 from tests.faults.proxy import Fault, FaultProxy, Kind, once
 from tests.faults.servers import BUCKET, KEY, SECRET, client
 from tests.faults.sweep import PASSING
@@ -324,8 +325,9 @@ def test_a_record_is_read_from_the_end_of_an_object(run_dir: RunDir, proxy: Faul
     name, data, record, _ = encoded("parquet", 0, 600)
     run_dir.write_fragment(name, data)
     assert len(data) > FOOTER_BYTES
-    assert run_dir.ranges().read_end(name, 1000) == data[-1000:]
-    assert run_dir.ranges().read_end(name, 10 * len(data)) == data
-    assert run_dir.read_record(name, FINGERPRINT) == record
+    path = f"fragments/{name.filename}"
+    assert run_dir._store.read_end(path, 1000) == data[-1000:]
+    assert run_dir._store.read_end(path, 10 * len(data)) == data
+    assert run_dir.ranges().read_record(name, FINGERPRINT) == record
     with pytest.raises(MissingFragment):
-        run_dir.read_record(FragmentName(0, 8, "parquet"), FINGERPRINT)
+        run_dir.ranges().read_record(FragmentName(0, 8, "parquet"), FINGERPRINT)

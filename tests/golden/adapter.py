@@ -123,7 +123,7 @@ def fragment_bytes(
     format: Any,
 ) -> bytes:
     """The bytes of a fragment, "parquet" or "npz"."""
-    return encode(Samples(start, images, labels), fingerprint, computed_by, format)[0]
+    return encode(Samples.of(start, images, labels), fingerprint, computed_by, format)[0]
 
 
 def samples_of(flags: Mapping[str, Any], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -18,7 +18,7 @@ def make_samples(start: int, stop: int, shape=(8, 8, 3), labelled=True, seed=0) 
     """Samples that are a function of seed and index alone."""
     images = np.stack([np.random.default_rng([seed, i]).integers(0, 256, shape, np.uint8) for i in range(start, stop)])
     labels = np.array([(i * 7 + seed) % 10 for i in range(start, stop)], np.int32) if labelled else None
-    return Samples(start, images, labels)
+    return Samples.of(start, images, labels)
 
 
 def encoded(format, start=4, stop=12, **kwargs):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ray_sampler.storage.archive_layout import ArchiveLayout, crc32_combine
 from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.record import FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
+from ray_sampler.storage.store import NotCommitted, StagedFile
 from tests.storage.fill import FINGERPRINT, fill, make_samples
 
 SHAPE = (8, 8, 3)
@@ -109,12 +111,46 @@ def test_the_archive_has_the_same_bytes_in_every_store(output, tmp_path):
     run_dir = RunDir(output)
     names = [FragmentName(0, 9, "parquet"), FragmentName(5, 14, "npz"), FragmentName(14, 30, "parquet")]
     seen: list[Samples] = []
-    layout = merged(run_dir, names, 23, on_samples=seen.append)
+    layout = merged(run_dir, names, 23, viewer=lambda: seen.append)
     seen.sort(key=lambda part: part.start)
     np.testing.assert_array_equal(np.concatenate([part.images for part in seen]), make_samples(0, 23).images)
     assert written(run_dir, layout) == savez(tmp_path / "x.npz", 23)
     assert archive_intact(run_dir, layout)
     assert {entry.name for entry in run_dir._store.list("")} == {"fragments", "samples_23x8x8x3.npz"}
+
+
+def test_an_archive_that_is_written_again_is_looked_at_again_from_the_start(tmp_path, monkeypatch):
+    """A store may drop an upload midway: what was seen of the samples until then is some of them only."""
+    run_dir = RunDir(str(tmp_path / "run"))
+    attempts: list[list[int]] = []
+
+    def viewer():
+        seen: list[int] = []
+        attempts.append(seen)
+        return lambda part: seen.extend(range(part.start, part.stop))
+
+    stage = run_dir._store.stage
+    dropped: list[int] = []
+
+    @contextlib.contextmanager
+    def dropping(path, size):
+        with stage(path, size) as file:
+
+            def write_at(offset, data):
+                if not dropped and attempts and attempts[0]:
+                    dropped.append(offset)
+                    raise NotCommitted("the store dropped the upload")
+                assert file.write_at
+                file.write_at(offset, data)
+
+            yield StagedFile(file.write, write_at)
+
+    monkeypatch.setattr(run_dir._store, "stage", dropping)
+    merged(run_dir, [FragmentName(i, i + 4, "parquet") for i in range(0, 16, 4)], 16, viewer=viewer)
+    assert dropped
+    assert len(attempts) == 2
+    assert 0 < len(attempts[0]) < 16
+    assert sorted(attempts[1]) == list(range(16))
 
 
 @settings(max_examples=25)
@@ -211,7 +247,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
         contents = {}
         for i in range(count):
             name = FragmentName(i * 64, i * 64 + 64, "parquet")
-            data, record = encode(Samples(name.start, images, np.zeros(64, np.int32)), "f", {}, "parquet")
+            data, record = encode(Samples.of(name.start, images, np.zeros(64, np.int32)), "f", {}, "parquet")
             contents[name] = content_of(record)
             run_dir.write_fragment(name, data)
         merge(run_dir, cover(contents, count * 64), contents, count * 64, (128, 128, 3), True, "f")

@@ -1,4 +1,4 @@
-"""Names, keys and links that others put into a run directory: set aside, never followed."""
+"""Names, keys and links that others put into a run directory: left alone, or moved where they are in the way."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ def test_what_is_no_fragment_is_foreign_and_never_followed(tmp_path):
     (tmp_path / "fragments" / f".{NAME.filename}.00.tmp").write_text("unfinished")
     listing = run_dir.fragments()
     assert listing.fragments == [NAME]
-    assert listing.foreign == [link.filename, "000000000008-000000000012.parquet", "notes"]
+    assert listing.foreign == [link.filename, "000000000008-000000000012.parquet"]
     with pytest.raises((DamagedFragment, RunError)):
         run_dir.read_fragment(link, None)
     for name in listing.foreign:
         run_dir.reject(name, "foreign")
     assert run_dir.fragments()[:2] == ([NAME], [])
     assert secret.exists()
+    assert (tmp_path / "fragments" / "notes").read_text() == "mine"
     assert (tmp_path / "rejected" / link.filename).is_symlink()
 
 
@@ -57,7 +58,7 @@ def test_rejected_names_stay_apart_and_inside(output):
     odd = "ümlaut ;name"
     run_dir._store.put(f"fragments/{odd}", b"x")
     run_dir.reject(odd, "odd")
-    assert run_dir.fragments().foreign == []
+    assert names_in(run_dir, "fragments") == set()
     for name in ("../x", "a/b", "..", ""):
         with pytest.raises(RequestError):
             run_dir.write_file(name, b"")
@@ -140,19 +141,21 @@ def test_keys_that_no_folder_could_hold_are_left_where_they_are(moto):
     client.put_object(Bucket="samples", Key=f"{prefix}/fragments/sub/x", Body=b"theirs")
     listing = run_dir.fragments()
     assert listing.fragments == [NAME]
-    assert listing.foreign == [".", "..", "sub"]
+    assert listing.foreign == []
     verify(run_dir, FINGERPRINT)
     assert run_dir.read_run() == {"seed": 1}
     keys = {entry["Key"] for entry in client.list_objects_v2(Bucket="samples", Prefix=prefix)["Contents"]}
-    assert {*odd, f"{prefix}/run.json", f"{prefix}/rejected/sub/x"} <= keys
+    assert {*odd, f"{prefix}/run.json", f"{prefix}/fragments/sub/x"} <= keys
     assert all(key.startswith(f"{prefix}/") for key in keys)
 
 
-def test_a_file_name_of_any_bytes_is_set_aside(tmp_path):
+def test_a_file_of_another_name_is_left_alone_whatever_its_bytes(tmp_path):
     run_dir = RunDir(str(tmp_path))
     fill(run_dir, [NAME])
-    for name in (b"\xff\xfe.parquet", b"line\nbreak", b"\x1b[2J", b"%2e%2e%2frun.json", b"x" * 255, "ü".encode() * 120):
+    others = (b".nfs01", b"\xff\xfe.parquet", b"line\nbreak", b"\x1b[2J", b"%2e%2e%2frun.json", b"x" * 255)
+    for name in others:
         (tmp_path / "fragments" / os.fsdecode(name)).write_bytes(b"x")
-    assert len(verify(run_dir, FINGERPRINT).rejected) == 6
+    assert verify(run_dir, FINGERPRINT).rejected == []
     assert run_dir.fragments()[:2] == ([NAME], [])
-    assert len(list((tmp_path / "rejected").iterdir())) == 12
+    assert not (tmp_path / "rejected").exists()
+    assert {os.fsencode(path.name) for path in (tmp_path / "fragments").iterdir()} == {*others, NAME.filename.encode()}

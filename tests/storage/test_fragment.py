@@ -39,7 +39,7 @@ def assert_same(a: Samples, b: Samples) -> None:
 def test_what_is_decoded_is_what_was_encoded(format, start, count, shape, labelled, seed):
     rng = np.random.default_rng(seed)
     labels = rng.integers(-(2**31), 2**31, count).astype(np.int32) if labelled else None
-    samples = Samples(start, rng.integers(0, 256, (count, *shape), np.uint8), labels)
+    samples = Samples.of(start, rng.integers(0, 256, (count, *shape), np.uint8), labels)
     data, record = encode(samples, FINGERPRINT, {"device": "x"}, format)
     fragment = decode(data, FragmentName(start, start + count, format), FINGERPRINT)
     assert fragment.record == record
@@ -49,7 +49,7 @@ def test_what_is_decoded_is_what_was_encoded(format, start, count, shape, labell
 
 def test_many_row_groups_of_about_4_mib_round_trip():
     rng = np.random.default_rng(0)
-    samples = Samples(0, rng.integers(0, 256, (150, 256, 256, 1), np.uint8), None)
+    samples = Samples.of(0, rng.integers(0, 256, (150, 256, 256, 1), np.uint8), None)
     data, _ = encode(samples, FINGERPRINT, {}, "parquet")
     metadata = pq.ParquetFile(io.BytesIO(data)).metadata
     assert metadata.num_row_groups == 3
@@ -289,7 +289,7 @@ def test_a_record_says_the_crc_of_every_column():
 )
 def test_samples_of_another_shape_or_dtype_are_refused(images, labels):
     with pytest.raises(ValueError, match="must be"):
-        Samples(0, images, labels)
+        Samples.of(0, images, labels)
 
 
 def test_names_are_read_strictly():
