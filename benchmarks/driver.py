@@ -88,7 +88,7 @@ class Bookkeeping:
 
     def __init__(self, job: Any) -> None:
         self.job = job
-        num_samples = job.run.request.num_samples
+        num_samples = job.config.num_samples
         self.inventory = Inventory(job, Silent())
         self.tally = Tally(num_samples, reused=num_samples - self.inventory.missing_samples())
         self.preview = PreviewKeeper(job.run_dir, FINGERPRINT, num_samples, SETTINGS, self.inventory.fragments.names)

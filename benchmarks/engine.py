@@ -22,7 +22,7 @@ from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.family import Network, Precision
 from ray_sampler.networks.opening import built, open_network
-from ray_sampler.options import pick
+from ray_sampler.options import of
 from ray_sampler.published import BUNDLED, IMAGENET64
 from ray_sampler.sampling.conditions import LabelRule
 from ray_sampler.sampling.engine import Engine
@@ -38,7 +38,7 @@ REPEATS = 7
 
 
 def architecture(flags: dict[str, Any]) -> AdmOptions:
-    return pick(AdmOptions, flags)
+    return of(AdmOptions, flags)
 
 
 def network_of(arch: AdmOptions, weights: dict[str, torch.Tensor]) -> Network:

@@ -42,7 +42,7 @@ def main() -> None:
 
             return measured
 
-        with connect(request(1, checkpoint, folder)):
+        with connect(None):
             cost(1_000)()  # the first run starts Ray's workers
             costs = in_turn(3, *(cost(num_samples) for num_samples in NUMBERS))
     rows = [

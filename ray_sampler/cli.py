@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import ray_sampler
 from ray_sampler.errors import RequestError, RunError, printable
-from ray_sampler.flags import Parser, declare_flag, spelled, unknown_argument, value_of, without_value
+from ray_sampler.flags import Parser, declare_flags, spelled, unknown_argument, value_of, without_value
 from ray_sampler.interrupts import end_now, interruptible
-from ray_sampler.networks.adm_options import AdmOptions, TrainingOptions
 from ray_sampler.options import flags_of
-from ray_sampler.presets import ModelOptions
 from ray_sampler.streams import OutputLost, sturdy_streams
 
 if TYPE_CHECKING:
@@ -203,34 +201,35 @@ def overview() -> str:
 
 
 def declare_sample(parser: argparse.ArgumentParser) -> None:
-    from ray_sampler.config import FLAGS, GROUPS  # brings torch, which the other commands do without
+    from ray_sampler.config import HEADINGS
 
-    for group in GROUPS:
-        section = parser.add_argument_group(group.title)
-        for component in group.components:
-            for name in flags_of(component):
-                declare_flag(section, FLAGS[name].flag)
+    for title, components in HEADINGS.items():
+        section = parser.add_argument_group(title)
+        for component in components:
+            declare_flags(section, component)
 
 
 def request_of(arguments: argparse.Namespace) -> RunConfig:
-    """The request of `sample`'s arguments.
+    """The request of the arguments of `sample` or `inspect`.
 
     Raises:
-        RequestError: a value is none of its flag's kind.
+        RequestError: a value is not of its flag's kind.
     """
-    from ray_sampler.config import FLAGS, RunConfig
+    from ray_sampler.config import RunConfig
 
-    given = {name: text for name, text in vars(arguments).items() if text is not None}
-    return RunConfig(**{name: value_of(FLAGS[name].flag, text) for name, text in given.items()})
+    flags = flags_of(RunConfig)
+    given = {name: text for name, text in vars(arguments).items() if name in flags and text is not None}
+    return RunConfig(**{name: value_of(flags[name], text) for name, text in given.items()})
 
 
 def execute_sample(arguments: argparse.Namespace) -> int:
+    from ray_sampler.resolve import dry_run, without_file
+
     config = request_of(arguments)
     if config.dry_run:
-        from ray_sampler.resolved import dry_run
-
         print(json.dumps(dry_run(config), indent=2))
         return DONE
+    without_file(config)  # what is wrong is said before torch and Ray are imported
     from ray_sampler.cluster.driver import run
 
     result = run(config)
@@ -286,17 +285,11 @@ def declare_inspect(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", metavar="MODEL", help="a bundled model, a checkpoint or python:module:function"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    for name in INSPECT_FLAGS:
-        declare_flag(parser, INSPECT_FLAGS[name])
+    from ray_sampler.networks.families import ArchitectureOptions
+    from ray_sampler.presets import ModelOptions
 
-
-INSPECT_FLAGS = {
-    name: flag
-    for component in (ModelOptions, TrainingOptions, AdmOptions)
-    for name, flag in flags_of(component).items()
-    if name not in ("model", "model_path", "use_checkpoint", "use_new_attention_order", "weight_schedule", "dropout")
-}
-"""Flags of `sample` that say what a model is."""
+    for component in (ModelOptions, ArchitectureOptions):
+        declare_flags(parser, component, leave_out=("model", "model_path"))
 
 
 def execute_inspect(arguments: argparse.Namespace) -> int:
@@ -306,10 +299,7 @@ def execute_inspect(arguments: argparse.Namespace) -> int:
         raise RequestError(
             "`ray-sampler inspect` needs a model: a bundled one, a checkpoint's path or URL, or --preset"
         )
-    texts = {name: getattr(arguments, name) for name in INSPECT_FLAGS}
-    given = {name: value_of(INSPECT_FLAGS[name], text) for name, text in texts.items() if text is not None}
-    named = {name: given.pop(name) for name in tuple(given) if name in flags_of(ModelOptions)}
-    return print_inspection(ModelOptions(model=arguments.model, **named), given, arguments.json)
+    return print_inspection(request_of(arguments), arguments.json)
 
 
 def execute_presets(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ray_sampler.errors import RequestError
-from ray_sampler.options import Flag
+from ray_sampler.options import Flag, flags_of
 
 BOOLEANS = {
     **dict.fromkeys(("true", "yes", "t", "y", "1"), True),
@@ -81,6 +81,13 @@ def without_value(error: argparse.ArgumentError, parser: argparse.ArgumentParser
     metavar = str(action.metavar)
     wanted = VALUES.get(metavar, f"one of {metavar.replace('|', ', ')}")
     return f"{error.argument_name} needs a value: {wanted}"
+
+
+def declare_flags(section: argparse._ActionsContainer, component: type, leave_out: Sequence[str] = ()) -> None:
+    """Add the flags of an options class."""
+    for name, flag in flags_of(component).items():
+        if name not in leave_out:
+            declare_flag(section, flag)
 
 
 def declare_flag(section: argparse._ActionsContainer, flag: Flag) -> None:

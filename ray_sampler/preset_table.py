@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ray_sampler.options import pick
+from ray_sampler.options import of
 from ray_sampler.presets import BUNDLED, PRESETS, Preset
 from ray_sampler.sampling.solvers import SOLVERS
 
@@ -64,4 +64,4 @@ def sampler_of(settings: Mapping[str, Any]) -> str:
 def evaluations_of(settings: Mapping[str, Any]) -> int:
     """Network evaluations for one sample, those of a guide not counted."""
     solver = SOLVERS[settings["sampler"]]
-    return solver.evaluations(settings["steps"], pick(solver.options, settings))
+    return solver.evaluations(settings["steps"], of(solver.options, settings))

@@ -13,7 +13,7 @@ from ray_sampler.errors import RequestError, redact, require
 from ray_sampler.options import option
 from ray_sampler.published import BUNDLED, PRESETS, Bundled, Preset
 
-__all__ = ["BUNDLED", "PRESETS", "Bundled", "ModelOptions", "Preset", "settings_for"]
+__all__ = ["BUNDLED", "PRESETS", "Bundled", "ModelOptions", "Preset", "model_of"]
 
 DEFAULT_MODEL = "digits"
 OLDER = {("digits", "bf1eba975c89ac9afa013e0727a65ff3a29bf5e008028cfd83a777ac6b5fe849"): "digits-v1"}
@@ -44,7 +44,7 @@ class ModelOptions:
     )
 
 
-def settings_for(options: ModelOptions) -> tuple[str, dict[str, Any]]:
+def model_of(options: ModelOptions) -> tuple[str, dict[str, Any]]:
     """The weights of a request, as a bundled name or URL, and the settings that its model and preset bring.
 
     Raises:
@@ -64,7 +64,7 @@ def settings_for(options: ModelOptions) -> tuple[str, dict[str, Any]]:
         )
         require(
             options.preset in PRESETS,
-            f"--preset is {options.preset!r}, which is no preset; "
+            f"unknown --preset {options.preset!r}; "
             f"{_closest(options.preset, PRESETS) or '`ray-sampler presets` lists them'}",
         )
         preset = PRESETS[options.preset]

@@ -130,9 +130,9 @@ def test_a_request_is_one_value_with_one_field_for_each_flag(configure: Configur
     assert configure() == configure()
     assert hash(configure()) == hash(configure())
     with pytest.raises(AttributeError):
-        configure().seed = 3
+        configure().seed = 3  # type: ignore[misc]  # it is frozen
     with pytest.raises(TypeError, match=r"^RunConfig\..*'num_sample'"):
-        RunConfig(num_sample=3)
+        RunConfig(num_sample=3)  # type: ignore[call-arg]  # there is none
 
 
 def test_run_takes_a_request_alone():

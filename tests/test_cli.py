@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from ray_sampler import options
 from ray_sampler.cli import main, parse, request_of
-from ray_sampler.config import FLAGS, RunConfig
+from ray_sampler.config import RunConfig
 from ray_sampler.storage.fragment import read_fragment
 from ray_sampler.storage.record import Samples
 from tests.cluster.processes import PATIENCE_S
@@ -254,7 +255,7 @@ def test_a_dry_run_prints_the_resolved_run_and_touches_nothing(place: Path, conf
     assert contents(place) == before
     expected = {"model": "nowhere.pt", "output": "run", "sampler": "multistep", "ts": "0,2", "shard_size": 12}
     assert settings.items() >= (expected | {"sigma_max": 80.0, "rounding": "truncate", "labels": "random"}).items()
-    recorded = {name for name, composed in FLAGS.items() if composed.flag.recorded}
+    recorded = {name for name, flag in options.flags_of(RunConfig).items() if flag.recorded}
     levels = {"schedule", "nfe", "sigmas"}
     assert settings.keys() - levels == recorded - {"model_path", "use_fp16", "dry_run"}
 

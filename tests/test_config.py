@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from ray_sampler.config import FLAGS, RequestError, RunConfig
+from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.options import flags_of
 from tests.resolving import NO_HEADS, SMALL, resolve, resolved
 
 # Wrong requests.
@@ -176,8 +177,8 @@ def test_without_anything_said_the_originals_defaults_apply() -> None:
     expected |= {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0, "seed": 42}
     expected |= {"clip_denoised": True, "rounding": "truncate", "generator": "philox"}
     assert {name: run.settings[name] for name in expected} == expected
-    assert run.precision == "auto"
-    assert run.labels is None
+    assert run.config.precision == "auto"
+    assert run.config.labels is None
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_explicit_ts_win_and_reach_the_solver() -> None:
     ],
 )
 def test_use_fp16_means_a_precision(flags: dict[str, Any], precision: str) -> None:
-    assert resolve(**flags).precision == precision
+    assert resolve(**flags).config.precision == precision
 
 
 @pytest.mark.parametrize(
@@ -238,13 +239,13 @@ def test_use_fp16_means_a_precision(flags: dict[str, Any], precision: str) -> No
     ],
 )
 def test_shards_are_whole_batches(flags: dict[str, Any], shard_size: int) -> None:
-    assert resolve(**flags).shard_size == shard_size
+    assert resolve(**flags).config.shard_size == shard_size
 
 
 def test_a_conditional_model_has_random_labels_unless_told() -> None:
-    assert resolve(class_cond=True).labels == "random"
-    assert resolve(class_cond=True, labels="balanced").labels == "balanced"
-    assert resolve(class_cond=False).labels is None
+    assert resolve(class_cond=True).config.labels == "random"
+    assert resolve(class_cond=True, labels="balanced").config.labels == "balanced"
+    assert resolve(class_cond=False).config.labels is None
 
 
 # What is shown and stored.
@@ -253,7 +254,7 @@ def test_a_conditional_model_has_random_labels_unless_told() -> None:
 def test_every_setting_is_shown_as_json_under_its_flag() -> None:
     shown = resolve(use_fp16=True, model_path="digits", dry_run=True).as_json()
     unsaid = {"model_path", "use_fp16", "dry_run"}
-    new = {name for name, composed in FLAGS.items() if not composed.flag.recorded}
+    new = {name for name, flag in flags_of(RunConfig).items() if not flag.recorded}
     assert set(shown) == {field.name for field in fields(RunConfig)} - unsaid - new
     assert json.loads(json.dumps(shown, allow_nan=False)) == shown
     assert (shown["model"], shown["precision"], shown["steps"], shown["num_channels"]) == ("digits", "fp16", 40, 32)

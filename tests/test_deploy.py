@@ -18,7 +18,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
 from ray_sampler import cli
-from ray_sampler.resolved import dry_run
+from ray_sampler.resolve import dry_run
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER_FILES = ("cluster.yaml", "deploy/gcp.yaml")
@@ -238,7 +238,7 @@ def test_the_ray_jobs_command_is_one_that_finds_its_output_again_and_waits_for_g
     program, *argv = shlex.split(ray_job["spec"]["entrypoint"])
     assert program == "ray-sampler"
     config = cli.request_of(cli.parse(argv)[1])
-    assert config.output.startswith("s3://")
+    assert str(config.output).startswith("s3://")
     assert config.gpus_per_actor == 1
     dry_run(config)
 

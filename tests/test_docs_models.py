@@ -53,7 +53,7 @@ def test_a_network_of_the_page_is_sampled(name: str, shape: tuple[int, ...], fla
     config = RunConfig(model=f"python:{name}:load", weights=f"{name}.pt", steps=3, gpus_per_actor=0.0, **flags)
     job = prepare(config)
     with torch.inference_mode():
-        x, labels = sample_block({"main": job.networks["main"].build("fp32")}, job.run.plan, torch.arange(2))
+        x, labels = sample_block({"main": job.networks["main"].build("fp32")}, job.plan, torch.arange(2))
     assert x.shape == (2, *shape)
     assert x.isfinite().all()
     assert (labels is not None) == (name == "my_eps")

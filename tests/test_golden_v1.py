@@ -240,12 +240,12 @@ def test_a_run_that_was_begun_with_the_old_digits_goes_on_with_them(
         del flags["model"]
     shutil.copytree(HERE / "half-done-digits", begun)
     job = prepare(RunConfig(**flags))
-    assert (Path(job.output), job.run.model) == (begun.resolve(), "digits-v1")
+    assert (Path(job.output), job.config.model) == (begun.resolve(), "digits-v1")
     assert job.fingerprint == read("half-done-digits/run.json")["fingerprint"]
     [note] = job.notes
     assert note == "this run was begun with older weights of digits: it goes on with them, --model digits-v1"
-    assert prepare(RunConfig(**flags | {"overwrite": True})).run.model == "digits"
-    assert prepare(RunConfig(**flags | {"output": "elsewhere"})).run.model == "digits"
+    assert prepare(RunConfig(**flags | {"overwrite": True})).config.model == "digits"
+    assert prepare(RunConfig(**flags | {"output": "elsewhere"})).config.model == "digits"
 
 
 def test_the_old_digits_are_known_by_their_hash() -> None:

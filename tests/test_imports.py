@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ray_sampler"
 
 LAYERS = (
-    {"errors", "options", "values", "streams", "interrupts"},
+    {"errors", "options", "streams", "interrupts"},
     {"storage", "networks", "published", "presets"},
     {"sampling"},
     {"reporting"},
     {"config"},
-    {"resolved"},
+    {"resolve", "planning"},
     {"cluster"},
     {"run_folder", "inspection", "preset_table", "flags", "cli", "compat", "__main__", "__init__"},
 )

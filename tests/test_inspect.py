@@ -16,7 +16,6 @@ from ray_sampler.cli import main
 from ray_sampler.cluster.job import prepare
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.inspection import inspect
-from ray_sampler.presets import ModelOptions
 from tests.cluster.runs import TINY, random_weights
 from tests.cluster.small_models import REFERENCE, dhariwal_snapshot, edm2_snapshot
 
@@ -155,12 +154,14 @@ def test_its_command_is_a_request_for_that_network(what: str, here: Path, capsys
     assert program == "ray-sampler"
     assert main([*arguments, "--dry_run"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    given = {name.removeprefix("--"): value for name, value in zip(arguments[1::2], arguments[2::2], strict=True)}
+    given: dict[str, Any] = {
+        n.removeprefix("--"): value for n, value in zip(arguments[1::2], arguments[2::2], strict=True)
+    }
     assert shown["model"] == given["model"]
     job = prepare(RunConfig(**given, gpus_per_actor=0.0))
     assert job.identity["weights"] == found["weights"]
     assert [job.image_shape[2], *job.image_shape[:2]] == found["shape"]
-    settings = job.run.settings
+    settings = vars(job.config)
     assert {name: settings[name] for name in found["defaults"] if name != "precision"}.items() >= {
         name: value for name, value in found["defaults"].items() if name != "precision"
     }.items()
@@ -240,7 +241,7 @@ def test_a_flag_that_contradicts_the_file_is_refused_with_both_values(
 ) -> None:
     model = MAKERS[what](here)
     with pytest.raises(RequestError) as refused:
-        inspect(ModelOptions(model=model), {name: value})
+        inspect(RunConfig(model=model, **{name: value}))
     said = str(refused.value)
     assert "\n" not in said
     for part in (name, str(value), str(told)):

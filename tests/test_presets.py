@@ -21,10 +21,10 @@ from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.opening import open_network
 from ray_sampler.networks.weights import weights_hash
-from ray_sampler.options import pick
-from ray_sampler.presets import BUNDLED, PRESETS, ModelOptions, check_bundled, settings_for
-from ray_sampler.resolved import Run
+from ray_sampler.options import of
+from ray_sampler.presets import BUNDLED, PRESETS, ModelOptions, check_bundled, model_of
 from tests import resolving
+from tests.resolving import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,7 +108,7 @@ COMMAND_LINES = {
 
 def resolved(**flags: Any) -> Run:
     request = RunConfig(**flags)
-    model, brought = settings_for(request.of(ModelOptions))
+    model, brought = model_of(request)
     return resolving.resolved(request, model, brought)
 
 
@@ -120,7 +120,7 @@ def test_the_twelve_published_checkpoints_have_a_preset() -> None:
 def test_a_preset_fills_what_was_published(name: str) -> None:
     file, training_mode, sampler, steps, ts = PUBLISHED[name]
     run = resolved(preset=name, model_path=file)
-    assert run.model == PRESETS[name].file == file
+    assert run.config.model == PRESETS[name].file == file
     expected = {"training_mode": training_mode, "sampler": sampler, "steps": steps, "ts": ts}
     expected |= {"sigma_min": 0.002, "sigma_max": 80.0, "s_churn": 0.0}
     assert run.settings.items() >= expected.items()
@@ -155,13 +155,13 @@ def test_an_explicit_flag_wins_over_a_preset() -> None:
 
 def test_a_preset_wins_over_a_bundled_model() -> None:
     run = resolved(model="digits", preset="edm-imagenet64")
-    assert run.model == "digits"
+    assert run.config.model == "digits"
     assert (run.plan.schedule.steps, run.plan.image_shape) == (40, (64, 64, 3))
 
 
 def test_without_a_model_the_bundled_digits_run_with_their_own_settings() -> None:
     run = resolved()
-    assert run.model == "digits"
+    assert run.config.model == "digits"
     assert (run.plan.sampler, run.plan.schedule.steps, run.settings["training_mode"]) == ("dpmpp_2m_sde", 12, "edm")
     assert (run.spec.shape, run.spec.num_classes, run.spec.null_label) == ((3, 32, 32), 10, 10)
     assert resolved(model_path="digits").spec == run.spec
@@ -180,7 +180,7 @@ def test_the_consistency_digits_take_one_step_or_two() -> None:
         ({"model": "a.pt", "model_path": "b.pt"}, "--model a.pt and --model_path b.pt name two models"),
         ({"model": "digits", "model_path": "b.pt"}, "give one of the two"),
         ({"preset": "cd-imagenet-lpips", "model": "a.pt"}, "cd-imagenet64-lpips"),
-        ({"preset": "something", "model": "a.pt"}, "which is no preset; `ray-sampler presets` lists them"),
+        ({"preset": "something", "model": "a.pt"}, "unknown --preset 'something'; `ray-sampler presets` lists them"),
         ({"preset": "digits"}, "'digits', a bundled model; give --model digits"),
         ({"model": "digit"}, "neither a file nor a bundled model; did you mean digits or "),
         ({"model": "imagenet"}, "the bundled models are digits, digits-v1, digits-cd"),
@@ -190,14 +190,14 @@ def test_the_consistency_digits_take_one_step_or_two() -> None:
 )
 def test_a_wrong_model_is_refused_with_the_right_one(flags: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RequestError, match=sentence) as refused:
-        settings_for(ModelOptions(**flags))
+        model_of(ModelOptions(**flags))
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("path", ["w.pt", "./digits", "/path/to/checkpoint", "s3://bucket/w.safetensors", "folder/w"])
 def test_a_path_or_url_is_no_name(path: str) -> None:
-    assert settings_for(ModelOptions(model=path)) == (path, {})
-    assert settings_for(ModelOptions(model=path, model_path=path)) == (path, {})
+    assert model_of(ModelOptions(model=path)) == (path, {})
+    assert model_of(ModelOptions(model=path, model_path=path)) == (path, {})
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -206,7 +206,7 @@ def test_a_bundled_name_opens_the_file_in_the_package(
 ) -> None:
     """With random weights in place of the package's."""
     settings = BUNDLED[name].settings
-    state = UNet(pick(AdmOptions, settings)).state_dict()
+    state = UNet(of(AdmOptions, settings)).state_dict()
     (tmp_path / "digits").mkdir()
     save_file(state, tmp_path / "digits" / BUNDLED[name].file)
     monkeypatch.setattr(opening, "files", lambda package: tmp_path)

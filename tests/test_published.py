@@ -20,7 +20,7 @@ from ray_sampler.cluster.job import prepare
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.networks import edm2
 from ray_sampler.networks.nvidia import SavedNetwork
-from ray_sampler.presets import PRESETS, ModelOptions, settings_for
+from ray_sampler.presets import PRESETS, ModelOptions, model_of
 from tests.cluster.small_models import REFERENCE
 from tests.networks.test_edm2 import on_meta
 
@@ -132,7 +132,7 @@ def test_parameters_are_those_of_the_network_and_its_training_weights(data: str,
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_alone_is_a_request(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    model, brought = settings_for(ModelOptions(preset=name))
+    model, brought = model_of(ModelOptions(preset=name))
     assert model == PRESETS[name].url
     assert brought == PRESETS[name].settings
     assert main(["sample", "--preset", name, "--dry_run"]) == 0
@@ -242,7 +242,7 @@ def digest(server: Server, name: str) -> str:
 def test_a_preset_fetches_network_and_guide_once(server: Server, tmp_path: Path) -> None:
     job = prepare(RunConfig(preset=PRESET, gpus_per_actor=0.0))
     assert (job.networks["main"].sha256, job.networks["guide"].sha256) == (digest(server, NET), digest(server, GUIDE))
-    assert (job.run.plan.guidance.guidance, job.run.plan.schedule.steps) == (1.7, 32)
+    assert (job.plan.guidance.guidance, job.plan.schedule.steps) == (1.7, 32)
     again = prepare(RunConfig(preset=PRESET, gpus_per_actor=0.0))
     assert again.fingerprint == job.fingerprint
     assert sorted(server.asked) == [NET, GUIDE]

@@ -15,14 +15,15 @@ from ray_sampler.errors import RequestError
 from ray_sampler.networks.adm import spec_of
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.family import NetworkSpec
-from ray_sampler.options import pick
-from ray_sampler.presets import ModelOptions, settings_for
+from ray_sampler.options import of
+from ray_sampler.presets import model_of
 from ray_sampler.reporting.report import render_report
-from ray_sampler.resolved import Run, dry_run, resolve
+from ray_sampler.resolve import check, dry_run, given_values
 from ray_sampler.sampling.plan import MAIN, sample_block
 from ray_sampler.sampling.schedules import name_of
 from ray_sampler.sampling.solvers import SOLVERS
 from tests.golden.requests import HERE
+from tests.resolving import Run, resolved_for
 from tests.sampling.mixture import mixture
 
 RESTARTS = "3,2,0.06,0.30"
@@ -33,11 +34,11 @@ NEEDED: dict[str, dict[str, Any]] = {"restart": {"restarts": RESTARTS}, "multist
 def run_of(brought: dict[str, Any] | None = None, **flags: Any) -> Run:
     """Of the bundled digits, or of what a model brings."""
     config = RunConfig(**flags)
-    config.check()
-    model, bundled = settings_for(config.of(ModelOptions))
-    settings = (bundled if brought is None else brought) | config.given()
-    spec = spec_of(pick(AdmOptions, settings), settings)
-    return resolve(config, model, bundled if brought is None else brought, spec, gpus=0)
+    check(config)
+    model, bundled = model_of(config)
+    brought = bundled if brought is None else brought
+    settings = brought | given_values(config)
+    return resolved_for(config, model, brought, spec_of(of(AdmOptions, settings), settings))
 
 
 def identity(**flags: Any) -> dict[str, Any]:
@@ -283,8 +284,8 @@ class NoOptions:
 def labelled_run(**flags: Any) -> Run:
     spec = NetworkSpec("mine", AdmOptions(), (1, 2, 2), "denoiser", num_classes=3, null_label=3)
     config = RunConfig(model="m.pt", labels="balanced", **flags)
-    config.check()
-    return resolve(config, "m.pt", {}, spec, gpus=0)
+    check(config)
+    return resolved_for(config, "m.pt", {}, spec)
 
 
 @pytest.mark.parametrize("state", ["fp32", "fp64"])

@@ -78,7 +78,7 @@ def measured(arguments: argparse.Namespace, **flags: Any) -> dict[str, Any] | No
     except RequestError as error:
         print(f"{flags}: {error}", file=sys.stderr)
         return None
-    plan = job.run.plan
+    plan = job.plan
     engine = Engine({MAIN: module_of(job.networks[MAIN])}, batch_size=BATCH, device=torch.device("cpu"), compile="off")
     began = time.monotonic()
     pictures = engine.sample(plan, 0, arguments.samples)()

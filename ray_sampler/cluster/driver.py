@@ -23,10 +23,13 @@ from ray_sampler.cluster.session import Fleet, beside_driver, connect, joined, p
 from ray_sampler.cluster.shipping import Shipped, ship
 from ray_sampler.cluster.tasks import Damage, Merged, merge_task, pack_pieces, show_task
 from ray_sampler.cluster.worker import CONCURRENCY, Loaded, RunSpec, Task, TaskResult, Worker
-from ray_sampler.config import FleetOptions, RunConfig
+from ray_sampler.config import RunConfig
 from ray_sampler.errors import RunError, require
+from ray_sampler.options import of
+from ray_sampler.reporting.options import ReportingOptions
 from ray_sampler.reporting.progress import Reporter, Snapshot, reporter
 from ray_sampler.reporting.sheet import PreviewKeeper, Tile
+from ray_sampler.resolve import settings_json
 from ray_sampler.sampling.numerics import compiles
 from ray_sampler.sampling.plan import MAIN
 from ray_sampler.storage.record import FragmentName
@@ -60,7 +63,8 @@ def run(config: RunConfig) -> RunResult:
     """
     require(isinstance(config, RunConfig), f"run takes a RunConfig, not {config!r}; give run(RunConfig(...))")
     began = time.monotonic()
-    with reporter(config.progress, config.json_log) as report, joined(config.address):
+    shown = of(ReportingOptions, config)
+    with reporter(shown.progress, shown.json_log) as report, joined(config.address):
         return drive([prepare(config)], report, began)[0]
 
 
@@ -101,14 +105,14 @@ def announce(job: Job, report: Reporter) -> None:
     for role, network in job.networks.items():
         if network.note:
             report.message(network.note if role == MAIN else f"of --guide: {network.note}")
-    plan = job.run.plan
+    plan = job.plan
     if plan.schedule.nfe is not None:
         report.message(f"--nfe: {plan.sampler} takes {plan.schedule.steps} steps, {plan.evaluations()} evaluations")
     for note in job.notes:
         report.message(note)
     if warning := plan.solver.warning(plan.schedule, plan.solver_options):
         report.message(warning, "warning")
-    if not (job.local or job.gpus or job.run.request.gpus_per_actor == 0):
+    if not (job.local or job.gpus or job.config.gpus_per_actor == 0):
         report.message(
             "the cluster has no GPU now, so actors take CPUs; if GPU nodes come on demand, give --gpus_per_actor 1",
             "warning",
@@ -150,7 +154,7 @@ class Filling:
                 job.run_dir,
                 job.fingerprint,
                 job.num_samples,
-                job.run.as_json(),
+                settings_json(job.config),
                 inventory.fragments.names,
                 partial(tiles_of_task, job, self.closing),
             )
@@ -170,7 +174,7 @@ class Filling:
             self.report.message("each actor compiles the network before its first shard, which takes a minute or more")
         for job, inventory in zip(self.jobs, self.inventories, strict=True):
             gaps, num_samples = inventory.missing(), job.num_samples
-            if gaps and gaps[-1][1] == num_samples and (note := padding(num_samples, job.run.request.batch_size)):
+            if gaps and gaps[-1][1] == num_samples and (note := padding(num_samples, job.config.batch_size)):
                 self.report.message(note, "warning")
         results: dict[int, RunResult] = {}
         try:
@@ -225,7 +229,7 @@ class Filling:
             return None if all(f is None for f in found) else [task for f in found for task in f or ()]
 
         metrics = DriverMetrics(self.jobs[0].fingerprint[:8])
-        min_actors = max(job.run.request.min_actors for job in self.jobs)
+        min_actors = max(job.config.min_actors for job in self.jobs)
         try:
             given_up = Dispatch(pool, tasks, self.tallies, self.report, finished, background, min_actors, metrics).run()
         finally:
@@ -242,8 +246,7 @@ class Filling:
     def _pool(self, tasks: int) -> Iterator[Pool]:
         """A pool whose actors share one copy of the networks per node; they end with it, so that nodes can go."""
         job = self.jobs[0]
-        options = job.run.request.of(FleetOptions)
-        fleet = plan_fleet(options, job.gpus, tasks, local=job.local)
+        fleet = plan_fleet(job.config, job.gpus, tasks, local=job.local)
         # Channels last costs a GPU two copies at every normalisation unless the compiler fuses them away.
         contiguous = job.gpus > 0 and not compiles(job.compile, gpu=True)
         self.shipped = self.shipped or {
@@ -253,7 +256,7 @@ class Filling:
         for each in self.jobs:
             each.run_dir.prove_rights()
             each.run_dir.probe_write(probe)
-        pool = Pool(self._starter(fleet, probe), fleet, options.shard_timeout)
+        pool = Pool(self._starter(fleet, probe), fleet, job.config.shard_timeout)
         try:
             yield pool
         finally:
@@ -263,12 +266,9 @@ class Filling:
 
     def _starter(self, fleet: Fleet, probe: str) -> Callable[[], Any]:
         job = self.jobs[0]
-        request = job.run.request
-        loaded = Loaded(self.shipped, job.precision, request.batch_size, job.compile, fleet.cpus, fleet.gpus)
+        loaded = Loaded(self.shipped, job.precision, job.config.batch_size, job.compile, fleet.cpus, fleet.gpus)
         runs = [
-            RunSpec(
-                each.output, each.fingerprint, each.run.plan, each.run.request.fragment_format, probe, each.products
-            )
+            RunSpec(each.output, each.fingerprint, each.plan, each.config.fragment_format, probe, each.products)
             for each in self.jobs
         ]
         actor = ray.remote(Worker).options(

@@ -14,13 +14,14 @@ from typing import Any
 from ray_sampler.cluster.session import place
 from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
-from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision
+from ray_sampler.networks.family import PREFIX, Network, Precision
 from ray_sampler.networks.opening import open_network
-from ray_sampler.options import pick
-from ray_sampler.presets import BUNDLED, ModelOptions, as_begun, check_bundled, older_name, settings_for
-from ray_sampler.resolved import Run, resolve
+from ray_sampler.options import of
+from ray_sampler.planning import identity, plan_of
+from ray_sampler.presets import BUNDLED, as_begun, check_bundled, model_of, older_name
+from ray_sampler.resolve import check, given_values, resolve, settings_json, settled
 from ray_sampler.sampling.options import Compile, GuidanceOptions, guide_of
-from ray_sampler.sampling.plan import GUIDE, MAIN
+from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan
 from ray_sampler.sampling.products import Product
 from ray_sampler.storage.record import fingerprint
 from ray_sampler.storage.run_dir import RunDir
@@ -37,7 +38,9 @@ against some tens of milliseconds a call. benchmarks/gpu.py measures both."""
 class Job:
     """A run with everything that it needs."""
 
-    run: Run
+    config: RunConfig
+    """The request, resolved: nothing in it is left to a default."""
+    plan: SamplePlan
     output: str
     """Absolute path or URL of the run directory, credentials and all: not to be shown."""
     run_dir: RunDir
@@ -61,16 +64,16 @@ class Job:
 
     @property
     def num_samples(self) -> int:
-        return self.run.plan.num_samples
+        return self.plan.num_samples
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
-        return self.run.plan.image_shape
+        return self.plan.image_shape
 
     @property
     def labelled(self) -> bool:
-        return self.run.plan.labels is not None
+        return self.plan.labels is not None
 
     @property
     def compile(self) -> Compile:
@@ -79,23 +82,21 @@ class Job:
         What counts is the whole run, neither what is left of it nor the fleet, so that a resumed run computes the
         same bytes as an undisturbed one, and many actors the same as one.
         """
-        request = self.run.request
-        calls = -(-self.num_samples // request.batch_size) * self.run.plan.evaluations()
-        short = request.compile == "auto" and self.gpus > 0 and calls < REPAID_CALLS
-        return "off" if short else request.compile
+        calls = -(-self.num_samples // self.config.batch_size) * self.plan.evaluations()
+        short = self.config.compile == "auto" and self.gpus > 0 and calls < REPAID_CALLS
+        return "off" if short else self.config.compile
 
     @property
     def precision(self) -> Precision:
-        assert self.run.precision != "auto", "the fleet is known"
-        return self.run.precision
+        assert self.config.precision != "auto", "the fleet is known"
+        return self.config.precision
 
     def loads(self) -> tuple[Any, ...]:
         """What its actors hold and take: jobs in which this is equal share a pool."""
-        request = self.run.request
         networks = tuple(
             (role, net.spec.family, net.weights, str(net.spec.options)) for role, net in self.networks.items()
         )
-        return networks, self.precision, request.batch_size, self.compile, self.gpus, self.local
+        return networks, self.precision, self.config.batch_size, self.compile, self.gpus, self.local
 
     @property
     def notes(self) -> list[str]:
@@ -104,17 +105,17 @@ class Job:
         if self.begun_as:
             notes.append(
                 f"this run was begun with older weights of {self.begun_as}: it goes on with them, "
-                f"--model {self.run.model}"
+                f"--model {self.config.model}"
             )
-        guidance = self.run.plan.guidance
+        guidance = self.plan.guidance
         if guidance.guide and guidance.guidance == 1:
             notes.append("--guide does nothing at --guidance 1, its default; give a weight, as --guidance 2")
-        if self.compile != self.run.request.compile:
+        if self.compile != self.config.compile:
             notes.append(
                 "--compile auto does not compile this run: it calls the network too rarely to repay the minutes that "
                 "this takes; give --compile on to compile all the same"
             )
-        if self.gpus and self.run.chosen_precision and self.precision == "fp32":
+        if self.gpus and not self.config.given & {"precision", "use_fp16"} and self.precision == "fp32":
             notes.append(
                 "--precision auto stays fp32, which an earlier start without GPUs chose for this run; fp16 is several "
                 "times as fast on a GPU: for that give --precision fp16 and another --output"
@@ -125,7 +126,7 @@ class Job:
         """Where the networks' weights came from and what they were, by role; empty where no file was fetched."""
         if not any(network.sha256 for network in self.networks.values()):
             return {}
-        urls = {MAIN: self.run.model, GUIDE: self.run.settings["guide"]}
+        urls = {MAIN: self.config.model, GUIDE: self.config.guide}
         return {
             role: {
                 "url": redact(urls[role]),
@@ -145,7 +146,7 @@ class Job:
             "num_samples": self.num_samples,
             "image_shape": list(self.image_shape),
             "labelled": self.labelled,
-            "settings": self.run.as_json(),
+            "settings": settings_json(self.config),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
@@ -158,31 +159,28 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     Raises:
         RequestError: the request is wrong, or the directory belongs to another run.
     """
-    config.check()
-    local, gpus = place(config.of(FleetOptions), config.output)
-    asked, brought = settings_for(config.of(ModelOptions))
-    check_bundled(asked, config.given())
+    check(config)
+    asked, brought = model_of(config)
+    check_bundled(asked, given_values(config))
+    local, gpus = place(of(FleetOptions, config), config.output)
     if config.output is None and not config.overwrite:
         config = replace(config, output=begun_folder(config, asked))
     run_dir = RunDir(config.output) if config.output else None
     there = run_dir.read_run() if run_dir and not config.overwrite else None
     earlier = there.get("identity", {}) if there else {}
     model, brought = as_begun(asked, brought, earlier.get("weights"))
-    settings = brought | config.given()
-    networks = {MAIN: open_network(model, settings, frozenset(settings))}
-    if (name := guide_of(pick(GuidanceOptions, settings))) is not None:
-        networks[GUIDE] = open_guide(name, settings, networks[MAIN].spec)
+    networks = open_networks(model, brought, config)
     specs = {role: network.spec for role, network in networks.items()}
-    run = resolve(config, model, brought, specs[MAIN], specs.get(GUIDE), gpus, earlier)
-    guide_hash = identity_hash(networks[GUIDE]) if GUIDE in networks else "null"
-    identity = run.identity(networks[MAIN].weights, guide_hash)
-    output = config.output or default_output(model, fingerprint(identity))
+    resolved = settled(resolve(config, model, brought, specs[MAIN]), gpus, earlier)
+    plan = plan_of(resolved, specs)
+    decided = identity(resolved, plan, specs, {role: hash_of(role, network) for role, network in networks.items()})
+    output = config.output or default_output(model, fingerprint(decided))
     run_dir = run_dir or RunDir(output)
     output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
     if not (config.output or config.overwrite):
         there = run_dir.read_run()
     begun_as = asked if model != asked else None
-    job = Job(run, output, run_dir, there, networks, gpus, local, identity, products or {}, begun_as)
+    job = Job(resolved, plan, output, run_dir, there, networks, gpus, local, decided, products or {}, begun_as)
     refuse_another(job, there)
     return job
 
@@ -201,20 +199,27 @@ def begun_folder(config: RunConfig, model: str) -> str | None:
     return folder if folder in folders else None
 
 
-def open_guide(name: str, settings: Mapping[str, Any], guided: NetworkSpec) -> Network:
-    """The second network by which a first, `guided`, is guided. A bundled one brings its settings.
+def open_networks(model: str, brought: Mapping[str, Any], config: RunConfig) -> dict[str, Network]:
+    """The networks of a run, by role; a guide only where one is used.
 
-    Of another, what its file does not tell is expected to be as in the first.
+    A bundled guide brings its own settings. Of another, what its file does not say is expected to be as in the model.
     """
+    settings = {**brought, **given_values(config)}
+    networks = {MAIN: open_network(model, settings, config.given)}
+    name = guide_of(of(GuidanceOptions, settings))
+    if name is None:
+        return networks
     require(name != "", "--guide is empty; it must be null or a model, as for --model")
-    expected = {"image_size": guided.shape[1]} | ({"num_classes": guided.num_classes} if guided.num_classes else {})
-    brought = BUNDLED[name].settings if name in BUNDLED else dict(settings) | expected
-    return open_network(name, dict(brought) | {"weights": None, "weights_key": None}, flag="--guide")
+    spec = networks[MAIN].spec
+    expected = {"image_size": spec.shape[1]} | ({"num_classes": spec.num_classes} if spec.num_classes else {})
+    expected = dict(BUNDLED[name].settings) if name in BUNDLED else settings | expected
+    networks[GUIDE] = open_network(name, expected | {"weights": None, "weights_key": None}, flag="--guide")
+    return networks
 
 
-def identity_hash(network: Network) -> str:
-    """What stands for a guide network in the fingerprint."""
-    return fingerprint(network.spec.identity(network.weights))
+def hash_of(role: str, network: Network) -> str:
+    """What stands for a network in the fingerprint: the main one's architecture is there beside its weights."""
+    return network.weights if role == MAIN else fingerprint(network.spec.identity(network.weights))
 
 
 def default_output(model: str, print_: str) -> str:
@@ -257,7 +262,7 @@ def claim(job: Job) -> None:
         RequestError: another run was quicker.
         RunError: it cannot be written.
     """
-    if job.run.request.overwrite:
+    if job.config.overwrite:
         job.run_dir.delete()
     # A run that stands already is only read: a finished one may lie where nothing can be written.
     there = job.there

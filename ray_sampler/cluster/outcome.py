@@ -15,6 +15,7 @@ from ray_sampler.reporting.preview import class_strips
 from ray_sampler.reporting.report import render_report
 from ray_sampler.reporting.sheet import PreviewKeeper, Tile
 from ray_sampler.reporting.summary import ArchiveMember, Summary
+from ray_sampler.resolve import settings_json
 from ray_sampler.storage.archive import archive_intact
 from ray_sampler.storage.archive_layout import ArchiveLayout
 
@@ -34,11 +35,11 @@ def write_outcome(
     first, last = tally.first_shard, tally.last_sample
     summary = Summary(
         fingerprint=job.fingerprint,
-        settings=job.run.as_json(),
+        settings=settings_json(job.config),
         identity=job.identity,
         num_samples=job.num_samples,
-        nfe=job.run.plan.evaluations(),
-        sigmas=tuple(job.run.plan.sigmas()),
+        nfe=job.plan.evaluations(),
+        sigmas=tuple(job.plan.sigmas()),
         reused=tally.reused,
         computed=tally.rates.done,
         start_s=first - began if first else 0.0,
@@ -90,7 +91,7 @@ def already_done(job: Job) -> dict[str, Any] | None:
             return None
         crcs = [int(member["crc32"], 16) for member in summary["archive"]["members"]]
         label_crc = crcs[1] if job.labelled else None
-        layout = ArchiveLayout(job.num_samples, job.image_shape, crcs[0], label_crc, job.run.plan.decoder.dtype)
+        layout = ArchiveLayout(job.num_samples, job.image_shape, crcs[0], label_crc, job.plan.decoder.dtype)
     except (ValueError, KeyError, IndexError, TypeError):
         return None
     if layout.size != summary["archive"]["bytes"] or not archive_intact(job.run_dir, layout):

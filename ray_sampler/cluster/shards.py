@@ -33,13 +33,12 @@ def cut(job: Job, gaps: Sequence[tuple[int, int]], run: int, product: str = IMAG
 
     Ray must be connected, unless --shard_size is given or nothing is missing.
     """
-    request = job.run.request
-    if request.shard_size is not None:
-        return list(tasks_of(gaps, job.run.shard_size, run, product))
+    if "shard_size" in job.config.given:
+        return list(tasks_of(gaps, job.config.shard_size, run, product))
     if not gaps:
         return []
-    actors = expected_actors(request.of(FleetOptions), job.gpus, job.local)
-    batch_size = request.batch_size
+    actors = expected_actors(job.config, job.gpus, job.local)
+    batch_size = job.config.batch_size
     size = suitable_size(sum(stop - start for start, stop in gaps), batch_size, actors)
     tasks = list(tasks_of(gaps, size, run, product, early=actors, early_size=batch_size))
     return tapered(tasks, actors, batch_size * max(1, size // batch_size // LAST_PARTS))

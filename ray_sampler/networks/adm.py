@@ -10,18 +10,22 @@ import torch
 from torch import nn
 
 from ray_sampler.errors import require
-from ray_sampler.networks.adm_options import AdmOptions
+from ray_sampler.networks.adm_options import AdmFlags, AdmOptions
 from ray_sampler.networks.adm_shapes import adm_flags, explain_misfit
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.family import DTYPES, Family, NetworkSpec, Opened, Precision, check_fit, without_memory
 from ray_sampler.networks.weights import Checkpoint
-from ray_sampler.options import pick
+from ray_sampler.options import flags_of, of
 
 SHOWN = ("input_blocks.0.0.weight", "time_embed.0.weight", "out.2.weight")
 """Names by which a checkpoint of this family is known."""
 
 UNKNOWN_DROPOUT = 0.1
 """Used where the share is above 0 but unknown; samples do not depend on its value."""
+
+
+PLACEHOLDERS = {"image_size": "SIZE", "num_head_channels": "CHANNELS"}
+"""For values that the weights do not tell, in the command that `inspect` prints."""
 
 
 def recognises(checkpoint: Checkpoint) -> bool:
@@ -45,7 +49,7 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     settings = {**settings, "label_dropout": label_dropout(checkpoint, settings, given)}
     told = adm_flags(checkpoint.tensors, null_label=settings["label_dropout"] > 0)
     if told is None:
-        options = pick(AdmOptions, settings)
+        options = of(AdmOptions, settings)
     else:
         flags = {name: settings[name] for name in given | {"label_dropout"} if name in settings}
         contradiction = explain_misfit(checkpoint.tensors, flags)
@@ -54,7 +58,12 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     options.validate()
     advice = (told and explain_misfit(checkpoint.tensors, asdict(options))) or "it is damaged, or of another network"
     check_fit(without_memory(lambda: UNet(options)), checkpoint.tensors, advice)
-    return Opened(spec_of(options, settings), dict(checkpoint.tensors), note=assumed(options, settings))
+    return Opened(
+        spec_of(options, settings),
+        dict(checkpoint.tensors),
+        note=assumed(options, settings),
+        untold={name: PLACEHOLDERS[name] for name in untold(settings)},
+    )
 
 
 def label_dropout(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozenset[str]) -> float:
@@ -93,7 +102,7 @@ def described(told: Mapping[str, Any], settings: Mapping[str, Any], given: froze
 
     A given flag is kept as it is written, as 1.0,2 for the multipliers 1,2.
     """
-    options = pick(AdmOptions, settings)
+    options = of(AdmOptions, settings)
     names = {f.name for f in fields(AdmOptions)}
     merged = asdict(options) | {name: value for name, value in told.items() if name in names and name not in given}
     size = options.image_size
@@ -115,8 +124,16 @@ def spec_of(options: AdmOptions, settings: Mapping[str, Any]) -> NetworkSpec:
         kind_options={"c_noise": "250log"},
         num_classes=options.num_classes if options.class_cond else 0,
         null_label=options.num_classes if options.class_cond and options.label_dropout else None,
-        defaults={"clip_denoised": True, "rounding": "truncate", "state": "fp32"},
+        defaults=AdmFlags.family_defaults,
+        flags=flags_in(options, settings),
+        unlabelled_hint=", or give --class_cond True",
     )
+
+
+def flags_in(options: AdmOptions, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The architecture by flag name."""
+    mode = {"training_mode": settings.get("training_mode") or "edm"}
+    return {name: getattr(options, name) for name in flags_of(AdmFlags)} | mode
 
 
 def build(spec: NetworkSpec, precision: Precision) -> nn.Module:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ray_sampler.errors import require
 from ray_sampler.options import option
@@ -15,9 +16,9 @@ LARGEST = 10**6
 """What the numbers of a list stay below."""
 
 
-@dataclass(frozen=True)
-class AdmOptions:
-    """The shape of an ADM UNet. The defaults are those of the consistency-models repository."""
+@dataclass(frozen=True, kw_only=True)
+class AdmFlags:
+    """The shape of an ADM UNet, as flags. The defaults are those of the consistency-models repository."""
 
     image_size: int = option(64, "Width and height in pixels.")
     num_channels: int = option(128, "Base width of the network.")
@@ -25,8 +26,10 @@ class AdmOptions:
     num_heads: int = option(4, "Attention heads, where num_head_channels is -1.")
     num_heads_upsample: int = option(-1, "The same on the way up; -1 means num_heads.")
     num_head_channels: int = option(-1, "Channels of an attention head; -1 means num_heads decides.")
-    attention_resolutions: str = option("32,16,8", "Resolutions with attention.")
-    channel_mult: str = option("", "Width multiplier of each level, as 1,2,3,4; empty means by image size.")
+    attention_resolutions: str = option("32,16,8", "Resolutions with attention.", numbers=True)
+    channel_mult: str = option(
+        "", "Width multiplier of each level, as 1,2,3,4; empty means by image size.", numbers=True
+    )
     class_cond: bool = option(False, "Whether the model takes class labels.")
     num_classes: int = option(1000, "Classes of a class-conditional model.")
     label_dropout: float = option(
@@ -40,8 +43,38 @@ class AdmOptions:
         False, "Whether the network has a variance half, which is dropped: no sampler here uses it."
     )
     dropout: float = option(0.0, "Inert in sampling.")
+
+    family_defaults: ClassVar[Mapping[str, Any]] = {"clip_denoised": True, "rounding": "truncate", "state": "fp32"}
+    """What the family brings of other components' settings."""
+
+    def check(self) -> None:
+        """Check each value by itself.
+
+        Raises:
+            RequestError: one is wrong whatever the others are.
+        """
+        for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_classes"):
+            require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_heads_upsample", "num_head_channels"):
+            value = getattr(self, name)
+            require(value == -1 or value >= 1, f"--{name} is {value}; it must be -1 or at least 1")
+        for name in ("dropout", "label_dropout"):
+            require(0 <= getattr(self, name) < 1, f"--{name} is {getattr(self, name)}; it must be in [0, 1)")
+        for name, kind in (("channel_mult", float), ("attention_resolutions", int)):
+            text = getattr(self, name)
+            try:
+                positive = all(0 < kind(part) < LARGEST for part in text.split(",") if text)
+            except ValueError:
+                positive = False
+            require(positive, f"--{name} is {text!r}; it must be positive numbers with commas, as in 1,2,2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmOptions(AdmFlags):
+    """The shape of an ADM UNet."""
+
     in_channels: int = 3
-    """Of x; the weights tell."""
+    """Of x; inferred from the weights."""
 
     @property
     def out_channels(self) -> int:
@@ -78,29 +111,8 @@ class AdmOptions:
         """Attention heads of a block with so many channels, where `num_heads` is asked for."""
         return num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
 
-    def check_values(self) -> None:
-        """Check each value by itself.
-
-        Raises:
-            RequestError: one is wrong whatever the others are.
-        """
-        for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_classes"):
-            require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("num_heads_upsample", "num_head_channels"):
-            value = getattr(self, name)
-            require(value == -1 or value >= 1, f"--{name} is {value}; it must be -1 or at least 1")
-        for name in ("dropout", "label_dropout"):
-            require(0 <= getattr(self, name) < 1, f"--{name} is {getattr(self, name)}; it must be in [0, 1)")
-        for name, kind in (("channel_mult", float), ("attention_resolutions", int)):
-            text = getattr(self, name)
-            try:
-                positive = all(0 < kind(part) < LARGEST for part in text.split(",") if text)
-            except ValueError:
-                positive = False
-            require(positive, f"--{name} is {text!r}; it must be positive numbers with commas, as in 1,2,2")
-
     def validate(self) -> None:
-        self.check_values()
+        self.check()
         if not self.channel_mult:
             require(
                 self.image_size in CHANNEL_MULTIPLIERS,

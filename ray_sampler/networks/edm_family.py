@@ -113,6 +113,7 @@ def open_edm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
         sigma_min=max(SIGMA_RANGE[0], low),
         sigma_max=min(SIGMA_RANGE[1], high),
         defaults={"clip_denoised": False, "rounding": "nearest", "state": "fp64", "steps": 18},
+        flags=adm.flags_in(options.network, settings) if isinstance(options, Dhariwal) else {},
         script="edm",
     )
     with refusing(checkpoint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,10 +46,29 @@ class NetworkSpec:
     """The range of levels that is sampled by default."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Settings that the family or the file brings, by flag name."""
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    """Its architecture by flag name, beyond its size and classes, where the family has flags for it."""
+    unlabelled_hint: str = ""
+    """What else could be done where labels are asked for, and the network takes none; follows a remedy."""
     latent: str | None = None
     """The rule by which x becomes a picture (sd, edm2); None where x is a picture."""
     script: Script = "consistency-models"
     """Whose script's arithmetic is followed to the last bit, so that published pictures come out again."""
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What flags can say of it, by name."""
+        told = {
+            "image_size": self.shape[1],
+            "class_cond": self.num_classes > 0,
+            "num_classes": self.num_classes or None,
+        }
+        return told | dict(self.flags)
+
+    @property
+    def brought(self) -> dict[str, Any]:
+        """The defaults that its family or file brings, by flag name."""
+        return {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max} | dict(self.defaults)
 
     def identity(self, weights: str) -> dict[str, Any]:
         """What decides the network's function, flat; `weights` is its hash."""
@@ -86,6 +106,8 @@ class Opened(NamedTuple):
     """Of the file's network, used in sampling or not; None: all of `tensors`."""
     note: str | None = None
     """What the user should know of what was assumed."""
+    untold: Mapping[str, str] = MappingProxyType({})
+    """Flags whose values neither the file nor the settings tell, with a placeholder for each."""
 
 
 def as_it_is(module: nn.Module, precision: Precision) -> nn.Module:
@@ -129,6 +151,8 @@ class Network:
     """Where in the file the tensors were found."""
     note: str | None = None
     """What the user should know of how the file was read."""
+    untold: Mapping[str, str] = field(default_factory=dict)
+    """Flags whose values neither the file nor the settings tell, with a placeholder for each."""
     sha256: str | None = None
     """Of a file that was fetched."""
     as_stored: bool = False

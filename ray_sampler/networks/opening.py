@@ -9,13 +9,11 @@ from typing import Any
 
 from ray_sampler.errors import RequestError
 from ray_sampler.networks.adm import ADM
-from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.choose import listed
 from ray_sampler.networks.custom import open_custom
 from ray_sampler.networks.edm_family import EDM, EDM2
 from ray_sampler.networks.family import PREFIX, Family, Network, without_memory
 from ray_sampler.networks.weights import Checkpoint, read_checkpoint, weights_hash
-from ray_sampler.options import pick
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (ADM, EDM, EDM2)}
 """By name, in the order in which they are asked; another family is one name more here."""
@@ -52,7 +50,6 @@ def opened(model: str, settings: Mapping[str, Any], given: frozenset[str], flag:
     """As `open_network`; what is wrong is said of --model."""
     if model.startswith(PREFIX):
         return open_custom(model, settings, given)
-    pick(AdmOptions, settings).check_values()
     checkpoint = read(model, settings.get("weights_key"), flag)
     family = family_of(checkpoint)
     opened = family.open(checkpoint, settings, given)
@@ -67,6 +64,7 @@ def opened(model: str, settings: Mapping[str, Any], given: frozenset[str], flag:
         key=checkpoint.key,
         note="; ".join(note for note in (checkpoint.note, opened.note) if note) or None,
         sha256=checkpoint.sha256,
+        untold=opened.untold,
     )
 
 

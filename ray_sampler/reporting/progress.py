@@ -21,21 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ray_sampler.errors import printable
-from ray_sampler.options import option
+from ray_sampler.reporting.options import Mode
 from ray_sampler.streams import Sturdy
 
-Mode = Literal["auto", "bar", "log", "none"]
 Level = Literal["info", "warning", "error"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportingOptions:
-    """What a run shows."""
-
-    progress: Mode = option("auto", "A live bar, a line every 10 seconds, or nothing; auto is a bar on a terminal.")
-    json_log: bool = option(False, "Progress lines as JSON.")
-    dry_run: bool = option(False, "Print the resolved run as JSON; open no checkpoint, touch nothing.")
-
 
 LOG_INTERVAL_S = 10.0
 """Seconds between two lines of the log while nothing about the fleet changes."""

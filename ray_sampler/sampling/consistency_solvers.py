@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class IndexOptions:
     """Where a consistency model is evaluated."""
 
-    ts: str = option("", "Indices into the schedule for --sampler multistep, as 0,22,39.")
+    ts: str = option("", "Indices into the schedule for --sampler multistep, as 0,22,39.", numbers=True)
 
     def check(self) -> None:
         """Raises RequestError: the text is no list of numbers."""

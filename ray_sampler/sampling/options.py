@@ -55,6 +55,7 @@ class ConditionOptions:
         None,
         "Labels of a class-conditional model: random (the default), balanced, a list as 0,3,999, or a file (.npz with "
         "arr_1, .npy, text); a list shorter than N is repeated.",
+        numbers=True,
     )
 
 
@@ -88,7 +89,7 @@ class GuidanceOptions:
         recorded=False,
     )
     guidance_interval: str | None = option(
-        None, "Noise levels LO,HI between which guidance applies, inclusive (everywhere).", recorded=False
+        None, "Noise levels LO,HI between which guidance applies, inclusive (everywhere).", recorded=False, numbers=True
     )
     guidance_channels: int | None = option(
         None, "Channels of x that are guided, counted from the first (all).", recorded=False

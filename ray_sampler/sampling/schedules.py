@@ -47,6 +47,7 @@ class ScheduleOptions:
         "The levels themselves, falling, in place of a schedule: a list as 80,10,1 or a file (.npz with arr_0, .npy, "
         "text). 0 is appended where it is absent; the first scales the noise.",
         recorded=False,
+        numbers=True,
     )
     nfe: int | None = option(
         None,

@@ -5,15 +5,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_sampler.errors import require
-from ray_sampler.options import flags_of, pick
+from ray_sampler.options import flags_of, of
 from ray_sampler.sampling.schedules import ScheduleOptions
-from ray_sampler.sampling.solvers import SOLVERS
-
-if TYPE_CHECKING:
-    import torch
+from ray_sampler.sampling.solvers import SOLVERS, SolverOptions
 
 COUNTS = ("steps", "nfe", "sigmas")
 """Flags that each say how many steps there are."""
@@ -116,7 +113,7 @@ def fitting(settings: Mapping[str, Any]) -> dict[str, int]:
     """
     sampler, nfe = settings["sampler"], settings["nfe"]
     solver = SOLVERS[sampler]
-    options: Any = pick(solver.options, settings)
+    options: Any = of(solver.options, settings)
     require(nfe >= 1, f"--nfe is {nfe}; it must be at least 1")
 
     def evaluations(steps: int) -> int:
@@ -131,36 +128,63 @@ def fitting(settings: Mapping[str, Any]) -> dict[str, int]:
     return {"steps": steps, "nfe": evaluations(steps)}
 
 
-def check_levels(settings: Mapping[str, Any], schedule: ScheduleOptions, dtype: torch.dtype) -> None:
-    """Check levels after they are rounded to the dtype of the state: solvers divide by them.
+def check_steps(options: SolverOptions, schedule: ScheduleOptions, state: str) -> None:
+    """Check the solver's options beside the schedule, and the levels after they are rounded to the dtype of the state.
 
-    They must be numbers above 0, and fall where a solver divides by their distance; those of version 1 do not.
+    Solvers divide by levels: they must be numbers above 0, and fall where a solver divides by their distance; those of
+    version 1 do not.
+
+    Args:
+        state: fp32 or fp64.
 
     Raises:
-        RequestError: they are not, or do not.
+        RequestError: one is wrong.
     """
-    solver, explicit = SOLVERS[settings["sampler"]], schedule.sigmas is not None
-    levels = solver.levels(schedule, pick(solver.options, settings), dtype)
+    solver, explicit = SOLVERS[options.sampler], schedule.sigmas is not None
+    own: Any = of(solver.options, options)
+    schedule.check()
+    solver.check(schedule, own)
+    import torch
+
+    levels = solver.levels(schedule, own, torch.float64 if state == "fp64" else torch.float32)
     said = f"--sigma_min is {schedule.sigma_min:g}, --sigma_max {schedule.sigma_max:g} and --rho {schedule.rho:g}"
     require(
         bool((levels[:-1] > 0).all() and levels.isfinite().all()),
         f"{f'--sigmas is {schedule.sigmas}' if explicit else said}; a level of that is 0 or infinite in "
-        f"{settings['state']}: give other values{'' if settings['state'] == 'fp64' else ', or --state fp64'}",
+        f"{state}: give other values{'' if state == 'fp64' else ', or --state fp64'}",
     )
     if "schedule" not in solver.uses:
         return
     equal = levels[1:][levels.diff() >= 0]
-    flag = "sigmas" if explicit else "steps"
+    named = f"--sigmas is {schedule.sigmas}" if explicit else f"--steps is {schedule.steps}"
     require(
         not len(equal),
-        f"--{flag} is {settings[flag]}; two levels beside each other are "
-        f"{float(equal.max()) if len(equal) else 0:g} in "
-        f"{settings['state']}, and --sampler {settings['sampler']} needs levels that fall: give fewer, or --state fp64",
+        f"{named}; two levels beside each other are {float(equal.max()) if len(equal) else 0:g} in {state}, and "
+        f"--sampler {options.sampler} needs levels that fall: give fewer, or --state fp64",
     )
 
 
-def schedule_of(settings: Mapping[str, Any]) -> ScheduleOptions:
-    """The schedule of settled settings: the one that was asked for, else the solver's own default."""
-    schedule: ScheduleOptions = pick(ScheduleOptions, settings)
-    default = SOLVERS[settings["sampler"]].default_schedule(schedule.steps)
+def schedule_of(settings: Any) -> ScheduleOptions:
+    """The schedule of settled settings: the one that was asked for, else the solver's own default.
+
+    Args:
+        settings: options with `sampler` and those of a schedule, as attributes.
+    """
+    schedule = of(ScheduleOptions, settings)
+    default = SOLVERS[settings.sampler].default_schedule(schedule.steps)
     return replace(schedule, schedule=schedule.schedule or default)
+
+
+def nfe_of(options: SolverOptions, steps: int) -> int:
+    """NFE: calls of the denoiser D for one sample. A guided call is one, although it asks the network twice."""
+    solver = SOLVERS[options.sampler]
+    return solver.evaluations(steps, of(solver.options, options))
+
+
+def sigmas_of(options: SolverOptions, schedule: ScheduleOptions) -> list[float]:
+    """The noise levels that the solver visits, before they are rounded to the dtype of the state."""
+    import torch
+
+    solver = SOLVERS[options.sampler]
+    levels = solver.levels(schedule, of(solver.options, options), torch.float64)
+    return levels[solver.visited].tolist()

@@ -25,7 +25,7 @@ class OutputOptions:
     fragment_format: FragmentFormat = option("parquet", "File format of the fragments.")
     overwrite: bool = option(False, "Delete an earlier run there first; no other driver may be writing to it.")
 
-    def validate(self) -> None:
+    def check(self) -> None:
         """Raises RequestError: the output cannot be one."""
         if self.output is not None:
             check_output(self.output)

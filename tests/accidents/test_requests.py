@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import fsspec
 import pytest
 
+from ray_sampler import options
 from ray_sampler.cli import main
-from ray_sampler.config import FLAGS
+from ray_sampler.config import RunConfig
 from ray_sampler.flags import SYNONYMS
 from ray_sampler.storage.local_store import LocalStore
 from tests.cluster.processes import PATIENCE_S
@@ -76,10 +77,10 @@ def test_a_flag_without_its_value_says_what_it_needs(flag: str, wanted: str, cap
 
 def test_every_synonym_names_flags_that_exist_and_is_none_itself():
     for name, meant in SYNONYMS.items():
-        assert name not in FLAGS
+        assert name not in options.flags_of(RunConfig)
         flags = [word.strip(",") for word in meant.split() if word.startswith("--")]
         assert flags
-        assert all(flag[2:] in FLAGS for flag in flags), meant
+        assert all(flag[2:] in options.flags_of(RunConfig) for flag in flags), meant
 
 
 OUTPUTS = {

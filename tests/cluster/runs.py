@@ -79,7 +79,7 @@ def sampled(config: RunConfig) -> Samples:
         device=torch.device("cpu"),
         compile="off",
     )
-    pictures = engine.sample(job.run.plan, 0, config.num_samples)()
+    pictures = engine.sample(job.plan, 0, config.num_samples)()
     return Samples.of(0, pictures.images, pictures.labels)
 
 

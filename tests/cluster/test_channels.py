@@ -75,6 +75,6 @@ def test_a_grey_network_is_guided_and_written_as_it_is(learn_sigma: bool, tmp_pa
     assert job.image_shape == (8, 8, 1)
     networks = {role: loaded(network) for role, network in job.networks.items()}
     with torch.inference_mode():
-        x, labels = sample_block(networks, job.run.plan, torch.arange(2))
+        x, labels = sample_block(networks, job.plan, torch.arange(2))
     assert x.shape == (2, 1, 8, 8)
     assert labels is not None

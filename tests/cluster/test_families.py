@@ -43,7 +43,13 @@ SHOWN = [(name, case) for name in ("edm2_16", "edm2_half16") for case in CASES] 
 
 def request(name: str, case: str, **flags: Any) -> RunConfig:
     """The request whose samples 0, 1, 5 and 12345 are the shown ones."""
-    settings = {"generator": "edm", "seed": 0, "num_samples": 20_000, "gpus_per_actor": 0.0, "precision": "fp32"}
+    settings: dict[str, Any] = {
+        "generator": "edm",
+        "seed": 0,
+        "num_samples": 20_000,
+        "gpus_per_actor": 0.0,
+        "precision": "fp32",
+    }
     settings |= {"model": str(REFERENCE / name / "net.pkl")} | CASES[case]
     if "guidance" in settings:
         settings["guide"] = str(REFERENCE / name / "gnet.pkl")
@@ -71,8 +77,8 @@ def test_the_plan_of_a_request_gives_the_published_numbers(name: str, case: str)
     expected = numbers(name)
     networks = {role: loaded(network) for role, network in job.networks.items()}
     with torch.inference_mode():
-        x, labels = sample_block(networks, job.run.plan, torch.from_numpy(expected["seeds"]))
-        images = job.run.plan.decoder.decode(x).numpy()
+        x, labels = sample_block(networks, job.plan, torch.from_numpy(expected["seeds"]))
+        images = job.plan.decoder.decode(x).numpy()
     assert np.abs(x.numpy() - expected[f"x0/{case}"]).max() < 1e-4
     assert_same_pictures(images, expected[f"uint8/{case}"])
     if "labels" in expected:
@@ -88,7 +94,7 @@ def test_the_adm_network_of_edm_gives_what_its_definition_gives_in_float64(tmp_p
     flags: dict[str, Any] = {"generator": "edm", "seed": 3, "num_samples": 4, "gpus_per_actor": 0.0}
     job = prepare(RunConfig(model=str(path), steps=4, guidance=1.5, precision="fp32", **flags))
     with torch.inference_mode():
-        found, labels = sample_block({"main": loaded(job.networks["main"])}, job.run.plan, torch.arange(3))
+        found, labels = sample_block({"main": loaded(job.networks["main"])}, job.plan, torch.arange(3))
     streams = [torch.Generator().manual_seed(3 + i) for i in range(3)]
     x = torch.stack([torch.randn(3, 16, 16, generator=g) for g in streams]).double()
     y = torch.cat([torch.randint(5, (1,), generator=g) for g in streams])

@@ -58,9 +58,10 @@ def test_a_request_that_a_machine_without_a_gpu_cannot_serve_writes_nothing(
 
 def job(gpus: float, precision: Any = None, **flags: Any) -> Job:
     """A job of the bundled model, of 10 calls of the network a batch."""
-    prepared = prepare(RunConfig(**{"model": "digits", "sampler": "euler", "steps": 10, "batch_size": 4} | flags))
-    run = replace(prepared.run, precision=precision) if precision else prepared.run
-    return replace(prepared, run=run, gpus=gpus)
+    settings: dict[str, Any] = {"model": "digits", "sampler": "euler", "steps": 10, "batch_size": 4}
+    prepared = prepare(RunConfig(**settings | flags))
+    config = prepared.config.filled({"precision": precision} if precision else {})
+    return replace(prepared, config=config, gpus=gpus)
 
 
 LONG = REPAID_CALLS // 10 * 4

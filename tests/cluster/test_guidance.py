@@ -15,7 +15,7 @@ from ray_sampler.cluster.driver import announce
 from ray_sampler.cluster.job import Job, prepare
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.reporting.sheet import heading
-from ray_sampler.resolved import dry_run
+from ray_sampler.resolve import dry_run, settings_json
 from ray_sampler.sampling.plan import sample_block
 from tests.cluster.runs import TINY, random_weights
 from tests.cluster.small_models import REFERENCE, edm2_snapshot
@@ -29,14 +29,20 @@ LEVELS = [80.0, 9.723, 0.4699, 0.002]
 
 
 def job(model: Path, **flags: Any) -> Job:
-    settings = {"model": str(model), "gpus_per_actor": 0.0, "num_samples": 8, "steps": 4, "precision": "fp32"}
+    settings: dict[str, Any] = {
+        "model": str(model),
+        "gpus_per_actor": 0.0,
+        "num_samples": 8,
+        "steps": 4,
+        "precision": "fp32",
+    }
     return prepare(RunConfig(**(settings | {n: str(v) if isinstance(v, Path) else v for n, v in flags.items()})))
 
 
 def sampled(made: Job) -> Tensor:
     networks = {role: loaded(network) for role, network in made.networks.items()}
     with torch.inference_mode():
-        return sample_block(networks, made.run.plan, torch.arange(3))[0]
+        return sample_block(networks, made.plan, torch.arange(3))[0]
 
 
 # What guides.
@@ -64,7 +70,7 @@ def test_an_unconditional_network_guides_a_conditional_one(tmp_path: Path) -> No
     network = edm2_snapshot(tmp_path / "net.pkl", label_dim=5)
     guide = edm2_snapshot(tmp_path / "uncond.pkl", seed=1)
     made = job(network, guidance=0.0, guide=guide)
-    assert (made.run.plan.labels is not None, made.run.plan.guide_labelled) == (True, False)
+    assert (made.plan.labels is not None, made.plan.guide_labelled) == (True, False)
     torch.testing.assert_close(sampled(made), sampled(job(guide)), rtol=0, atol=1e-5)
 
 
@@ -79,7 +85,7 @@ def test_an_adm_guide_may_have_a_null_label_or_not(dropout: float, guide_dropout
     own_flags, guide_flags = (flags | ({"label_dropout": 0.1} if each else {}) for each in (dropout, guide_dropout))
     made = job(tmp_path / "net.safetensors", guidance=0.0, guide=tmp_path / "guide.safetensors", **own_flags)
     classes = 0 if guide_dropout is None else 10
-    assert (made.networks["guide"].spec.num_classes, made.run.plan.guide_labelled) == (classes, classes > 0)
+    assert (made.networks["guide"].spec.num_classes, made.plan.guide_labelled) == (classes, classes > 0)
     expected = sampled(job(tmp_path / "guide.safetensors", **guide_flags))
     torch.testing.assert_close(sampled(made), expected, rtol=0, atol=1e-5)
 
@@ -118,7 +124,7 @@ def test_the_guide_is_part_of_the_fingerprint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("guidance", "said"), [(1.0, " 4 steps · seed"), (2.5, " 4 steps · guidance 2.5 · seed")])
 def test_the_pictures_heading_names_the_weight(guidance: float, said: str) -> None:
     made = job(EDM2, guide=GUIDE, guidance=guidance)
-    assert said in heading(made.run.as_json(), made.fingerprint)
+    assert said in heading(settings_json(made.config), made.fingerprint)
     assert any("--guide does nothing" in note for note in made.notes) == (guidance == 1)
 
 
@@ -148,7 +154,7 @@ def test_an_interval_decides_once_a_step() -> None:
         return guide(x, t, y)
 
     with torch.inference_mode():
-        sample_block(networks | {"guide": watched}, made.run.plan, torch.arange(2))
+        sample_block(networks | {"guide": watched}, made.plan, torch.arange(2))
     assert calls == pytest.approx(LEVELS[1:3], rel=1e-3)
 
 
@@ -260,7 +266,7 @@ def test_latents_are_refused_by_a_sentence_with_both_choices(encoder: str, chann
         assert part in said
     made = job(latent, decoder="none")
     assert made.image_shape == (8, 8, channels)
-    assert made.run.plan.decoder.dtype == "float32"
+    assert made.plan.decoder.dtype == "float32"
     assert "--decoder" in refusal(latent, decoder="vae")
 
 

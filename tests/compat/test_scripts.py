@@ -22,7 +22,7 @@ from ray_sampler.compat.script import main
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.weights import read_checkpoint
-from ray_sampler.options import pick
+from ray_sampler.options import of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -103,7 +103,7 @@ def two_steps(model: UNet, draws: list[Tensor], labels: Tensor) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def network(checkpoint: Path) -> UNet:
-    model = UNet(pick(AdmOptions, FLAGS | {"num_classes": 1000}))
+    model = UNet(of(AdmOptions, FLAGS | {"num_classes": 1000}))
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
     return model.eval()
 

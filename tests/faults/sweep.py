@@ -172,7 +172,7 @@ def sweep(checkpoint: Path, folder: Path, seed: int = 0, every: int = 1, minutes
     request = small(checkpoint, None)
     chance = random.Random(seed)
     began = time.monotonic()
-    with faulty_bucket(folder / "bucket", folder / "aws") as proxy, connect(request):
+    with faulty_bucket(folder / "bucket", folder / "aws") as proxy, connect(None):
         sweeper = Sweep(proxy, checkpoint, savez(sampled(request)))
         for number in range(1, sweeper.requests_of_a_run() + 1, every):
             if minutes is not None and time.monotonic() - began > 60 * minutes:

@@ -23,11 +23,12 @@ from ray_sampler.networks.adm import spec_of
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.opening import open_network
-from ray_sampler.options import pick
-from ray_sampler.presets import OLDER, ModelOptions, as_begun, settings_for
-from ray_sampler.resolved import resolve
+from ray_sampler.options import of
+from ray_sampler.planning import identity, plan_of
+from ray_sampler.presets import OLDER, as_begun, model_of
+from ray_sampler.resolve import given_values, resolve, settled
 from ray_sampler.sampling import numerics
-from ray_sampler.sampling.plan import sample_block
+from ray_sampler.sampling.plan import MAIN, sample_block
 from ray_sampler.storage import record
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import Samples
@@ -48,19 +49,13 @@ def identity_of(
         dummy_seed: what --generator dummy drew.
     """
     request = config.RunConfig(**flags)
-    model, brought = as_begun(*settings_for(request.of(ModelOptions)), DIGITS_V1)
-    settings = brought | request.given()
-    spec = spec_of(pick(AdmOptions, settings), settings)
+    model, brought = as_begun(*model_of(request), DIGITS_V1)
+    settings = brought | given_values(request)
+    spec = spec_of(of(AdmOptions, settings), settings)
     there = {} if dummy_seed is None else {"generator": "dummy", "seed": dummy_seed}
-    run = resolve(
-        request,
-        model,
-        brought,
-        spec,
-        gpus=gpus,
-        earlier=there,
-    )
-    return run.identity(open_network(model, settings).weights if weights_hash is None else weights_hash)
+    resolved = settled(resolve(request, model, brought, spec), gpus, there)
+    weights = open_network(model, settings).weights if weights_hash is None else weights_hash
+    return identity(resolved, plan_of(resolved, {MAIN: spec}), {MAIN: spec}, {MAIN: weights})
 
 
 def fingerprint_of(identity: Mapping[str, Any]) -> str:
@@ -138,7 +133,7 @@ def samples_of(flags: Mapping[str, Any], count: int) -> tuple[np.ndarray, np.nda
         role: loaded(network) if network.tensors else network.build("fp32")  # a user's own has its tensors already
         for role, network in prepared.networks.items()
     }
-    plan = prepared.run.plan
+    plan = prepared.plan
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

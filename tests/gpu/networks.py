@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ray_sampler import resolved
-from ray_sampler.config import FLAGS
+from ray_sampler import planning
+from ray_sampler.config import RunConfig
 from ray_sampler.networks.adm import ADM, spec_of
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.family import Precision, lay_out_contiguously, without_memory
+from ray_sampler.options import flags_of
 from ray_sampler.published import BUNDLED, IMAGENET64, LSUN256
 from ray_sampler.sampling.conditions import LabelRule
 from ray_sampler.sampling.plan import SamplePlan
@@ -37,7 +38,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
 }
 """Settings by a network's name: one of milliseconds, the bundled one, and the two published architectures."""
 
-DEFAULTS = {name: composed.flag.default for name, composed in FLAGS.items()}
+DEFAULTS = {name: flag.default for name, flag in flags_of(RunConfig).items()}
 
 
 def options_of(name: str, **changed: Any) -> AdmOptions:
@@ -76,4 +77,5 @@ def plan_of(options: AdmOptions, labels: LabelRule | None = None, **flags: Any) 
     if labels is None and options.class_cond:
         labels = LabelRule("random", options.num_classes)
     flags = {"steps": 3, "s_churn": 2.0, "s_noise": 1.003} | flags
-    return resolved.plan_of(DEFAULTS | flags, spec_of(options, flags), None, labels)
+    config = RunConfig().filled(DEFAULTS | flags | {"labels": None})
+    return replace(planning.plan_of(config, {"main": spec_of(options, flags)}), labels=labels)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ray_sampler.networks.adm_options import AdmOptions
-from ray_sampler.options import pick
+from ray_sampler.options import of
 
 REFERENCE = Path(__file__).resolve().parents[1] / "golden" / "reference"
 
@@ -35,4 +35,4 @@ def golden_state() -> dict[str, Tensor]:
 
 
 def options_of(flags: dict[str, Any]) -> AdmOptions:
-    return pick(AdmOptions, flags)
+    return of(AdmOptions, flags)

@@ -254,7 +254,7 @@ def make(weights):
         made = job(module, precision=precision, steps=3)
         network: Any = made.networks["main"].build(made.precision)
         with torch.inference_mode():
-            results[precision] = sample_block({"main": network}, made.run.plan, torch.arange(2))[0]
+            results[precision] = sample_block({"main": network}, made.plan, torch.arange(2))[0]
         assert network.network.seen == dtype
         assert results[precision].dtype == torch.float32
     difference = (results["fp32"] - results["bf16"]).abs().max()

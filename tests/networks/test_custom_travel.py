@@ -116,7 +116,12 @@ def importable(names: tuple[str, ...]) -> list[str]:
 
 
 def request(function: str, **flags: Any) -> RunConfig:
-    settings = {"model": f"python:entry_of_user:{function}", "num_samples": 6, "batch_size": 2, "shard_size": 2}
+    settings: dict[str, Any] = {
+        "model": f"python:entry_of_user:{function}",
+        "num_samples": 6,
+        "batch_size": 2,
+        "shard_size": 2,
+    }
     return RunConfig(**(settings | {"gpus_per_actor": 0.0, "max_actors": 1, "steps": 3, "decoder": "none"} | flags))
 
 
@@ -128,7 +133,7 @@ def test_workers_need_no_file_of_the_users(function: str, files: Path, tmp_path:
     job = prepare(config)
     network = job.networks["main"].build("fp32")
     with torch.inference_mode():
-        blocks = [sample_block({"main": network}, job.run.plan, torch.arange(i, i + 2)) for i in (0, 2, 4)]
+        blocks = [sample_block({"main": network}, job.plan, torch.arange(i, i + 2)) for i in (0, 2, 4)]
     with np.load(run(config).archive) as archive:
         images, labels = archive["arr_0"], archive["arr_1"]
     expected = torch.cat([x for x, _ in blocks]).permute(0, 2, 3, 1).numpy()

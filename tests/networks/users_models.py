@@ -17,11 +17,11 @@ Write = Callable[..., str]
 
 
 def job(module: str, **flags: Any) -> Job:
-    settings = {"model": f"python:{module}:make", "gpus_per_actor": 0.0, "num_samples": 8}
+    settings: dict[str, Any] = {"model": f"python:{module}:make", "gpus_per_actor": 0.0, "num_samples": 8}
     return prepare(RunConfig(**(settings | flags)))
 
 
 def sampled(made: Job, count: int = 4) -> tuple[Tensor, Tensor | None]:
     network = made.networks["main"].build(made.precision)
     with torch.inference_mode():
-        return sample_block({"main": network}, made.run.plan, torch.arange(count))
+        return sample_block({"main": network}, made.plan, torch.arange(count))

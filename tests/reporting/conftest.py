@@ -13,7 +13,7 @@ from ray_sampler.networks.adm import spec_of
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.reporting.pixels import PixelStatistics
 from ray_sampler.reporting.summary import ArchiveMember, Part, Summary, Timeline
-from ray_sampler.resolved import resolve
+from tests.resolving import resolved_for
 
 HOSTILE = "<script>console.error('run')</script>"
 
@@ -28,7 +28,7 @@ def images() -> np.ndarray:
 def summary(images: np.ndarray) -> dict[str, Any]:
     """The content of summary.json, read back from JSON."""
     spec = spec_of(AdmOptions(class_cond=True, num_classes=10), {})
-    run = resolve(RunConfig(num_samples=50_000), f"s3://bucket/{HOSTILE}", {}, spec)
+    run = resolved_for(RunConfig(num_samples=50_000), f"s3://bucket/{HOSTILE}", {}, spec, gpus=None)
     pixels = PixelStatistics()
     pixels.add(images)
     pixels.add(images[:2])

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ray_sampler.config import FLAGS
+from ray_sampler.config import RunConfig
 from ray_sampler.networks import adm
 from ray_sampler.networks.adm_options import AdmOptions
-from ray_sampler.resolved import plan_of
+from ray_sampler.options import flags_of
+from ray_sampler.planning import plan_of
 from ray_sampler.sampling.conditions import LabelRule
 from ray_sampler.sampling.noise import Noise
 from ray_sampler.sampling.parameterisation import Denoiser
 from ray_sampler.sampling.plan import SamplePlan
 
-DEFAULTS = {name: composed.flag.default for name, composed in FLAGS.items()}
+DEFAULTS = {name: flag.default for name, flag in flags_of(RunConfig).items()}
 
 
 def plan(labels: LabelRule | None = None, *, image_size: int = 8, **flags: Any) -> SamplePlan:
     """The plan of an ADM network with the classes of `labels`; unconditional without."""
     classes: dict[str, Any] = {"class_cond": True, "num_classes": labels.num_classes} if labels else {}
     spec = adm.spec_of(AdmOptions(image_size=image_size, **classes), flags)
-    return plan_of(DEFAULTS | flags, spec, None, labels)
+    config = RunConfig().filled(DEFAULTS | flags | {"labels": None})
+    return replace(plan_of(config, {"main": spec}), labels=labels)
 
 
 def solve(plan: SamplePlan, denoise: Denoiser, noise: Noise) -> Tensor:

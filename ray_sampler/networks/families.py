@@ -1,0 +1,38 @@
+"""The options that families of networks have, and what they say without a file. This module imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray_sampler.networks.adm_options import AdmFlags, TrainingOptions
+from ray_sampler.options import flags_of
+
+BROUGHT = ("clip_denoised", "rounding", "state", "steps", "sigma_min", "sigma_max")
+"""Settings of other components whose defaults a file or its family decides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureOptions(AdmFlags, TrainingOptions):
+    """The options of every family; a family with options of its own is one more base here."""
+
+
+INERT = ("use_checkpoint", "use_new_attention_order", "weight_schedule")
+"""Options of published command lines that change no sample, whatever the network."""
+
+ARCHITECTURE = tuple(name for name in flags_of(ArchitectureOptions) if name not in INERT)
+"""Options that describe a network: None in a resolved run where they do not apply to its family."""
+
+
+def told_by_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of the network that `settings` describe, by flag name; None for what only a file can tell.
+
+    Settings that name options of a family describe a network of that family.
+    """
+    for component in ArchitectureOptions.__bases__:
+        if settings.keys() & flags_of(component).keys() - set(INERT) and hasattr(component, "family_defaults"):
+            return {name: flag.default for name, flag in flags_of(ArchitectureOptions).items()} | dict(
+                component.family_defaults
+            )
+    return dict.fromkeys((*ARCHITECTURE, *BROUGHT))

@@ -1,0 +1,137 @@
+"""From a resolved request and its networks to the sample plan, and to the identity that a fingerprint is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ray_sampler.config import SAMPLING_VERSION, RunConfig
+from ray_sampler.errors import redact, require, shortened
+from ray_sampler.networks.family import NetworkSpec, Script
+from ray_sampler.options import of
+from ray_sampler.sampling.conditions import LabelRule, listed_labels
+from ray_sampler.sampling.decoding import DECODERS, Decoder, Pixels
+from ray_sampler.sampling.guidance import check_channels
+from ray_sampler.sampling.options import DecoderOptions, GuidanceOptions, NoiseOptions
+from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan, parameterisation_of
+from ray_sampler.sampling.solvers import SOLVERS, Churn
+from ray_sampler.sampling.stepping import schedule_of
+from ray_sampler.storage.label_file import read_labels
+
+
+def plan_of(config: RunConfig, specs: Mapping[str, NetworkSpec]) -> SamplePlan:
+    """The sample plan of a resolved request.
+
+    Args:
+        specs: of its networks, by role.
+
+    Raises:
+        RequestError: a value is wrong, by itself or beside another.
+    """
+    spec, guide = specs[MAIN], specs.get(GUIDE)
+    schedule, guidance = schedule_of(config), of(GuidanceOptions, config)
+    solver = SOLVERS[config.sampler]
+    solver_options: Any = of(solver.options, config)
+    config.check()
+    check_guide(guidance, spec, guide)
+    check_channels(guidance, spec.shape[0])
+    return SamplePlan(
+        shape=spec.shape,
+        parameterisation=parameterisation_of(spec, schedule.sigma_min),
+        sampler=config.sampler,
+        solver=solver,
+        solver_options=as_script(solver_options, spec.script),
+        schedule=schedule,
+        decoder=decoder_of(config, spec),
+        noise=of(NoiseOptions, config),
+        num_samples=config.num_samples,
+        labels=label_rule(config.labels, spec.num_classes),
+        clip_denoised=config.clip_denoised,
+        state=config.state,
+        guidance=guidance,
+        guide=parameterisation_of(guide, schedule.sigma_min) if guide else None,
+        guide_labelled=bool(guide and guide.num_classes),
+        null_label=spec.null_label,
+        script=spec.script,
+    )
+
+
+def label_rule(labels: str | None, num_classes: int) -> LabelRule | None:
+    """The rule that resolved labels name; None for an unconditional network. Raises RequestError: the list is wrong."""
+    if labels is None:
+        return None
+    if labels in ("random", "balanced"):
+        return LabelRule("balanced" if labels == "balanced" else "random", num_classes)
+    return listed_labels(read_labels(labels), num_classes, repr(shortened(labels)))
+
+
+def check_guide(guidance: GuidanceOptions, spec: NetworkSpec, guide: NetworkSpec | None) -> None:
+    """Check that something can guide a network.
+
+    Raises:
+        RequestError: it has no null label and no guide, or the guide is of another shape or other classes.
+    """
+    if guidance.guidance == 1:
+        return
+    if guide is None:
+        require(
+            spec.null_label is not None,
+            f"--guidance is {guidance.guidance:g}, but the network has no null label to guide it; "
+            "give --guide MODEL, a second network",
+        )
+        return
+    require(
+        guide.shape == spec.shape and guide.num_classes in (0, spec.num_classes),
+        f"--guide is {redact(guidance.guide)!r}, of {described(guide)}; it must have the same shape as --model, which "
+        f"is of {described(spec)}, and as many classes or none",
+    )
+
+
+def described(spec: NetworkSpec) -> str:
+    """A network's shape and classes, as a message shows them."""
+    return f"shape {'x'.join(map(str, spec.shape))} and {spec.num_classes or 'no'} classes"
+
+
+def as_script(options: Any, script: Script) -> Any:
+    """A solver's options, to be rounded as the script of the network's publication does."""
+    return replace(options, as_edm=True) if isinstance(options, Churn) and script != "consistency-models" else options
+
+
+def decoder_of(config: RunConfig, spec: NetworkSpec) -> Decoder:
+    """The decoder that the settings and the network ask for.
+
+    Raises:
+        RequestError: the network makes latents, and nothing says what to do with them.
+    """
+    if config.decoder is not None:
+        require(
+            config.decoder in DECODERS,
+            f"--decoder is {config.decoder!r}; it must be one of {', '.join(DECODERS)}; none writes the solver's "
+            "result as it is, float32 (N, H, W, C)",
+        )
+        return DECODERS[config.decoder](of(DecoderOptions, config))
+    channels = spec.shape[0]
+    require(
+        spec.latent is None and channels in (1, 3),
+        f"--decoder is missing: the network makes latents of {channels} channels, not pictures; give --decoder none, "
+        "which writes the solver's result as it is, float32 (N, H, W, C); --decoder DIR, the directory of an "
+        "autoencoder, is not in this version yet",
+    )
+    return Pixels(config.rounding)
+
+
+def identity(
+    config: RunConfig, plan: SamplePlan, specs: Mapping[str, NetworkSpec], hashes: Mapping[str, str]
+) -> dict[str, Any]:
+    """All that decides a sample's content, flat, by effective value.
+
+    Args:
+        specs: of the networks, by role.
+        hashes: of the networks, by role.
+    """
+    return (
+        {"sampling_version": SAMPLING_VERSION, "precision": config.precision}
+        | specs[MAIN].identity(hashes[MAIN])
+        | plan.identity(hashes.get(GUIDE, "null"))
+    )

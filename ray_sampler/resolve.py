@@ -1,0 +1,160 @@
+"""From a request to a resolved one: every option is the user's, else a preset's, else the file's, else its default."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ray_sampler.config import RunConfig
+from ray_sampler.errors import redact, require, shortened
+from ray_sampler.networks.families import ARCHITECTURE, BROUGHT, told_by_flags
+from ray_sampler.options import flags_of, of
+from ray_sampler.presets import model_of
+from ray_sampler.sampling.consistency_solvers import IndexOptions, indices_of
+from ray_sampler.sampling.options import NoiseOptions, PlanOptions, check_seeds
+from ray_sampler.sampling.schedules import name_of
+from ray_sampler.sampling.stepping import (
+    check_counts,
+    check_options,
+    check_steps,
+    nfe_of,
+    schedule_of,
+    settle,
+    sigmas_of,
+    still_brought,
+)
+from ray_sampler.storage.level_file import read_levels
+
+if TYPE_CHECKING:
+    from ray_sampler.networks.family import NetworkSpec
+
+FRESH_SEED_BITS = 24
+"""Of the seed that --generator dummy draws: small enough for num_samples * seed to fit in 64 bits."""
+
+NOT_SHOWN = ("model_path", "use_fp16", "dry_run")
+"""Options that say what another one says, or nothing of the run."""
+
+
+def check(config: RunConfig) -> None:
+    """Check what can be checked before anything is opened.
+
+    Raises:
+        RequestError: a value is wrong, by itself or beside another.
+    """
+    given = given_values(config)
+    check_counts(given)
+    ends = {"sigma_min", "sigma_max"}
+    config.filled(dict.fromkeys(() if ends <= config.given else ends)).check()  # the file may decide the other end
+    check_seeds(of(NoiseOptions, config), of(PlanOptions, config).num_samples)
+
+
+def given_values(config: RunConfig) -> dict[str, Any]:
+    """The options that the user gave, by name."""
+    return {name: getattr(config, name) for name in config.given}
+
+
+def resolve(config: RunConfig, model: str, brought: Mapping[str, Any], spec: NetworkSpec | None) -> RunConfig:
+    """The request with nothing left None, but what stands for none, and what waits for the fleet.
+
+    Args:
+        config: the request, checked.
+        model: a bundled model's name, or a path or URL.
+        brought: settings that the named model or preset brings, by flag name.
+        spec: of the network; None where no file is opened: what only that can tell stays None.
+
+    Raises:
+        RequestError: a value is wrong beside another.
+    """
+    given = given_values(config)
+    settings = {name: flag.default for name, flag in flags_of(type(config)).items()}
+    settings |= spec.brought if spec else told_by_flags({**brought, **given})
+    settings |= still_brought(brought, given) | given
+    if spec:
+        settings |= dict.fromkeys(ARCHITECTURE) | spec.architecture
+    check_options(settings["sampler"], given)
+    settings |= settle(settings, given, read_levels)
+    settings["model"] = model
+    settings["precision"] = precision_of(settings)
+    settings["shard_size"] = -(-settings["shard_size"] // settings["batch_size"]) * settings["batch_size"]
+    settings["ts"] = ",".join(map(str, indices_of(of(IndexOptions, settings))))
+    settings["labels"] = labels_of(settings, spec.unlabelled_hint if spec else "")
+    resolved = config.filled(settings)
+    if None not in (resolved.steps, resolved.sigma_min, resolved.sigma_max):
+        check_steps(resolved, schedule_of(resolved), resolved.state)
+    return resolved
+
+
+def without_file(config: RunConfig) -> RunConfig:
+    """The request resolved as far as that goes without opening a file of a model; what only that can tell is None.
+
+    Raises:
+        RequestError: a value is wrong.
+    """
+    check(config)
+    return resolve(config, *model_of(config), None)
+
+
+def precision_of(settings: Mapping[str, Any]) -> str:
+    """The precision asked for; auto until the fleet is known."""
+    if settings["use_fp16"] is None or settings["precision"] != "auto":
+        return str(settings["precision"])
+    return "fp16" if settings["use_fp16"] else "fp32"
+
+
+def labels_of(settings: Mapping[str, Any], hint: str) -> str | None:
+    """The label rule as requested; None for an unconditional network. Raises RequestError: it takes no labels."""
+    labels = settings["labels"]
+    require(
+        labels is None or settings["class_cond"] is not False,
+        f"--labels is {shortened(str(labels))!r}, but the model is unconditional; leave it out{hint}",
+    )
+    return labels or ("random" if settings["class_cond"] else None)
+
+
+def settled(config: RunConfig, gpus: float, earlier: Mapping[str, Any]) -> RunConfig:
+    """A resolved request with what was left to the moment; what an earlier start in the same place made of it stays.
+
+    The precision auto is fp16 on a GPU and fp32 on a CPU; the generator dummy draws a fresh seed.
+
+    Args:
+        gpus: of an actor.
+        earlier: the identity of the run that was begun in the same place; empty where there is none.
+    """
+    result: dict[str, Any] = {}
+    if config.precision == "auto":
+        result["precision"] = earlier.get("precision") or ("fp16" if gpus else "fp32")
+    if config.generator == "dummy":
+        seed = earlier.get("seed") if earlier.get("generator") == "dummy" else None
+        result["seed"] = seed or 1 + secrets.randbits(FRESH_SEED_BITS)
+    return config.filled(result)
+
+
+def settings_json(config: RunConfig) -> dict[str, Any]:
+    """Every setting of a resolved request under its flag's name, without a credential, for --dry_run and run.json."""
+    flags = flags_of(type(config)).items()
+    values = {name: (flag, getattr(config, name)) for name, flag in flags if name not in NOT_SHOWN}
+    result = {
+        name: value for name, (flag, value) in values.items() if flag.recorded or value not in (None, flag.default)
+    }
+    for url in ("model", "output", "labels", "address", "guide"):
+        if url in result:
+            result[url] = redact(result[url])
+    return result | {"s_tmax": str(float(result["s_tmax"]))}
+
+
+def dry_run(config: RunConfig) -> dict[str, Any]:
+    """The resolved run as JSON, without opening anything: what only the checkpoint would tell is None.
+
+    Raises:
+        RequestError: a value is wrong.
+    """
+    resolved = without_file(config)
+    levels: dict[str, Any] = dict.fromkeys(("schedule", "nfe", "sigmas"))
+    if resolved.steps is not None:
+        schedule = schedule_of(resolved)
+        levels |= {"schedule": name_of(schedule), "nfe": nfe_of(resolved, resolved.steps)}
+        if resolved.sigma_min is not None and resolved.sigma_max is not None:
+            levels["sigmas"] = sigmas_of(resolved, schedule)
+    unknown = {name: None for name in (*ARCHITECTURE, *BROUGHT) if getattr(resolved, name) is None}
+    return settings_json(resolved) | unknown | levels
