@@ -20,10 +20,12 @@ from typing import Any
 
 import ray
 
+from ray_sampler.cluster.calls import RayCalls
 from ray_sampler.cluster.dispatch import Dispatch, Tally, tasks_of
+from ray_sampler.cluster.events import Finished
 from ray_sampler.cluster.inventory import Inventory
 from ray_sampler.cluster.metrics import DriverMetrics
-from ray_sampler.cluster.pool import Finished, Pool
+from ray_sampler.cluster.pool import Pool
 from ray_sampler.cluster.session import Fleet
 from ray_sampler.cluster.tasks import pack_pieces
 from ray_sampler.cluster.worker import CONCURRENCY, Task, TaskResult, WorkerInfo
@@ -77,7 +79,7 @@ def job_in(folder: Path, shards: int) -> Any:
     request = SimpleNamespace(num_samples=shards * SHARD, min_actors=ACTORS)
     run = SimpleNamespace(request=request, shard_size=SHARD)
     named = {"run_dir": RunDir(str(folder)), "output": str(folder), "fingerprint": FINGERPRINT}
-    return SimpleNamespace(**named, run=run, num_samples=shards * SHARD, products={})
+    return SimpleNamespace(**named, run=run, num_samples=shards * SHARD, products={}, overwrite=False)
 
 
 SETTINGS = {"model": "a run", "sampler": "heun", "steps": 18, "seed": 42}
@@ -138,7 +140,7 @@ class ScriptedPool:
     """As Pool, with actors within this process that answer at once."""
 
     def __init__(self) -> None:
-        self.fleet = Fleet(0, 1, ACTORS)
+        self.fleet, self.calls = Fleet(0, 1, ACTORS), RayCalls()
         self.ready = self.members = [None] * ACTORS
         self.given: deque[Task] = deque()
 
@@ -147,11 +149,14 @@ class ScriptedPool:
         self.given += given
         return given
 
-    def wait(self, timeout: float) -> list[Finished]:
+    def wait(self, timeout: float, others: object = ()) -> list[Finished]:
         return [Finished(shard, result_of(shard.start, shard.stop)) for shard in (self.given.popleft(),)]
 
     def idle(self) -> list[None]:
         return []
+
+    def busy(self) -> int:
+        return ACTORS
 
     def in_flight(self) -> int:
         return len(self.given)
@@ -159,7 +164,7 @@ class ScriptedPool:
     def pending(self) -> int:
         return 0
 
-    def scale(self, wanted: int) -> None:
+    def scale(self, wanted: int, keep: int) -> None:
         pass
 
     def unplaced_s(self) -> float:

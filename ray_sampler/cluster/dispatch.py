@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from ray_sampler.cluster.blame import (
+    ATTEMPTS,
+    DEATHS_IN_A_ROW,
+    FAILURES_IN_A_ROW,
+    NON_FINITE_ATTEMPTS,
+    NOTHING_BUT_NON_FINITE,
+    START_FAILURES,
+    Streak,
+    Suspicion,
+)
+from ray_sampler.cluster.events import Event, Failed, Finished, Lost, Ready, StartFailed, Waiting
 from ray_sampler.cluster.metrics import DriverMetrics
-from ray_sampler.cluster.pool import Failed, Finished, Lost, Pool, Ready, StartFailed, Waiting, reason_of
+from ray_sampler.cluster.pool import Member, Pool, reason_of
 from ray_sampler.cluster.session import shared, start_failure, why_unplaced, worker_starting
 from ray_sampler.cluster.worker import IMAGES, Task, TaskResult
 from ray_sampler.errors import RequestError, RunError
@@ -17,25 +28,8 @@ from ray_sampler.reporting.summary import Timeline
 from ray_sampler.sampling.engine import NonFiniteError, OutOfDeviceMemoryError
 from ray_sampler.storage.store import NoRoom
 
-ATTEMPTS = 3
-"""Times that a shard may fail by itself before it is given up."""
-
-DEATHS = 5
-"""Actors that may die with one shard before it is given up. From the first death on it has actors to itself, so that
-no other shard is blamed."""
-
-START_FAILURES = 3
-"""Actors in a row that may fail to start, with no shard finished between, before the run stops."""
-
-FAILURES_IN_A_ROW = 12
-"""Failures, with no shard finished between, at which the run stops: the cause is none of the shards', but perhaps a
-bucket that takes nothing any more."""
-
 REFUSED_S = 15.0
 """Seconds for which writing is retried where the output refuses it and no shard is finished: somebody may make room."""
-
-NOTHING_BUT_NON_FINITE = 25
-"""Shards given up, with none ever finished, at which the run stops: the model gives nothing else."""
 
 SHARDS_PER_ACTOR = 2
 """Shards left for each actor that is asked for, at least: a start costs more than a shard is worth."""
@@ -113,6 +107,9 @@ class Dispatch:
             None says that it has nothing left to do.
         min_actors: kept until the last task is done.
         metrics: counted into.
+        checks: what `background` waits for at present, as references; where nothing else is to be done, it is called
+            when the first of them is there.
+        on_ready: called once, when the first actor is ready, before it is given anything.
     """
 
     def __init__(
@@ -125,6 +122,8 @@ class Dispatch:
         background: Callable[[], list[Task] | None],
         min_actors: int,
         metrics: DriverMetrics,
+        checks: Callable[[], Collection[Any]] = tuple,
+        on_ready: Callable[[], None] | None = None,
     ) -> None:
         self.pool = pool
         self.queue = deque(tasks)
@@ -138,13 +137,23 @@ class Dispatch:
         self.background = background
         self.min_actors = min_actors
         self.metrics = metrics
+        self.checks = checks
+        self.on_ready = on_ready
+        self.now = pool.calls.now
         self.copies: Counter[Task] = Counter()
         self.attempts: Counter[Task] = Counter()
-        self.deaths: Counter[Task] = Counter()
+        self.non_finite: Counter[Task] = Counter()
+        self.suspects: dict[Task, Suspicion] = {}
+        """Shards that were in flight when their actor or its node died."""
+        self.shards_finished = 0
         self.start_failures = 0
+        self.fallen = Streak()
+        """Starts that failed because their nodes died, with no shard finished between: those of one node are one."""
+        self.deaths = Streak()
+        """Actors that died, with no shard finished between."""
         self.failures_in_a_row = 0
         self.refused_since: float | None = None
-        """When the output began to refuse writes, on the monotonic clock."""
+        """When the output began to refuse writes."""
         self.given_up: dict[Task, str] = {}
         self.told_unplaced = False
         """Whether the user knows that no actor has a place."""
@@ -155,35 +164,34 @@ class Dispatch:
         Raises:
             RunError: actors cannot start, or no batch fits on their device.
         """
-        last_tick, more_to_come = 0.0, True
+        last_tick, more_to_come = self.now() - TICK_S, True
         while self.queue or self.copies or more_to_come:
             self._scale()
-            for shard in self.pool.assign(self.queue, self.deaths.keys()):
+            for shard in self.pool.assign(self.queue, self.suspects.keys()):
                 self._begin(shard)
-            if not self.queue and self.pool.idle() and (straggler := self.pool.straggler(self.copies)):
-                self.pool.submit(self.pool.idle()[0], straggler)
-                self._begin(straggler)
-            for event in self.pool.wait(TICK_S if self.queue or self.copies else 0.05):
+            if not self.queue and (idle := self.pool.idle()):
+                self._copy_straggler(idle[0])
+            checks = () if self.queue or self.copies else self.checks()
+            for event in self.pool.wait(TICK_S if self.queue or self.copies or checks else 0.05, checks):
                 self._handle(event)
-            if time.monotonic() - last_tick >= TICK_S or not (self.queue or self.copies):
-                last_tick = time.monotonic()
+            ticks = self.now() - last_tick >= TICK_S
+            if ticks:
+                last_tick = self.now()
                 self.pool.look_around()
                 self._check_placement()
+            if ticks or not (self.queue or self.copies):
                 found = self.background()
                 more_to_come = found is not None
                 self.queue.extend(found or ())
                 for task in found or ():
                     self.left[task.run] += samples_in([task])
+            if ticks:
                 self._report()
         self._report()
         return self.given_up
 
     def _check_placement(self) -> None:
-        """Say what no actor gets; no other machine will come to a Ray of our own, so the run stops there.
-
-        Raises:
-            RunError: it does.
-        """
+        """Say what no actor gets. Raises RunError: no other machine will come to a Ray of our own."""
         unplaced_s, fleet = self.pool.unplaced_s(), self.pool.fleet
         if unplaced_s < PLACE_S:
             self.told_unplaced = False
@@ -195,61 +203,108 @@ class Dispatch:
             raise RunError(f"no actor has started on this machine in {unplaced_s:.0f} s: {why_unplaced(fleet)}")
 
     def _begin(self, shard: Task) -> None:
-        now = time.monotonic()
+        now = self.now()
         tally = self.tallies[shard.run]
         tally.first_shard = tally.first_shard or now
         tally.rates.start(now)
         self.rates.start(now)
         self.copies[shard] += 1
 
-    def _scale(self) -> None:
-        left = len(self.queue) + len(self.copies)
-        useful = -(-len(self.queue) // SHARDS_PER_ACTOR) + len(self.copies) if self.queue else len(self.pool.ready)
-        wanted = min(self.pool.fleet.max_actors, max(useful, min(self.min_actors, left)))
-        self.pool.scale(wanted)
-        if not self.queue and self.copies:
-            self.pool.release_idle(keep=max(self.min_actors, len(self.copies) + 1))
+    def _copy_straggler(self, member: Member) -> None:
+        """Have an idle actor compute what takes long, unless it is a suspect, which might cost that actor too."""
+        if straggler := self.pool.straggler(self.copies.keys() - self.suspects.keys()):
+            self.pool.submit(member, straggler)
+            self._begin(straggler)
 
-    def _handle(self, event: object) -> None:
+    def _scale(self) -> None:
+        """Ask for as many actors as the queue can use, and let those go that it cannot.
+
+        Only actors that stay count, here as in the pool. Those that start are kept while each of them may get a shard;
+        at the end of the queue no other ones are asked for.
+        """
+        queued, busy, most = len(self.queue), self.pool.busy(), self.pool.fleet.max_actors
+        if queued:
+            useful = max(-(-queued // SHARDS_PER_ACTOR), busy + queued // SHARDS_PER_ACTOR)
+            wanted = min(most, max(useful, min(self.min_actors, queued + busy)))
+            self.pool.scale(wanted, keep=max(wanted, min(most, queued + busy)))
+            return
+        self.pool.scale(0, keep=0)
+        # One more than is busy, for a straggler's copy, or for a fragment that turns out to be damaged: the first
+        # repair does not wait for a node, and the others do not keep theirs for hours in which files are read.
+        self.pool.release_idle(keep=max(self.min_actors, len(self.copies) + 1))
+
+    def _handle(self, event: Event) -> None:
         match event:
             case Ready():
-                self.start_failures = 0
+                if self.on_ready:
+                    self.on_ready()
+                    self.on_ready = None
                 for tally in self.tallies:
                     tally.max_actors = max(tally.max_actors, len(self.pool.ready))
             case Finished(shard, result):
+                self.shards_finished += 1
                 self.start_failures = self.failures_in_a_row = 0
+                self.fallen, self.deaths = Streak(), Streak()
                 self.refused_since = None
+                self.suspects.pop(shard, None)
                 if self.copies.pop(shard, 0):
                     self._count(shard)
                     self.finished(shard, result)
             case Failed(shard, error):
                 self._failed(shard, error)
-            case Lost(shards, reason, guilty):
-                self._count_failure(shards)
-                self.reporter.message(f"lost an actor; its {len(shards)} shards go to others: {reason}", "warning")
-                if guilty:
-                    self.deaths.update(shards)
-                for shard in reversed(shards):
-                    self._return(shard, front=True, give_up=self.deaths[shard] >= DEATHS and reason)
+            case Lost():
+                self._lost(event)
             case Waiting(reason):
                 self.reporter.message(reason, "warning")
-            case StartFailed(reason, guilty, hopeless):
-                if hopeless:
-                    raise RunError(reason)
-                self._count_failure(())
-                self.start_failures += guilty or self.pool.fleet.local  # where no other node will take it
-                reason = start_failure(reason, self.pool.fleet)
-                self.reporter.message(f"an actor could not start: {reason}", "warning")
-                if self.start_failures >= START_FAILURES:
-                    raise RunError(f"{START_FAILURES} actors in a row could not start; the last one said: {reason}")
+            case StartFailed():
+                self._start_failed(event)
+
+    def _lost(self, lost: Lost) -> None:
+        """Take back the shards of an actor that is gone; those with which too much died are given up.
+
+        Raises:
+            RunError: one actor after another dies.
+        """
+        self._count_failure(lost.tasks)
+        self.reporter.message(f"lost an actor; its {len(lost.tasks)} shards go to others: {lost.reason}", "warning")
+        if not lost.died:
+            for shard in reversed(lost.tasks):
+                self._return(shard, front=shard not in self.suspects, give_up=False)
+            return
+        for shard in lost.tasks:
+            if shard in self.copies:
+                given_up = self.suspects.setdefault(shard, Suspicion()).add(lost.node, self.shards_finished)
+                self._return(shard, front=False, give_up=given_up and lost.reason)
+        if lost.tasks:
+            self.deaths.add(lost.since, self.now())
+        if self.deaths.length >= DEATHS_IN_A_ROW:
+            raise RunError(
+                f"{DEATHS_IN_A_ROW} actors died one after another with no shard finished between, so the run stopped; "
+                f"the last one: {lost.reason}"
+            )
+
+    def _start_failed(self, failed: StartFailed) -> None:
+        """Raises RunError: actors do not start."""
+        if failed.hopeless:
+            raise RunError(failed.reason)
+        self._count_failure(())
+        if failed.with_node:
+            self.fallen.add(failed.since, self.now())
+        else:
+            self.start_failures += 1
+        reason = start_failure(failed.reason, self.pool.fleet)
+        self.reporter.message(f"an actor could not start: {reason}", "warning")
+        if self.start_failures + self.fallen.length >= START_FAILURES:
+            raise RunError(f"{START_FAILURES} actors in a row could not start; the last one said: {reason}")
 
     def _count(self, task: Task) -> None:
         """A task was finished for the first time."""
-        samples, now, tally = samples_in([task]), time.monotonic(), self.tallies[task.run]
+        samples, now, tally = samples_in([task]), self.now(), self.tallies[task.run]
         self.left[task.run] -= samples
         tally.last_sample = now
-        for rates in {id(tally.rates): tally.rates, id(self.rates): self.rates}.values():
-            rates.add(now, samples)
+        tally.rates.add(now, samples)
+        if self.rates is not tally.rates:
+            self.rates.add(now, samples)
 
     def _count_failure(self, tasks: Iterable[Task]) -> None:
         """Something failed in the course of these tasks; of none, on behalf of all runs."""
@@ -267,26 +322,26 @@ class Dispatch:
         if isinstance(error, NoRoom | RequestError):
             self._refused(shard, reason)
             return
-        self.attempts[shard] += 1
-        hopeless = isinstance(error, NonFiniteError)
         self.reporter.message(f"samples {shard.start} to {shard.stop - 1} failed: {reason}", "warning")
-        self._return(shard, front=False, give_up=(hopeless or self.attempts[shard] >= ATTEMPTS) and reason)
-        self.failures_in_a_row += not isinstance(error, NonFiniteError)
+        if isinstance(error, NonFiniteError):
+            self.non_finite[shard] += 1
+            self._return(shard, front=False, give_up=self.non_finite[shard] >= NON_FINITE_ATTEMPTS and reason)
+            failures = self.non_finite.total()
+            if failures >= NOTHING_BUT_NON_FINITE and self._nothing_finished():
+                raise RunError(f"shards failed {failures} times and none was finished, so the run stopped: {reason}")
+            return
+        self.attempts[shard] += 1
+        self._return(shard, front=False, give_up=self.attempts[shard] >= ATTEMPTS and reason)
+        self.failures_in_a_row += 1
         if self.failures_in_a_row >= FAILURES_IN_A_ROW:
             raise RunError(
                 f"sampling failed {FAILURES_IN_A_ROW} times with no shard finished between, so the run stopped; "
                 f"the last time at samples {shard.start} to {shard.stop - 1}: {reason}"
             )
-        if len(self.given_up) >= NOTHING_BUT_NON_FINITE and self._nothing_finished():
-            raise RunError(f"{len(self.given_up)} shards failed and none was finished, so the run stopped: {reason}")
 
     def _refused(self, shard: Task, reason: str) -> None:
-        """The output refused a fragment, as it would refuse any other: no shard is given up for that.
-
-        Raises:
-            RunError: it has been so for long.
-        """
-        now = time.monotonic()
+        """The output refused a fragment, as it would any: no shard is blamed. Raises RunError: it did for long."""
+        now = self.now()
         if self.refused_since is None:
             self.refused_since = now
             shown = f"samples {shard.start} to {shard.stop - 1} failed, and others would as well"
@@ -305,6 +360,7 @@ class Dispatch:
         del self.copies[shard]
         if give_up:
             self.given_up[shard] = str(give_up)
+            self.suspects.pop(shard, None)
             return
         self.tallies[shard.run].retries += 1
         self.metrics.retries.inc()
@@ -314,7 +370,7 @@ class Dispatch:
             self.queue.append(shard)
 
     def _report(self) -> None:
-        now = time.monotonic()
+        now = self.now()
         tallies, rates, ready = self.tallies, self.rates, len(self.pool.ready)
         for tally, left in zip(tallies, self.left, strict=True):
             tally.reused = max(0, tally.num_samples - left - tally.rates.done)

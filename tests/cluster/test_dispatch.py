@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_sampler.cluster import dispatch
-from ray_sampler.cluster.dispatch import ATTEMPTS, DEATHS, START_FAILURES, Dispatch, Tally, tasks_of
+from ray_sampler.cluster.blame import ATTEMPTS, DEATHS, START_FAILURES
+from ray_sampler.cluster.dispatch import Dispatch, Tally, tasks_of
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.pool import Pool
 from ray_sampler.cluster.session import Fleet

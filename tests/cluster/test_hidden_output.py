@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import ray
 
-from ray_sampler.cluster.pool import Pool, Ready, Waiting
+from ray_sampler.cluster.events import Ready, Waiting
+from ray_sampler.cluster.pool import Pool
 from ray_sampler.cluster.session import Fleet
 from ray_sampler.cluster.worker import HiddenError, prove_access
 from ray_sampler.errors import RunError
@@ -42,7 +43,7 @@ class Late:
 @pytest.mark.usefixtures("local_ray")
 def test_the_pool_says_that_an_actor_waits_and_keeps_it() -> None:
     pool = Pool(Late.remote, Fleet(0, 1, 1), 60.0)  # type: ignore[attr-defined]
-    pool.scale(1)
+    pool.scale(1, keep=1)
     try:
         events: list[Any] = []
         while not any(isinstance(event, Ready) for event in events):
