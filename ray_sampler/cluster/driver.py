@@ -83,7 +83,8 @@ def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> 
     began = time.monotonic() if began is None else began
     results: dict[int, RunResult] = {}
     for number, job in enumerate(jobs):
-        claim(job)
+        if not job.overwrite:
+            claim(job)
         announce(job, report)
         if (summary := already_done(job)) is not None and complete(job):
             report.message("the archive is complete already")
@@ -160,6 +161,8 @@ class Filling:
             )
             for job, inventory in zip(jobs, self.inventories, strict=True)
         ]
+        self.unclaimed = [job for job in jobs if job.overwrite]
+        """Those whose directories may still hold an older run."""
         self.merge_s = [0.0] * len(jobs)
         self.shipped: dict[str, Shipped] = {}
         """The networks, once they are in the object store."""
@@ -228,10 +231,30 @@ class Filling:
             found = [inventory.check_some() for inventory in self.inventories]
             return None if all(f is None for f in found) else [task for f in found for task in f or ()]
 
+        def claim_rest() -> None:
+            """What --overwrite deletes stands until an actor has started: the request may fail before."""
+            for job in self.unclaimed:
+                claim(job)
+            self.unclaimed = []
+
+        def checks() -> list[Any]:
+            return [check for inventory in self.inventories for check in inventory.checking]
+
         metrics = DriverMetrics(self.jobs[0].fingerprint[:8])
         min_actors = max(job.config.min_actors for job in self.jobs)
         try:
-            given_up = Dispatch(pool, tasks, self.tallies, self.report, finished, background, min_actors, metrics).run()
+            given_up = Dispatch(
+                pool,
+                tasks,
+                self.tallies,
+                self.report,
+                finished,
+                background,
+                min_actors,
+                metrics,
+                checks,
+                on_ready=claim_rest,
+            ).run()
         finally:
             metrics.fleet(0, 0, 0)  # the pool closes
         if not given_up:

@@ -20,7 +20,7 @@ from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter
 from ray_sampler.reporting.summary import Part
 from ray_sampler.storage.archive import Content, Maker, content_of
-from ray_sampler.storage.ranges import Piece, RangeSet, cover, missing
+from ray_sampler.storage.ranges import Listing, Piece, RangeSet, cover, missing
 from ray_sampler.storage.record import FragmentName, Record
 from ray_sampler.storage.verify import FOREIGN
 
@@ -41,10 +41,10 @@ END = (sys.maxsize, sys.maxsize)
 class Shelf:
     """The ranges of one product, by name, and which of them are known to be whole."""
 
-    def __init__(self, ranges: RangeSet, num_samples: int) -> None:
+    def __init__(self, ranges: RangeSet, num_samples: int, overwrite: bool) -> None:
         self.ranges = ranges
         self.num_samples = num_samples
-        listing = ranges.list()
+        listing = Listing([], [], {}) if overwrite else ranges.list()
         self.foreign = listing.foreign
         # Keys keep the order in which fragments come, which is nearly the sorted one: with a million of them a
         # set's order costs seconds to sort.
@@ -97,9 +97,10 @@ class Inventory:
         self.rejected: list[tuple[str, str]] = []
         self._shared: dict[Any, Any] = {}
         """One copy of each value that most fragments have in common."""
-        self.shelves = {IMAGES: Shelf(job.run_dir.ranges(), job.num_samples)}
+        self.shelves = {IMAGES: Shelf(job.run_dir.ranges(), job.num_samples, job.overwrite)}
         for name, product in job.products.items():
-            self.shelves[name] = Shelf(job.run_dir.ranges(product.folder, product.columns), job.num_samples)
+            ranges = job.run_dir.ranges(product.folder, product.columns)
+            self.shelves[name] = Shelf(ranges, job.num_samples, job.overwrite)
         self.fragments = self.shelves[IMAGES]
         self.checking: dict[ray.ObjectRef[Checked], Shelf] = {}
         self.damage: list[tuple[Shelf, Checked]] = []

@@ -63,6 +63,11 @@ class Job:
         return fingerprint(self.identity)
 
     @property
+    def overwrite(self) -> bool:
+        """Whether an older run in the directory is deleted, once an actor has started for this one."""
+        return self.config.overwrite
+
+    @property
     def num_samples(self) -> int:
         return self.plan.num_samples
 
@@ -166,6 +171,8 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     if config.output is None and not config.overwrite:
         config = replace(config, output=begun_folder(config, asked))
     run_dir = RunDir(config.output) if config.output else None
+    if run_dir and config.overwrite:
+        run_dir.deletable()
     there = run_dir.read_run() if run_dir and not config.overwrite else None
     earlier = there.get("identity", {}) if there else {}
     model, brought = as_begun(asked, brought, earlier.get("weights"))
@@ -262,7 +269,7 @@ def claim(job: Job) -> None:
         RequestError: another run was quicker.
         RunError: it cannot be written.
     """
-    if job.config.overwrite:
+    if job.overwrite:
         job.run_dir.delete()
     # A run that stands already is only read: a finished one may lie where nothing can be written.
     there = job.there

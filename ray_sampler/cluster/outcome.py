@@ -84,7 +84,7 @@ def class_views(tiles: dict[int, Tile]) -> dict[int, bytes] | None:
 
 def already_done(job: Job) -> dict[str, Any] | None:
     """The summary of the finished run that stands there, if its archive is what this run would write, and whole."""
-    text = job.run_dir.read_file(SUMMARY)
+    text = None if job.overwrite else job.run_dir.read_file(SUMMARY)
     try:
         summary: dict[str, Any] = json.loads(text) if text else {}
         if summary.get("fingerprint") != job.fingerprint or summary["num_samples"] != job.num_samples:

@@ -225,8 +225,8 @@ class RunDir:
         if not kept:
             self._store.remove(PROBE)
 
-    def delete(self) -> None:
-        """Remove the run and only what belongs to one; other files in the directory stay.
+    def deletable(self) -> list[str]:
+        """What lies in the directory, if `delete` may be called.
 
         Raises:
             RequestError: the directory holds something, but no run.json.
@@ -236,10 +236,17 @@ class RunDir:
             raise RequestError(
                 f"{self.url} holds files but no {RUN}, so it is no run's; --overwrite deletes nothing there"
             )
+        return names
+
+    def delete(self) -> None:
+        """Remove the run and only what belongs to one; other files in the directory stay, and the probes of actors.
+
+        Raises:
+            RequestError: as of `deletable`.
+        """
+        names = self.deletable()
         # run.json goes last: while it stands, the same request can be made again.
-        for name in [
-            n for n in names if n in (FRAGMENTS, *PRODUCTS, REJECTED, PROBE, *PICTURES) or ARCHIVE.fullmatch(n)
-        ]:
+        for name in [n for n in names if n in (FRAGMENTS, *PRODUCTS, REJECTED, *PICTURES) or ARCHIVE.fullmatch(n)]:
             self._store.remove(name)
         if RUN in names:
             self._store.clear_abandoned("", seconds=0)

@@ -16,6 +16,8 @@ from ray_sampler.cli import main
 from ray_sampler.cluster import driver, inventory
 from ray_sampler.cluster.driver import run
 from ray_sampler.cluster.tasks import check
+from ray_sampler.cluster.worker import Worker, WorkerInfo
+from ray_sampler.errors import RunError
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import Samples
 from tests.cluster.runs import ARCHIVE, contents, flags_of, fragments, leave, part, random_weights, sampled, savez
@@ -205,6 +207,21 @@ def test_overwrite_deletes_the_earlier_run_and_nothing_that_is_not_its_own(confi
     assert (copy / "notes.txt").read_text() == "mine"
     assert not (copy / ARCHIVE).exists()
     assert fragments(copy) == ["000000000000-000000000008.parquet", "000000000008-000000000012.parquet"]
+
+
+class Unloadable(Worker):
+    """An actor on a node where nothing starts."""
+
+    def start(self, patience_s: float = 0.0) -> WorkerInfo:
+        raise RunError("nothing starts here")
+
+
+def test_overwrite_deletes_nothing_where_no_actor_starts(configure, copy, monkeypatch):
+    before = contents(copy)
+    monkeypatch.setattr(driver, "Worker", Unloadable)
+    with pytest.raises(RunError, match="actors in a row could not start; the last one said: nothing starts here"):
+        run(configure(seed=7, num_samples=12, overwrite=True))
+    assert contents(copy) == before
 
 
 # What lies there and does not belong.

@@ -161,6 +161,8 @@ def test_delete_removes_a_run_and_nothing_else(output):
     for name in ("notes.txt", "samples_mine.npz"):
         run_dir._store.put(name, b"mine")
     run_dir.delete()
+    assert run_dir.probe_seen("driver")  # actors of the run that takes the place have started
+    run_dir.probes_clear()
     assert names_in(run_dir) == {"notes.txt", "samples_mine.npz"}
     with pytest.raises(RequestError, match="no run's"):
         run_dir.delete()
