@@ -21,6 +21,10 @@ from fsspec.asyn import sync
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
 from ray_sampler.storage.failures import NO_BUCKET_WORDS, ForeignAnswer, code
 
+# Where no credentials are found it warns of each place in which it looked, in dozens of lines. They are for those who
+# set logging up, and not for standard error.
+logging.getLogger("azure").addHandler(logging.NullHandler())
+
 ONE_ATTEMPT = dict.fromkeys(("retry_total", "retry_connect", "retry_read", "retry_status"), 0)
 LIMITS = {"connection_timeout": 10, "read_timeout": 20}
 """Seconds."""
@@ -44,8 +48,6 @@ class AzureStore(BucketStore):
         super().__init__(filesystem, root, url)
         self.bucket, _, self.prefix = root.partition("/")
         self._looked = False
-        # Where no credentials are found it warns of each place in which it looked, in dozens of lines.
-        logging.getLogger("azure").setLevel(logging.CRITICAL)
 
     def _request(self, request: Callable[[Any], Awaitable[Any]]) -> Any:
         """What a request of the container's client gives."""

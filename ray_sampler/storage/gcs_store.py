@@ -27,6 +27,9 @@ from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
 from ray_sampler.storage.failures import ForeignAnswer, StoreError, failure, is_passing, status, told
 
+# It logs tracebacks, which are for those who set logging up, and not for standard error.
+logging.getLogger("gcsfs").addHandler(logging.NullHandler())
+
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=20)
 """Seconds; large parts over slow lines take as long as they take, as long as they move."""
 
@@ -66,7 +69,6 @@ class GcsStore(BucketStore):
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, url: str) -> None:
         super().__init__(filesystem, root, url)
         self.bucket, _, self.prefix = root.partition("/")
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks
 
     def _request(
         self,
