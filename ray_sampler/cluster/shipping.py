@@ -12,6 +12,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from ray import cloudpickle
 from torch import Tensor, nn
 
 from ray_sampler.errors import require
-from ray_sampler.networks.family import Network, Precision, lay_out_contiguously
+from ray_sampler.networks.family import Network, Precision, beside_user, lay_out_contiguously
 
 CHUNK_BYTES = 64 * 2**20
 """Tensors are put into the object store in groups of about this size."""
@@ -63,6 +64,11 @@ def ship(network: Network, precision: Precision, contiguous: bool = False) -> Sh
     Raises:
         RequestError: a user's network cannot travel to another process.
     """
+    with beside_user() if network.by_value else nullcontext():  # pickling may call code of a user's network
+        return _ship(network, precision, contiguous)
+
+
+def _ship(network: Network, precision: Precision, contiguous: bool) -> Shipped:
     for name in network.by_value:
         cloudpickle.register_pickle_by_value(sys.modules[name])
     module = network.build(precision)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ray_sampler.errors import RequestError, RunError, printable, require
-from ray_sampler.networks.family import DTYPES, NAMED, PREFIX, Network, NetworkSpec, Precision
+from ray_sampler.networks.family import DTYPES, NAMED, PREFIX, Network, NetworkSpec, Precision, beside_user
 from ray_sampler.networks.weights import weights_hash
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -226,8 +225,13 @@ def call(name: str, weights: str | None) -> tuple[Model, ModuleType]:
         bool(module_name and separator and function_name.isidentifier()),
         f"{shown}; it must be of the form python:package.module:function",
     )
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
+    with beside_user():
+        return called(name, module_name, function_name, weights)
+
+
+def called(name: str, module_name: str, function_name: str, weights: str | None) -> tuple[Model, ModuleType]:
+    """As `call`, of a name that was read, with the user's folder on the path."""
+    shown = f"--model is {PREFIX}{printable(name)}"
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

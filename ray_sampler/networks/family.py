@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -216,3 +219,22 @@ class _Uninitialised(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
+
+
+@contextmanager
+def beside_user() -> Iterator[None]:
+    """Find modules in the current directory too, as a script does, wherever code of the user's runs in this process.
+
+    Afterwards the path is as it was, but for what the user's own code did to it. Ray has actors look there anyway, so
+    that a network's forward may import a module when it is first called.
+    """
+    here = os.getcwd()
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        if added:
+            with suppress(ValueError):  # the user's code took it away
+                sys.path.remove(here)

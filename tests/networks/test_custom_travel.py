@@ -211,6 +211,36 @@ def make(weights):
 """
 
 
+LAZY = """
+from torch import nn
+from ray_sampler import Model
+
+
+class Network(nn.Module):
+    def __getstate__(self):
+        import late_of_user
+
+        return self.__dict__ | {"gain": late_of_user.gain}
+
+
+def make(weights):
+    return Model(Network(), "denoiser", (1, 4, 4))
+"""
+
+
+def test_a_module_is_found_when_it_is_first_needed_and_the_path_is_as_it_was(files: Path) -> None:
+    (files / "lazy_of_user.py").write_text(LAZY)
+    (files / "late_of_user.py").write_text("gain = 0.5\n")
+    before = list(sys.path)
+    assert str(files) not in before
+    opened = open_network("python:lazy_of_user:make", {})
+    assert sys.path == before
+    shipped = shipping.ship(opened, "fp32")
+    assert sys.path == before
+    arrived: Any = shipping.load(shipped, torch.device("cpu"))
+    assert arrived.network.gain == 0.5
+
+
 @ray.remote(num_cpus=0)
 class Holder:
     """A process that has a network, as an actor has."""
