@@ -17,7 +17,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import ray_sampler
-from ray_sampler.errors import RequestError, RunError, printable
+from ray_sampler.errors import RequestError, RunError, debugging, printable, show_traceback
 from ray_sampler.flags import Parser, declare_flags, spelled, unknown_argument, value_of, without_value
 from ray_sampler.interrupts import end_now, interruptible
 from ray_sampler.options import flags_of
@@ -100,13 +100,16 @@ def entry(argv: Sequence[str] | None = None) -> NoReturn:
 def complain(error: BaseException) -> int:
     """Say in one sentence what went wrong; returns the exit code. Raises what is a fault of this program."""
     sentence = str(error)
-    if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        sentence = f"{'the disk is full' if full else 'the system refused'}: {error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        sentence = f"the disk is full: {error}"
+    elif isinstance(error, OSError):  # of the system, or of a fault of ours
+        hint = "" if debugging() else " (RAY_SAMPLER_DEBUG=1 shows where)"
+        sentence = f"the system refused: {error}{hint}"
     elif isinstance(error, MemoryError) or any(said in sentence for said in REFUSALS):
         sentence = f"the system refused what the program needs: {sentence or 'memory'}"
     elif not isinstance(error, RequestError | RunError):
         raise error
+    show_traceback(error)
     say(sentence)
     return leave(WRONG if isinstance(error, RequestError) else FAILED)
 

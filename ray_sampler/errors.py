@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import traceback
 
 
 class RequestError(ValueError):
@@ -11,6 +14,17 @@ class RequestError(ValueError):
 
 class RunError(RuntimeError):
     """The run failed or is incomplete: one sentence that says why and what to do."""
+
+
+def debugging() -> bool:
+    """Whether RAY_SAMPLER_DEBUG asks for the tracebacks of errors that become sentences."""
+    return os.environ.get("RAY_SAMPLER_DEBUG", "0") not in ("", "0")
+
+
+def show_traceback(error: BaseException) -> None:
+    """Print the traceback of an error of which only a sentence is shown, causes and all, where that is asked for."""
+    if debugging():
+        traceback.print_exception(error, file=sys.stderr)
 
 
 def require(condition: bool, message: str) -> None:

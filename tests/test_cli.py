@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_sampler import options
+from ray_sampler import cli, options
 from ray_sampler.cli import main, parse, request_of
 from ray_sampler.config import RunConfig
 from ray_sampler.storage.fragment import read_fragment
@@ -371,3 +372,18 @@ def test_an_archive_that_the_system_cuts_off_is_not_left(configure, samples: Sam
     assert line.startswith("ray-sampler: cannot write")
     only_whole_files(tmp_path / "run")
     assert not (tmp_path / "run" / ARCHIVE).exists()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_an_error_of_the_system_is_a_sentence_and_its_traceback_is_shown_on_demand(asked, monkeypatch, capsys):
+    def execute(arguments):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", "weights")
+
+    monkeypatch.setenv("RAY_SAMPLER_DEBUG", "1" if asked else "0")
+    monkeypatch.setitem(cli.COMMANDS, "presets", cli.COMMANDS["presets"]._replace(execute=execute))
+    assert main(["presets"]) == 1
+    *before, sentence = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("ray-sampler: the system refused: [Errno 21] Is a directory: 'weights'")
+    assert (before[:1] == ["Traceback (most recent call last):"]) == asked
+    assert any("in execute" in line for line in before) == asked
+    assert ("RAY_SAMPLER_DEBUG=1" in sentence) != asked

@@ -24,7 +24,7 @@ from ray_sampler.cluster.shipping import Shipped, ship
 from ray_sampler.cluster.tasks import Damage, Merged, merge_task, pack_pieces, show_task
 from ray_sampler.cluster.worker import CONCURRENCY, Loaded, RunSpec, Task, TaskResult, Worker
 from ray_sampler.config import RunConfig
-from ray_sampler.errors import RunError, require
+from ray_sampler.errors import RunError, require, show_traceback
 from ray_sampler.options import of
 from ray_sampler.reporting.options import ReportingOptions
 from ray_sampler.reporting.progress import Reporter, Snapshot, reporter
@@ -374,6 +374,7 @@ def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Mer
     try:
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:
+        show_traceback(error)
         if isinstance(error.cause, RunError):
             raise error.cause from None
         raise RunError(f"the archive could not be written: {reason_of(error)}") from error

@@ -17,6 +17,7 @@ from ray_sampler.cluster.calls import Calls, RayCalls
 from ray_sampler.cluster.events import Event, Failed, Finished, Lost, Ready, StartFailed, Waiting
 from ray_sampler.cluster.session import Fleet
 from ray_sampler.cluster.worker import HiddenError, Task, TaskResult, WorkerInfo
+from ray_sampler.errors import show_traceback
 from ray_sampler.sampling.engine import NonFiniteError, OutOfDeviceMemoryError
 from ray_sampler.storage.retry import HIDDEN_S
 from ray_sampler.storage.store import NoRoom
@@ -251,10 +252,12 @@ class Pool:
             try:
                 result = self.calls.get(ref)
             except RayTaskError as error:
+                show_traceback(error)
                 events += self._raised(member, ref, error) if member.info else [self._start_raised(member, error)]
             except GetTimeoutError:  # should it never come, its actor is silent
                 continue
             except RayError as error:
+                show_traceback(error)
                 dead[member] = error
             else:
                 events.append(self._collect(member, ref, result) if member.info else self._greet(member, result))

@@ -146,7 +146,7 @@ class Simulated:
         elif outcome == "ok":
             ref.at, ref.value = self.clock, SimpleNamespace(compute_s=1.0, upload_s=0.0)
         else:
-            ref.at, ref.error = self.clock, RayTaskError("work", "", outcome)
+            ref.at, ref.error = self.clock, RayTaskError("work", "the actor's own traceback", outcome)
 
     def lose(self, *nodes: str) -> None:
         self.nodes -= set(nodes)

@@ -160,6 +160,17 @@ def test_values_that_are_not_finite_are_computed_once_more_by_another_actor() ->
         assert len([given for _, given, _ in cluster.given if given == always]) == 2
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_traceback_of_what_fails_on_an_actor_is_shown_where_it_is_asked_for(
+    asked: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_SAMPLER_DEBUG", "1" if asked else "")
+    cluster = Simulated(1, lambda task, actor: ZeroDivisionError("of our own"))
+    play = Play(cluster, shards(1), max_actors=1)
+    assert list(play.run().values()) == ["of our own"]
+    assert ("the actor's own traceback" in capsys.readouterr().err) == asked
+
+
 def test_a_model_that_gives_nothing_but_nan_stops_the_run() -> None:
     cluster = Simulated(1, lambda task, actor: NonFiniteError("NaN"))
     with pytest.raises(RunError, match="shards failed 50 times and none was finished"):
