@@ -117,20 +117,31 @@ def made_by(run_dir: RunDir, name: FragmentName, fingerprint: str) -> Mapping[st
 
 
 def verify_run(url: str) -> int:
-    """Check every fragment and set aside what is damaged; returns 0 if the run is whole and complete, else 1."""
+    """Check every file of every product and reject what is damaged.
+
+    Returns 0 if nothing is damaged and the fragments are complete, else 1.
+    """
     run_dir, run = open_run(url)
     found = verify(run_dir, run["fingerprint"])
-    for name, reason in found.rejected:
+    products = {folder: verify(run_dir, run["fingerprint"], folder) for folder in run_dir.products()}
+    rejected = found.rejected + [
+        (f"{folder}/{name}", reason) for folder, product in products.items() for name, reason in product.rejected
+    ]
+    for name, reason in rejected:
         print(printable(f"set aside {name}: {reason}", None))
     gaps = missing(cover(found.records, run["num_samples"]), run["num_samples"])
     keys = {str(record.computed_by.get("numerics_key")) for record in found.records.values()}
     print(f"{len(found.records)} fragments are whole, {len(found.rejected)} were set aside")
+    for folder, product in products.items():
+        print(printable(f"{folder}: {len(product.records)} are whole, {len(product.rejected)} were set aside", None))
     if len(keys) > 1:
-        print(printable(f"they were computed under {len(keys)} numerics keys: {'; '.join(sorted(keys))}", None))
+        print(
+            printable(f"the fragments were computed under {len(keys)} numerics keys: {'; '.join(sorted(keys))}", None)
+        )
     if gaps:
         count = sum(stop - start for start, stop in gaps)
         print(f"{count} of {run['num_samples']} samples are missing; the run's command samples them")
-    return 1 if gaps or found.rejected else 0
+    return 1 if gaps or rejected else 0
 
 
 def merge_run(url: str) -> int:

@@ -15,7 +15,8 @@ from PIL import Image
 from ray_sampler.cli import main
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.local_store import LocalStore
-from ray_sampler.storage.record import Samples
+from ray_sampler.storage.record import FragmentName, Samples
+from ray_sampler.storage.run_dir import RunDir
 from tests.cluster.runs import ARCHIVE, contents, fragments, leave, part, savez
 from tests.conftest import Configure
 
@@ -152,6 +153,25 @@ def test_verify_sets_aside_what_is_damaged_or_foreign_with_reasons(configure, ou
     assert fragments(output) == [name(0, 16), name(32, 40), "notes.txt"]
     assert main(["verify", str(output)]) == 1  # nothing more to set aside, but samples are missing
     assert "2 fragments are whole, 0 were set aside" in capsys.readouterr().out
+
+
+def test_verify_checks_every_product_of_a_run(configure: Configure, output: Path, samples: Samples, capsys):
+    leave(configure(), samples, WHOLE)
+    run = json.loads((output / "run.json").read_text())
+    ranges = RunDir(str(output)).ranges("latents")
+    for start, stop in ((0, 16), (16, 24)):
+        latents = Samples(start, {"latent": np.ones((stop - start, 4, 2, 2), np.float32)})
+        data, _ = encode(latents, run["fingerprint"], {}, "parquet")
+        ranges.write(FragmentName(start, stop, "parquet"), data)
+    assert main(["verify", str(output)]) == 0
+    assert "latents: 2 are whole, 0 were set aside" in capsys.readouterr().out
+    path = output / "latents" / name(16, 24)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert main(["verify", str(output)]) == 1
+    out = capsys.readouterr().out
+    assert f"set aside latents/{name(16, 24)}: " in out
+    assert "3 fragments are whole, 0 were set aside" in out
+    assert (output / "rejected" / "latents" / name(16, 24)).exists()
 
 
 def test_verify_says_when_several_numerics_keys_computed_a_run(configure, output: Path, samples: Samples, capsys):

@@ -101,7 +101,7 @@ def leave(config: RunConfig, samples: Samples, ranges: Iterable[tuple[int, int]]
     job = prepare(config)
     claim(job)
     for start, stop in ranges:
-        name = FragmentName(start, stop, config.fragment_format)
+        name = FragmentName(start, stop, job.config.fragment_format)
         made = {"numerics_key": "a key", "device": "cpu"}
         data, _ = encode(part(samples, start, stop), job.fingerprint, made, name.format)
         job.run_dir.write_fragment(name, data)
