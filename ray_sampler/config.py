@@ -101,7 +101,7 @@ class FleetOptions:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RunConfig(
     Request,
     ModelOptions,

@@ -138,6 +138,10 @@ class Request:
         given = {name: flags[name].taken(value) for name, value in vars(self).items() if value is not None}
         vars(self).update(given, given=frozenset(given))
 
+    def __repr__(self) -> str:
+        options = (f"{name}={getattr(self, name)!r}" for name in flags_of(type(self)) if name in self.given)
+        return f"{type(self).__name__}({', '.join(options)})"
+
     def check(self) -> None:
         """Check every value by itself and beside the others of its component; what is None is not checked.
 

@@ -98,7 +98,7 @@ def test_our_commands_are_taken(page: str, arguments: list[str], capsys: pytest.
         assert cli.main([*arguments, "--dry_run"]) == 0
         shown = json.loads(capsys.readouterr().out)
         given = cli.request_of(parsed)
-        assert shown["num_samples"] == given.num_samples
+        assert shown["num_samples"] == (given.num_samples or 10_000)
         assert shown["output"] == given.output
 
 

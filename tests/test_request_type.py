@@ -137,3 +137,10 @@ def test_what_needs_no_file_imports_no_torch(arguments: list[str]):
     )
     ran = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_a_request_shows_what_was_given():
+    assert repr(RunConfig(steps=3, output="run")) in (
+        "RunConfig(steps=3, output='run')",
+        "RunConfig(output='run', steps=3)",
+    )

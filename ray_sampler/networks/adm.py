@@ -40,6 +40,7 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     Raises:
         RequestError: flags contradict the tensors, or the tensors are those of no ADM network.
     """
+    of(AdmOptions, settings).check()
     attention = checkpoint.tensors.get("middle_block.1.qkv.weight")
     require(
         attention is None or attention.dim() != 3,
