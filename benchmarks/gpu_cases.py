@@ -23,7 +23,7 @@ from gpu_graph import rate as block_rate
 from gpu_graph import whole_block
 from ray_sampler.networks.family import Precision
 from ray_sampler.sampling.engine import Engine
-from ray_sampler.sampling.memory import OutOfDeviceMemoryError, release
+from ray_sampler.sampling.memory import OutOfDeviceMemoryError
 from ray_sampler.sampling.numerics import compiles, numerics_key, pin
 from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.plan import MAIN, SamplePlan
@@ -56,6 +56,13 @@ SUBJECTS = {
     "lsun256": Subject("lsun256", 16, (8, 16), 4),
     "digits": Subject("digits", 256, (256,), 18),
 }
+
+
+def release(device: torch.device) -> None:
+    """Give back what torch keeps for later on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def subject(name: str) -> Subject:
@@ -303,7 +310,7 @@ def small() -> Found:
     sides = {"not compiled": rate(engine, long, 2), "compiled": rate(engine_of(network, of, "auto"), long, 2)}
     try:
         whole = whole_block(plain, long, of.batch, DEVICE)
-        equal = whole(1).numpy().tobytes() == engine.sample(long, of.batch, 2 * of.batch)().images.tobytes()
+        equal = whole(1).numpy().tobytes() == engine.sample(long, of.batch, 2 * of.batch)().columns["image"].tobytes()
         notes = [f"The whole loop as one CUDA graph gives {'equal' if equal else 'OTHER'} bytes."]
         sides["not compiled, the whole loop one CUDA graph"] = block_rate(whole, of.batch, 2)
     except RuntimeError as error:

@@ -41,7 +41,7 @@ def whole_block(network: nn.Module, plan: SamplePlan, batch: int, device: torch.
 
     def step() -> Tensor:
         x, _ = sample_block({MAIN: network}, plan, indices)
-        return plan.decoder.decode(x)
+        return plan.finisher.finish(x, {})["image"]
 
     replay = captured(step, device)
 

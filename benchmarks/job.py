@@ -57,7 +57,7 @@ class Mapper:
         indices = batch["id"]
         assert (indices[0] % BATCH, len(indices)) == (0, BATCH)  # or the engine would compute more than it is asked for
         pictures = self.engine.sample(self.plan, int(indices[0]), int(indices[-1]) + 1)()
-        return {"index": indices, "label": pictures.labels, "image": pictures.images, "began": [began] * len(indices)}
+        return {"index": indices, "began": [began] * len(indices), **pictures.columns}
 
 
 def theirs(folder: Path, plan: SamplePlan, shipped: Shipped) -> float:

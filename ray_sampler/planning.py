@@ -11,7 +11,7 @@ from ray_sampler.errors import redact, require, shortened
 from ray_sampler.networks.family import NetworkSpec, Script
 from ray_sampler.options import of
 from ray_sampler.sampling.conditions import LabelRule, listed_labels
-from ray_sampler.sampling.decoding import DECODERS, Decoder, Pixels
+from ray_sampler.sampling.finish import FINISHERS, Finisher, pixels
 from ray_sampler.sampling.guidance import check_channels
 from ray_sampler.sampling.options import DecoderOptions, GuidanceOptions, NoiseOptions
 from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan, parameterisation_of
@@ -43,27 +43,27 @@ def plan_of(config: RunConfig, specs: Mapping[str, NetworkSpec]) -> SamplePlan:
         solver=solver,
         solver_options=as_script(solver_options, spec.script),
         schedule=schedule,
-        decoder=decoder_of(config, spec),
+        finisher=finisher_of(config, spec),
         noise=of(NoiseOptions, config),
         num_samples=config.num_samples,
-        labels=label_rule(config.labels, spec.num_classes),
+        condition=label_rule(config.labels, spec),
         clip_denoised=config.clip_denoised,
         state=config.state,
         guidance=guidance,
         guide=parameterisation_of(guide, schedule.sigma_min) if guide else None,
-        guide_labelled=bool(guide and guide.num_classes),
-        null_label=spec.null_label,
+        guide_conditioned=bool(guide and guide.num_classes),
         script=spec.script,
     )
 
 
-def label_rule(labels: str | None, num_classes: int) -> LabelRule | None:
+def label_rule(labels: str | None, spec: NetworkSpec) -> LabelRule | None:
     """The rule that resolved labels name; None for an unconditional network. Raises RequestError: the list is wrong."""
     if labels is None:
         return None
     if labels in ("random", "balanced"):
-        return LabelRule("balanced" if labels == "balanced" else "random", num_classes)
-    return listed_labels(read_labels(labels), num_classes, repr(shortened(labels)))
+        return LabelRule("balanced" if labels == "balanced" else "random", spec.num_classes, None, spec.null_label)
+    rule = listed_labels(read_labels(labels), spec.num_classes, repr(shortened(labels)))
+    return replace(rule, null_label=spec.null_label)
 
 
 def check_guide(guidance: GuidanceOptions, spec: NetworkSpec, guide: NetworkSpec | None) -> None:
@@ -98,19 +98,19 @@ def as_script(options: Any, script: Script) -> Any:
     return replace(options, as_edm=True) if isinstance(options, Churn) and script != "consistency-models" else options
 
 
-def decoder_of(config: RunConfig, spec: NetworkSpec) -> Decoder:
-    """The decoder that the settings and the network ask for.
+def finisher_of(config: RunConfig, spec: NetworkSpec) -> Finisher:
+    """The finisher that the settings and the network ask for.
 
     Raises:
         RequestError: the network makes latents, and nothing says what to do with them.
     """
     if config.decoder is not None:
         require(
-            config.decoder in DECODERS,
-            f"--decoder is {config.decoder!r}; it must be one of {', '.join(DECODERS)}; none writes the solver's "
+            config.decoder in FINISHERS,
+            f"--decoder is {config.decoder!r}; it must be one of {', '.join(FINISHERS)}; none writes the solver's "
             "result as it is, float32 (N, H, W, C)",
         )
-        return DECODERS[config.decoder](of(DecoderOptions, config))
+        return FINISHERS[config.decoder](of(DecoderOptions, config))
     channels = spec.shape[0]
     require(
         spec.latent is None and channels in (1, 3),
@@ -118,7 +118,7 @@ def decoder_of(config: RunConfig, spec: NetworkSpec) -> Decoder:
         "which writes the solver's result as it is, float32 (N, H, W, C); --decoder DIR, the directory of an "
         "autoencoder, is not in this version yet",
     )
-    return Pixels(config.rounding)
+    return pixels(config.rounding)
 
 
 def identity(
@@ -133,5 +133,5 @@ def identity(
     return (
         {"sampling_version": SAMPLING_VERSION, "precision": config.precision}
         | specs[MAIN].identity(hashes[MAIN])
-        | plan.identity(hashes.get(GUIDE, "null"))
+        | plan.identity(hashes)
     )

@@ -11,7 +11,7 @@ from ray_sampler.errors import redact, require, shortened
 from ray_sampler.networks.families import ARCHITECTURE, BROUGHT, told_by_flags
 from ray_sampler.options import flags_of, of
 from ray_sampler.presets import model_of
-from ray_sampler.sampling.consistency_solvers import IndexOptions, indices_of
+from ray_sampler.sampling.multistep_solvers import IndexOptions, indices_of
 from ray_sampler.sampling.options import NoiseOptions, PlanOptions, check_seeds
 from ray_sampler.sampling.schedules import name_of
 from ray_sampler.sampling.stepping import (

@@ -207,8 +207,8 @@ def test_an_explicit_setting_wins_over_a_brought_one_even_where_it_is_the_defaul
 
 def test_explicit_ts_win_and_reach_the_solver() -> None:
     preset = SMALL | {"sampler": "multistep", "ts": "0,22,39"}
-    assert resolve(preset).plan.identity()["ts"] == "0,22,39"
-    assert resolve(preset, ts="0, 17,39").plan.identity()["ts"] == "0,17,39"
+    assert resolve(preset).plan.identity({})["ts"] == "0,22,39"
+    assert resolve(preset, ts="0, 17,39").plan.identity({})["ts"] == "0,17,39"
     assert resolve(ts="").settings["ts"] == ""
 
 

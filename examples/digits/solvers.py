@@ -83,9 +83,8 @@ def measured(arguments: argparse.Namespace, **flags: Any) -> dict[str, Any] | No
     began = time.monotonic()
     pictures = engine.sample(plan, 0, arguments.samples)()
     seconds = time.monotonic() - began
-    assert pictures.labels is not None
-    images = (pictures.images.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
-    m = measure(Digits(images, pictures.labels.astype(np.int64)), arguments.cache)
+    images = (pictures.columns["image"].transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
+    m = measure(Digits(images, pictures.columns["label"].astype(np.int64)), arguments.cache)
     return {
         "solver": plan.sampler,
         "steps": plan.schedule.steps,

@@ -74,11 +74,12 @@ class Job:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
-        return self.plan.image_shape
+        height, width, channels = self.plan.image_shape
+        return height, width, channels
 
     @property
     def labelled(self) -> bool:
-        return self.plan.labels is not None
+        return "label" in self.plan.columns()
 
     @property
     def compile(self) -> Compile:

@@ -91,7 +91,8 @@ def already_done(job: Job) -> dict[str, Any] | None:
             return None
         crcs = [int(member["crc32"], 16) for member in summary["archive"]["members"]]
         label_crc = crcs[1] if job.labelled else None
-        layout = ArchiveLayout(job.num_samples, job.image_shape, crcs[0], label_crc, job.plan.decoder.dtype)
+        dtype = job.plan.columns()["image"].dtype
+        layout = ArchiveLayout(job.num_samples, job.image_shape, crcs[0], label_crc, dtype)
     except (ValueError, KeyError, IndexError, TypeError):
         return None
     if layout.size != summary["archive"]["bytes"] or not archive_intact(job.run_dir, layout):

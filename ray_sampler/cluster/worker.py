@@ -200,7 +200,7 @@ class Worker:
         # On a GPU the compute thread only queues a shard; it is awaited here, while the next one is queued.
         pictures: Pictures = self.compute.submit(self.engine.sample, spec.plan, start, stop).result()()
         began = time.perf_counter()
-        samples = Samples.of(start, pictures.images, pictures.labels)
+        samples = Samples(start, pictures.columns)
         made = [(product, self._made_of(product, samples)) for product in spec.products.values()]
         computed_by = self._computed_by(pictures.seconds)
         # A fragment comes last: where it is, its range of the products is, too.

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from ray_sampler.compat.generators import Device, NoiseSource, get_generator
 from ray_sampler.compat.preconditioned import KarrasDenoiser
 from ray_sampler.errors import require
-from ray_sampler.sampling.consistency_solvers import IndexOptions, check_range
 from ray_sampler.sampling.guidance import SteppedDenoiser
-from ray_sampler.sampling.multistep_solvers import AddedNoise
+from ray_sampler.sampling.multistep_solvers import AddedNoise, IndexOptions, check_indices
 from ray_sampler.sampling.noise import in_order
 from ray_sampler.sampling.schedules import ScheduleOptions
 from ray_sampler.sampling.solvers import SOLVERS, Churn, Solver
@@ -103,7 +102,7 @@ def settled(sampler: str, schedule: ScheduleOptions, churn: Churn, ts: Iterable[
     if solver.options is not IndexOptions:
         return solver, churn
     options = IndexOptions(ts=",".join(map(str, ts or ())))
-    check_range(schedule, options)
+    check_indices(schedule, options, rising=False)
     return solver, options
 
 

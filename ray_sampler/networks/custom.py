@@ -209,7 +209,8 @@ def check_values(name: str, tensors: Mapping[str, Tensor]) -> None:
     shown = f"--model is {PREFIX}{printable(name)}"
     empty = [key for key, tensor in tensors.items() if tensor.is_meta or is_lazy(tensor)]
     require(not empty, f"{shown}; its network has no values for {', '.join(empty[:NAMED])}; load its weights first")
-    bad = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    floats = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    bad = [key for key, t in floats.items() if not (t.float() if t.dtype.itemsize == 1 else t).isfinite().all()]
     require(not bad, f"{shown}; its network has values that are not finite, in {', '.join(bad[:NAMED])}")
 
 

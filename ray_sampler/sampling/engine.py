@@ -1,33 +1,30 @@
-"""A range of sample indices becomes pictures, block by block, on a device."""
+"""A range of sample indices becomes columns, block by block, on a device."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ray_sampler.sampling.clock import Mark, mark, seconds_between
-from ray_sampler.sampling.memory import (
-    OutOfDeviceMemoryError,
-    keep_freed_memory,
-    page_locked,
-    ran_out_of_memory,
-    release,
-)
+from ray_sampler.sampling.finish import Finish
+from ray_sampler.sampling.memory import OutOfDeviceMemoryError, keep_freed_memory, page_locked, ran_out_of_memory
 from ray_sampler.sampling.numerics import compiles
 from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.parameterisation import Network
-from ray_sampler.sampling.plan import SamplePlan, sample_block
+from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan, sample_block
 
 __all__ = ["Engine", "NonFiniteError", "OutOfDeviceMemoryError", "Pictures", "compiled"]
 
-PROBED_CALLS = 2
-"""Calls of the network after which a batch that is tried for its memory is known to fit: no later one takes more."""
+Key = tuple[str, str]
+"""A product and one of its columns; the first is OWN for a run's own columns."""
+OWN, FINITE = "", ("", "")
+"""FINITE: whether all values of each sample were finite."""
 
 
 class NonFiniteError(RuntimeError):
@@ -38,29 +35,22 @@ class NonFiniteError(RuntimeError):
 class Pictures:
     """Samples [start, stop) and what it took to compute them."""
 
-    images: np.ndarray
-    """(n, H, W, C), uint8 or float32 as the decoder says."""
-    labels: np.ndarray | None
-    """(n,) int32; None for an unconditional model."""
+    columns: Mapping[str, np.ndarray]
+    """By name, each (n, ...): image, what stands for the condition, as label, and what the finisher adds."""
     seconds: float
     """That the device computed them."""
     idle_s: float = 0.0
     """Seconds that the device had nothing to do before; 0 for the first."""
-
-
-class _Enough(Exception):
-    """A batch that was tried has been computed as far as was wanted."""
-
-
-Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray]
-"""Images, labels, and whether all values were finite."""
+    products: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    """Columns of what else was made of the solver's results, by product."""
 
 
 class Engine:
     """Networks on one device. Images are computed in fixed blocks [k B, (k + 1) B), so that shapes never change.
 
     Args:
-        networks: by role, each F in the precision of the run, on `device`.
+        networks: by role, each F in the precision of the run, on `device`; those that a finisher asks have roles of
+            their own.
         cores: CPU cores to use; a GPU ignores it.
     """
 
@@ -74,10 +64,13 @@ class Engine:
         cores: int = 1,
     ) -> None:
         self.compiles = compiles(compile, device.type == "cuda")
-        self.plain: Mapping[str, Network] = networks
-        self.networks: Mapping[str, Network] = (
-            {role: compiled(network, compile) for role, network in networks.items()} if self.compiles else networks
+        self.networks = networks
+        """By role, as they are."""
+        asked = {role: network for role, network in networks.items() if role in (MAIN, GUIDE)}
+        self.asked: Mapping[str, Network] = (
+            {role: compiled(network, compile) for role, network in asked.items()} if self.compiles else asked
         )
+        """Those that a solver asks, by role."""
         # CUDA graphs come with chosen kernels: they are recorded at the second call, and reuse the memory of results.
         self.graphs = compile == "on" and device.type == "cuda"
         self.batch_size = batch_size
@@ -95,21 +88,26 @@ class Engine:
             keep_freed_memory()
             self.workers = ThreadPoolExecutor(cores, "compute", initializer=torch.set_num_threads, initargs=(1,))
 
-    def sample(self, plan: SamplePlan, start: int, stop: int) -> Callable[[], Pictures]:
+    def sample(
+        self, plan: SamplePlan, start: int, stop: int, products: Mapping[str, Finish] | None = None
+    ) -> Callable[[], Pictures]:
         """Begin to compute the samples [start, stop) of a plan; the returned function waits for them.
 
         On a GPU the work is only queued here, so the next call can queue more while an earlier result is
         awaited on another thread; all calls must come from one thread. Blocks that stick out of the range are
         computed whole and cut.
 
+        Args:
+            products: what else to make of the solver's results, by name.
+
         Raises:
-            OutOfDeviceMemoryError: names the batch size and one that fits, or says that the host lacks memory.
+            OutOfDeviceMemoryError: names the batch size and what to try, or says that the host lacks memory.
             NonFiniteError: names the samples; from the returned function.
         """
         size = self.batch_size
         try:
             before, began = self.ended, mark(self.device)
-            arrive = self._compute(plan, range(start // size, -(-stop // size)))
+            arrive = self._compute(plan, products or {}, range(start // size, -(-stop // size)))
             self.ended = ended = mark(self.device)
         except Exception as error:
             self.ended = None
@@ -118,21 +116,28 @@ class Engine:
             # What is raised below must not hold this error: its frames hold the tensors that took the memory.
             arrive = None
         if arrive is None:
-            raise OutOfDeviceMemoryError(self._advice(plan))
-        first = start // size * size
+            less, device = (
+                (f"--batch_size {size // 2}, or ", "") if size > 1 else ("", ", or a device with more memory")
+            )
+            raise OutOfDeviceMemoryError(
+                f"{self.device} ran out of memory with --batch_size {size}; try {less}--precision fp16 if this is "
+                f"fp32{device}"
+            )
 
         def finish() -> Pictures:
-            images, labels, finite = arrive()
-            images, finite = images[start - first : stop - first], finite[start - first : stop - first]
-            labels = None if labels is None else labels[start - first : stop - first]
-            if not finite.all():
+            first = start // size * size
+            arrays = {key: array[start - first : stop - first] for key, array in arrive().items()}
+            if not (finite := arrays.pop(FINITE)).all():
                 wrong = start + np.flatnonzero(~finite)
                 shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
                 raise NonFiniteError(
                     f"the network gave non-finite values for {len(wrong)} of the samples {start} to {stop - 1}: {shown}"
                 )
+            made: dict[str, dict[str, np.ndarray]] = {name: {} for name in (OWN, *(products or ()))}
+            for (product, column), array in arrays.items():
+                made[product][column] = array
             idle_s = 0.0 if before is None else seconds_between(before, began)
-            return Pictures(images, labels, seconds_between(began, ended), idle_s)
+            return Pictures(made.pop(OWN), seconds_between(began, ended), idle_s, made)
 
         return finish
 
@@ -140,7 +145,7 @@ class Engine:
         """Compute a batch for nothing where networks are compiled, so that they are when this returns.
 
         Raises:
-            OutOfDeviceMemoryError: names the batch size and one that fits.
+            OutOfDeviceMemoryError: as of `sample`.
         """
         if self.compiles:
             for _ in range(2 if self.graphs else 1):
@@ -148,54 +153,45 @@ class Engine:
                     self.sample(plan, 0, self.batch_size)()
             self.ended = None
 
-    def _compute(self, plan: SamplePlan, blocks: Sequence[int]) -> Callable[[], Arrays]:
+    def _compute(
+        self, plan: SamplePlan, products: Mapping[str, Finish], blocks: Sequence[int]
+    ) -> Callable[[], Mapping[Key, np.ndarray]]:
         """Compute blocks, or queue them on a GPU; the returned function waits for them, padding and all."""
         if self.workers is None:
-            return self._queue(plan, blocks)
-        parts = self.workers.map(lambda block: self._block(plan, block), blocks)
-        joined = [None if tensors[0] is None else torch.cat(tensors).numpy() for tensors in zip(*parts, strict=True)]
-        return lambda: tuple(joined)  # type: ignore[return-value]
+            return self._queue(plan, products, blocks)
+        parts = list(self.workers.map(lambda block: self._block(plan, products, block), blocks))
+        joined = {key: torch.cat([part[key] for part in parts]).numpy() for key in parts[0]}
+        return lambda: joined
 
-    def _queue(self, plan: SamplePlan, blocks: Sequence[int]) -> Callable[[], Arrays]:
+    def _queue(
+        self, plan: SamplePlan, products: Mapping[str, Finish], blocks: Sequence[int]
+    ) -> Callable[[], Mapping[Key, np.ndarray]]:
         """Queue blocks on a GPU; each comes back on a stream of its own while the next is computed."""
         assert self.copies is not None
-        size, host = self.batch_size, list[Tensor | None]()
+        size, host = self.batch_size, dict[Key, Tensor]()
         for place, block in enumerate(blocks):
-            tensors = self._block(plan, block)
+            tensors = self._block(plan, products, block)
             if not host:
-                host = [
-                    None if t is None else page_locked((size * len(blocks), *t.shape[1:]), t.dtype) for t in tensors
-                ]
+                host = {key: page_locked((size * len(blocks), *t.shape[1:]), t.dtype) for key, t in tensors.items()}
             self.copies.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.copies):
-                for source, target in zip(tensors, host, strict=True):
-                    if source is not None and target is not None:
-                        target[place * size : (place + 1) * size].copy_(source, non_blocking=True)
-                        source.record_stream(self.copies)
+                for key, source in tensors.items():
+                    host[key][place * size : (place + 1) * size].copy_(source, non_blocking=True)
+                    source.record_stream(self.copies)
         arrived = torch.cuda.Event(blocking=True)  # so that a thread that waits for it leaves its core to others
         arrived.record(self.copies)
 
-        def wait() -> Arrays:
+        def wait() -> Mapping[Key, np.ndarray]:
             arrived.synchronize()
-            return tuple(None if t is None else t.numpy() for t in host)  # type: ignore[return-value]
+            return {key: tensor.numpy() for key, tensor in host.items()}
 
         return wait
 
     @torch.inference_mode()
-    def _block(self, plan: SamplePlan, block: int, probe: int | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Images (B, H, W, C), labels (B,) int32 and whether all values were finite (B,), of one block.
-
-        Args:
-            probe: try this batch size instead, without compiling, as far as memory is concerned.
-
-        Raises:
-            _Enough: that fits.
-        """
-        size = probe or self.batch_size
-        indices = torch.arange(block * size, (block + 1) * size)
-        finite = torch.ones(size, dtype=torch.bool, device=self.device)
-        # Where only some levels are guided, the doubled batch may come late.
-        enough = self.evaluations + PROBED_CALLS if probe and plan.guidance.guidance == 1 else None
+    def _block(self, plan: SamplePlan, products: Mapping[str, Finish], block: int) -> dict[Key, Tensor]:
+        """All columns of one block, each (B, ...), and whether all values were finite, (B,)."""
+        indices = torch.arange(block * self.batch_size, (block + 1) * self.batch_size)
+        finite = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
 
         def watched(network: Network) -> Network:
             def watch(x: Tensor, times: Tensor, y: Tensor | None) -> Tensor:
@@ -206,43 +202,44 @@ class Engine:
                 self.evaluations += 1
                 # A doubled batch, for guidance, holds every sample twice.
                 finite.logical_and_(output.isfinite().flatten(1).all(dim=1).view(-1, len(finite)).all(dim=0))
-                if enough is not None and self.evaluations >= enough:
-                    raise _Enough
                 return output
 
             return watch
 
-        networks = self.plain if probe else self.networks
-        watches = {role: watched(network) for role, network in networks.items()}
-        x, labels = sample_block(watches, plan, indices, self.device)
+        x, y = sample_block(
+            {role: watched(network) for role, network in self.asked.items()}, plan, indices, self.device
+        )
         finite.logical_and_(x.isfinite().flatten(1).all(dim=1))
-        return plan.decoder.decode(x), None if labels is None else labels.int(), finite
+        stored = plan.condition.stored(y) if plan.condition and y is not None else {}
+        made: dict[str, Mapping[str, Tensor]] = {OWN: {**plan.finisher.finish(x, self.networks), **stored}}
+        made |= {name: finish(x, self.networks) for name, finish in products.items()}
+        tensors = {(name, column): t for name, columns in made.items() for column, t in columns.items()}
+        for tensor in tensors.values():
+            if tensor.is_floating_point():
+                finite.logical_and_(tensor.isfinite().reshape(len(finite), -1).all(dim=1))
+        return tensors | {FINITE: finite}
 
-    def _advice(self, plan: SamplePlan) -> str:
-        """What to do about a batch that does not fit."""
-        size = self.batch_size
-        said = f"{self.device} ran out of memory with --batch_size {size}"
-        fits = size // 2
-        while fits and not self._fits(plan, fits):
-            fits //= 2
-        if fits:
-            return f"{said}; try --batch_size {fits}, which fits, or --precision fp16 if this is fp32"
-        smaller = ", and with every smaller one that was tried" if size > 1 else ""
-        return f"{said}{smaller}; try --precision fp16 if this is fp32, or a device with more memory"
 
-    def _fits(self, plan: SamplePlan, size: int) -> bool:
-        """Whether a batch of this size fits; it is tried."""
-        release(self.device)
-        try:
-            self._block(plan, 0, size)
-            release(self.device)  # what was only queued has run
-        except _Enough:
-            pass
-        except Exception as error:
-            if not ran_out_of_memory(error):
-                raise
-            return False
-        return True
+Mark = float | torch.cuda.Event
+"""A moment: seconds of the host's clock, or an event in the queue of a GPU's current stream."""
+
+
+def mark(device: torch.device) -> Mark:
+    """The moment at which the device gets to this place in its queue. Waiting for it lets other threads run."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True, blocking=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(begin: Mark, end: Mark) -> float:
+    """Seconds from one mark to a later one of the same device, which is waited for: what the host knows to be done may
+    have been queued before it."""
+    if isinstance(begin, float) or isinstance(end, float):
+        return float(end) - float(begin)  # type: ignore[arg-type]  # both are of the host's clock
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def why_not_compiled(error: Exception) -> str | None:

@@ -41,12 +41,14 @@ def guidance_identity(options: GuidanceOptions, guide: str) -> dict[str, Any]:
     """What decides a sample, by effective value; `guide` is "null" or the guide network's hash."""
     if options.guidance == 1:
         return {}
-    result: dict[str, Any] = {"guidance": float(options.guidance), "guide": guide}
-    if (interval := interval_of(options)) != EVERYWHERE:
-        result["guidance_interval"] = ",".join(f"{level:g}" for level in interval)
-    if options.guidance_channels is not None:
-        result["guidance_channels"] = options.guidance_channels
-    return result
+    interval = interval_of(options)
+    result = {
+        "guidance": float(options.guidance),
+        "guide": guide,
+        "guidance_interval": None if interval == EVERYWHERE else ",".join(f"{level:g}" for level in interval),
+        "guidance_channels": options.guidance_channels,
+    }
+    return {name: value for name, value in result.items() if value is not None}
 
 
 def guided(denoise: Denoiser, pair: Denoiser, guidance: GuidanceOptions) -> SteppedDenoiser:

@@ -34,17 +34,12 @@ def ran_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those behind it."""
-    todo: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while todo:
-        each = todo.pop()
-        if each is None or id(each) in seen:
-            continue
-        seen.add(id(each))
-        yield each
-        todo += [each.__cause__, each.__context__, getattr(each, "inner_exception", None)]
+def causes(error: BaseException | None, known: tuple[BaseException, ...] = ()) -> Iterator[BaseException]:
+    """An error, and those behind it; `known` are those before it."""
+    if error is not None and error not in known:
+        yield error
+        for behind in {error.__cause__, error.__context__, getattr(error, "inner_exception", None)}:
+            yield from causes(behind, (*known, error))
 
 
 def take_share(device: torch.device, gpus: float) -> None:
@@ -75,13 +70,6 @@ def page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         f"the host cannot page-lock {size / 2**20:.0f} MiB of memory, into which the GPU copies the {shape[0]} samples "
         "of a shard; try a smaller --shard_size, or a host or container with more memory"
     )
-
-
-def release(device: torch.device) -> None:
-    """Give back what torch keeps for later on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> None:

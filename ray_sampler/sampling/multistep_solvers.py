@@ -1,6 +1,6 @@
-"""Multistep solvers: one evaluation a step, and the results of earlier steps raise the order.
+"""Multistep solvers: one evaluation a step, and the results of earlier steps raise the order. Last, consistency models.
 
-In all of them sigma_i falls, lambda = -ln sigma, h = lambda_{i+1} - lambda_i, and D_i = D(x_i, sigma_i). Coefficients
+In all but these sigma_i falls, lambda = -ln sigma, h = lambda_{i+1} - lambda_i, and D_i = D(x_i, sigma_i). Coefficients
 are computed in float64 on the host from the levels, which are there, so that no step waits for the device. Signature
 and conventions are those of `ray_sampler.sampling.solvers`.
 """
@@ -14,10 +14,12 @@ from itertools import pairwise
 from math import exp, expm1, factorial, inf, log, sqrt
 from typing import TYPE_CHECKING, Any
 
-from ray_sampler.errors import require
+from ray_sampler.errors import RequestError, require
 from ray_sampler.options import option
+from ray_sampler.sampling.schedules import ScheduleOptions, multistep_sigmas
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ray_sampler.sampling.noise import Noise
@@ -67,42 +69,19 @@ def sde_identity(options: SdeOptions) -> dict[str, Any]:
     return {"eta": float(options.eta)} | ({"s_noise": float(options.s_noise)} if options.eta > 0 else {})
 
 
-def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: object) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2).
+def dpmpp(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: object, *, order: int) -> Tensor:
+    """DPM-Solver++ of order 2 (2M) or 3 (3M) on the ODE, or on the SDE with eta (Lu et al. 2022, "DPM-Solver++").
 
-    x' = q x + (1 - q) (D_i + (D_i - D_{i-1}) / (2 r)) with q = e^-h and r = (lambda_i - lambda_{i-1}) / h. The first
-    step has order 1; the step to 0 gives D_i.
+    With q = e^-y, y = (1 + eta) h and r = (lambda_i - lambda_{i-1}) / h:
+    2M (algorithm 2, section 5): x' = q x + (1 - q) (D_i + (D_i - D_{i-1}) / (2 r)).
+    3M, as its authors published it in code: x' = q x + (1 - q) D_i + phi_2 D1 - phi_3 D2, where D1 and D2 are the first
+    two differences of D in lambda / h, phi_2 = 1 - (1 - q) / y and phi_3 = phi_2 / y - 1 / 2. Taylor's term would be 2
+    phi_3 D2; with half of it the solver converges with order 2 in the end, from smaller errors than 2M.
+
+    The first step has order 1 and the second is 2M's; the step to 0 gives D_i. The SDE adds
+    s_noise sigma_{i+1} sqrt(1 - e^{-2 eta h}) z; eta 0 is the ODE, eta 1 the reverse SDE.
     """
-    return dpmpp(denoise, x, sigmas, noise, 2, SdeOptions(eta=0.0))
-
-
-def dpmpp_3m(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: object) -> Tensor:
-    """DPM-Solver++(3M), as its authors published it in code (Lu et al. 2022, "DPM-Solver++").
-
-    x' = q x + (1 - q) D_i + phi_2 D1 - phi_3 D2, where D1 and D2 are the first two differences of D in lambda / h,
-    phi_2 = 1 - (1 - q) / h and phi_3 = phi_2 / h - 1 / 2. The second step is 2M's. Taylor's term would be 2 phi_3 D2;
-    with half of it the solver converges with order 2 in the end, from smaller errors than 2M.
-    """
-    return dpmpp(denoise, x, sigmas, noise, 3, SdeOptions(eta=0.0))
-
-
-def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: SdeOptions) -> Tensor:
-    """SDE-DPM-Solver++(2M), the midpoint variant (Lu et al. 2022, "DPM-Solver++", section 5), with eta.
-
-    With y = (1 + eta) h: x' = e^-y x + (1 - e^-y) (D_i + (D_i - D_{i-1}) / (2 r))
-    + s_noise sigma_{i+1} sqrt(1 - e^{-2 eta h}) z. eta 0 is 2M, eta 1 the reverse SDE.
-    """
-    return dpmpp(denoise, x, sigmas, noise, 2, options)
-
-
-def dpmpp_3m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: SdeOptions) -> Tensor:
-    """SDE-DPM-Solver++(3M): the drift of 3M over y = (1 + eta) h, and the noise of 2M SDE."""
-    return dpmpp(denoise, x, sigmas, noise, 3, options)
-
-
-def dpmpp(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, order: int, sde: SdeOptions) -> Tensor:
-    """The step of all four solvers above, of order 2 or 3 once there are enough results."""
-    levels = sigmas.tolist()
+    levels, sde = sigmas.tolist(), options if isinstance(options, SdeOptions) else SdeOptions(eta=0.0)
     lambdas = logarithms(levels)
     results: list[Tensor] = []
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
@@ -167,9 +146,12 @@ def unipc_weights(h: float, nodes: Sequence[float]) -> list[float]:
     """rho of sum_k rho_k r_k^{j-1} = b_j for nodes r, j = 1..len(nodes), of UniPC; 1/2 for one node."""
     if len(nodes) <= 1:
         return [0.5] * len(nodes)
+    import numpy as np
+
     powers = range(len(nodes))
     right = [factorial(j + 1) * remainder(j + 1, -h) / expm1(-h) for j in powers]
-    return solved([[node**power for node in nodes] for power in powers], right)
+    left = [[node**power for node in nodes] for power in powers]
+    return list(map(float, np.linalg.solve(np.array(left), np.array(right))))
 
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -247,16 +229,86 @@ def logarithms(levels: Sequence[float]) -> list[float]:
     return [-log(level) for level in levels if level > 0]
 
 
-def solved(matrix: list[list[float]], right: list[float]) -> list[float]:
-    import numpy as np
-
-    result: list[float] = np.linalg.solve(np.array(matrix), np.array(right)).tolist()
-    return result
-
-
-def weighted(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor | float:
+def weighted(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor | int:
     """The sum of terms times weights; 0 where there is none."""
-    total: Tensor | float = 0.0
-    for weight, term in zip(weights, terms, strict=True):
-        total = total + weight * term
-    return total
+    return sum(weight * term for weight, term in zip(weights, terms, strict=True))
+
+
+# Consistency models, evaluated several times.
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """Where a consistency model is evaluated."""
+
+    ts: str = option("", "Indices into the schedule for --sampler multistep, as 0,22,39.", numbers=True)
+
+    def check(self) -> None:
+        """Raises RequestError: the text is no list of numbers."""
+        indices_of(self)
+
+
+def indices_of(options: IndexOptions) -> tuple[int, ...]:
+    """The indices that --ts gives. Raises RequestError: the text is no list of numbers."""
+    try:
+        return tuple(int(part) for part in options.ts.split(",")) if options.ts else ()
+    except ValueError:
+        raise RequestError(f"--ts is {options.ts!r}; it must be whole numbers with commas, as in 0,22,39") from None
+
+
+def check_indices(schedule: ScheduleOptions, options: IndexOptions, rising: bool = True) -> None:
+    """Check indices beside a schedule.
+
+    Args:
+        rising: whether they must rise; the original code takes them in any order.
+
+    Raises:
+        RequestError: there are too few, one is not in the schedule, or they do not rise.
+    """
+    indices = indices_of(options)
+    require(schedule.steps >= 2, f"--steps is {schedule.steps}; --sampler multistep needs at least 2")
+    require(len(indices) >= 2, f"--ts is {options.ts!r}; --sampler multistep needs two or more, as in 0,22,39")
+    for t in indices:
+        require(
+            0 <= t < schedule.steps,
+            f"--ts has {t}; with --steps {schedule.steps} its indices must be from 0 to {schedule.steps - 1}",
+        )
+    for before, after in pairwise(indices):
+        require(
+            before < after or not rising,
+            f"--ts is {options.ts!r}, where {after} follows {before}; its indices must rise, as in 0,22,39",
+        )
+
+
+def left_noise(schedule: ScheduleOptions, options: IndexOptions) -> str | None:
+    """A warning where the last index leaves noise on the pictures."""
+    end, last = indices_of(options)[-1], schedule.steps - 1
+    if end == last:
+        return None
+    (level,) = multistep_sigmas((end,), schedule.steps, schedule.sigma_min, schedule.sigma_max, schedule.rho)
+    return (
+        f"--ts ends at {end}, before the last index of --steps {schedule.steps}, which is {last}: noise of level "
+        f"{level:.3g} stays on the pictures, as with the original script"
+    )
+
+
+def multistep(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: object) -> Tensor:
+    """Denoise, add noise up to the next level, repeat, without the last evaluation (Song et al. 2023, algorithm 1).
+
+    `sigmas` holds the levels of the evaluations, the level of the result, and then the schedule's smallest and largest.
+    """
+    *levels, sigma_min, sigma_max = sigmas
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        x_0 = denoise(x, sigma.float())
+        level = (sigma_next.clip(sigma_min, sigma_max) ** 2 - sigma_min**2).sqrt()
+        x = x_0 + noise(1 + i) * level if level > 0 else x_0
+    return x
+
+
+def multistep_levels(schedule: ScheduleOptions, options: IndexOptions, dtype: torch.dtype) -> Tensor:
+    """The levels at the indices, then sigma_min and sigma_max: float64."""
+    import torch
+
+    low, high = schedule.sigma_min, schedule.sigma_max
+    levels = multistep_sigmas(indices_of(options), schedule.steps, low, high, schedule.rho)
+    return torch.tensor([*levels, low, high], dtype=torch.float64)

@@ -34,8 +34,8 @@ class Draws(NamedTuple):
 
 def noise_identity(options: NoiseOptions, num_samples: int) -> dict[str, Any]:
     """What decides a sample, by effective value."""
-    result: dict[str, Any] = {"generator": options.generator, "seed": options.seed}
-    return result | ({"num_samples": num_samples} if options.generator in GENERATORS_OF_N else {})
+    more = {"num_samples": num_samples} if options.generator in GENERATORS_OF_N else {}
+    return {"generator": options.generator, "seed": options.seed, **more}
 
 
 LABEL_DRAW = 0xFFFFFFFF

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ray_sampler.errors import RequestError
 from ray_sampler.networks.family import NetworkSpec, Script
-from ray_sampler.sampling.conditions import LabelRule
-from ray_sampler.sampling.decoding import Decoder
+from ray_sampler.sampling.conditions import Condition
+from ray_sampler.sampling.finish import Finisher
 from ray_sampler.sampling.guidance import SteppedDenoiser, guidance_identity, guided
 from ray_sampler.sampling.noise import make_draws, noise_identity
 from ray_sampler.sampling.options import GuidanceOptions, NoiseOptions, StateType
@@ -24,11 +24,12 @@ from ray_sampler.sampling.parameterisation import (
 )
 from ray_sampler.sampling.schedules import ScheduleOptions, schedule_identity
 from ray_sampler.sampling.solvers import Solver
+from ray_sampler.storage.record import Column
 
 STATE_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 MAIN, GUIDE = "main", "guide"
-"""Roles of networks."""
+"""Roles of the networks that a solver asks. A finisher names others."""
 
 
 @dataclass(frozen=True)
@@ -44,38 +45,48 @@ class SamplePlan:
     solver_options: Any
     """As its `options` declare them."""
     schedule: ScheduleOptions
-    decoder: Decoder
+    finisher: Finisher
     noise: NoiseOptions
     num_samples: int
-    labels: LabelRule | None = None
+    condition: Condition | None = None
     """None for an unconditional network."""
     clip_denoised: bool = True
     state: StateType = "fp32"
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
     guide: Parameterisation | None = None
-    """Of the guide network; None where the network's null label guides, or nothing."""
-    guide_labelled: bool = False
-    """Whether the guide network takes the labels."""
-    null_label: int | None = None
-    """The label that stands for none."""
+    """Of the guide network; None where the network guides itself without a condition, or nothing does."""
+    guide_conditioned: bool = False
+    """Whether the guide network takes the condition."""
     script: Script = "consistency-models"
     """Whose script's arithmetic is followed to the last bit."""
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of what is written."""
-        return self.decoder.shape(self.shape)
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, C) of the images that are written."""
+        return self.columns()["image"].shape
 
-    def identity(self, guide: str = "null") -> dict[str, Any]:
-        """What decides a sample, flat, by effective value; `guide` is "null" or the guide network's hash."""
-        result = {"sampler": self.sampler, "clip_denoised": self.clip_denoised}
-        result |= schedule_identity(self.schedule, self.solver.uses) | self.solver.identity(self.solver_options)
-        result |= (
-            noise_identity(self.noise, self.num_samples) | self.decoder.identity() | self.parameterisation.identity()
+    def columns(self) -> dict[str, Column]:
+        """What is written of each sample."""
+        return self.finisher.columns(self.shape) | (self.condition.columns() if self.condition else {})
+
+    def identity(self, hashes: Mapping[str, str]) -> dict[str, Any]:
+        """What decides a sample, flat, by effective value.
+
+        Args:
+            hashes: of the networks, by role.
+        """
+        return (
+            {"sampler": self.sampler, "clip_denoised": self.clip_denoised}
+            | schedule_identity(self.schedule, self.solver.uses)
+            | self.solver.identity(self.solver_options)
+            | noise_identity(self.noise, self.num_samples)
+            | self.parameterisation.identity()
+            | dict(self.finisher.identity)
+            | {role: hashes[role] for role in self.finisher.networks}
+            | guidance_identity(self.guidance, hashes.get(GUIDE, "null"))
+            | (self.condition.identity() if self.condition else {})
+            | ({} if self.state == "fp32" else {"state": self.state})
         )
-        result |= guidance_identity(self.guidance, guide)
-        result |= {f"labels_{key}": value for key, value in (self.labels.identity() if self.labels else {}).items()}
-        return result | ({"state": self.state} if self.state != "fp32" else {})
 
     def evaluations(self) -> int:
         """NFE: calls of the denoiser D for one sample. A guided call is one, although it asks the network twice."""
@@ -104,7 +115,7 @@ def parameterisation_of(spec: NetworkSpec, sigma_min: float) -> Parameterisation
 def sample_block(
     networks: Mapping[str, Network], plan: SamplePlan, indices: Tensor, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The solver's results x_0 for the samples `indices`, and their labels.
+    """The solver's results x_0 for the samples `indices`, and their condition.
 
     Args:
         networks: by role; each F is called as F(x, t, y).
@@ -112,31 +123,30 @@ def sample_block(
         device: the networks'; that of `indices` unless given.
 
     Returns:
-        (B, C, H, W) in the dtype of the state, before decoding; (B,) int64 or None.
+        (B, C, H, W) in the dtype of the state, before it is finished; what the network received, (B, ...) or None.
     """
-    dtype = STATE_DTYPES[plan.state]
-    classes = plan.labels.num_classes if plan.labels else 0
+    dtype, condition = STATE_DTYPES[plan.state], plan.condition
     draws = make_draws(
         plan.noise,
         plan.num_samples,
         indices,
         plan.shape,
         dtype=dtype,
-        num_classes=classes,
+        num_classes=condition.num_classes if condition else 0,
         every_step=plan.script == "edm",
         device=device,
     )
-    labels = plan.labels.labels(draws, indices, device) if plan.labels else None
-    denoise = make_denoiser(networks, plan, labels)
+    y = condition.at(draws, indices, device) if condition else None
+    denoise = make_denoiser(networks, plan, y)
     sigmas = plan.solver.levels(plan.schedule, plan.solver_options, dtype)
     x = draws.noise(0).to(dtype) * (plan.schedule.sigma_max if plan.script == "consistency-models" else sigmas[0])
-    return plan.solver.run(denoise, x, sigmas, draws.noise, plan.solver_options), labels
+    return plan.solver.run(denoise, x, sigmas, draws.noise, plan.solver_options), y
 
 
-def make_denoiser(networks: Mapping[str, Network], plan: SamplePlan, labels: Tensor | None) -> SteppedDenoiser:
-    """D of a batch with the labels (B,), guided and clamped as the plan says."""
-    denoise = plan.parameterisation.denoiser(networks[MAIN], labels)
-    guide = guided(denoise, pair_of(networks, plan, labels), plan.guidance) if plan.guidance.guidance != 1 else None
+def make_denoiser(networks: Mapping[str, Network], plan: SamplePlan, y: Tensor | None) -> SteppedDenoiser:
+    """D of a batch under the condition y, guided and clamped as the plan says."""
+    denoise = plan.parameterisation.denoiser(networks[MAIN], y)
+    guide = guided(denoise, pair_of(networks, plan, y), plan.guidance) if plan.guidance.guidance != 1 else None
 
     def denoiser(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
         denoised = guide(x, sigma, step) if guide else denoise(x, sigma)
@@ -145,14 +155,13 @@ def make_denoiser(networks: Mapping[str, Network], plan: SamplePlan, labels: Ten
     return denoiser
 
 
-def pair_of(networks: Mapping[str, Network], plan: SamplePlan, labels: Tensor | None) -> Denoiser:
+def pair_of(networks: Mapping[str, Network], plan: SamplePlan, y: Tensor | None) -> Denoiser:
     """D and D_ref, one below the other: of two networks, or of one that is called on a doubled batch."""
     if plan.guide is not None:
-        denoise = plan.parameterisation.denoiser(networks[MAIN], labels)
-        reference = plan.guide.denoiser(networks[GUIDE], labels if plan.guide_labelled else None)
+        denoise = plan.parameterisation.denoiser(networks[MAIN], y)
+        reference = plan.guide.denoiser(networks[GUIDE], y if plan.guide_conditioned else None)
         return lambda x, sigma: torch.cat([denoise(x, sigma), reference(x, sigma)])
-    assert labels is not None
-    assert plan.null_label is not None
-    both = torch.cat([labels, torch.full_like(labels, plan.null_label)])
-    doubled = plan.parameterisation.denoiser(networks[MAIN], both)
+    assert plan.condition is not None
+    assert y is not None
+    doubled = plan.parameterisation.denoiser(networks[MAIN], torch.cat([y, plan.condition.null(y)]))
     return lambda x, sigma: doubled(torch.cat([x, x]), sigma)

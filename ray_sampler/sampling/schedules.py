@@ -92,26 +92,25 @@ def levels_of(schedule: ScheduleOptions, dtype: torch.dtype | None = None, n: in
     dtype = dtype or torch.float64
     if schedule.sigmas is not None:
         return torch.tensor([float(part) for part in schedule.sigmas.split(",")], dtype=dtype)
-    return SCHEDULES[name_of(schedule)](schedule, schedule.steps if n is None else n, dtype)
+    return torch.as_tensor(
+        SCHEDULES[name_of(schedule)](schedule, schedule.steps if n is None else n, dtype), dtype=dtype
+    )
 
 
 def schedule_identity(schedule: ScheduleOptions, used: tuple[str, ...]) -> dict[str, Any]:
     """What decides a sample where a solver takes the values `used`."""
     if schedule.sigmas is not None:
         return {"sigmas": schedule.sigmas}
-    result: dict[str, Any] = {"sigma_max": float(schedule.sigma_max)}
-    name = name_of(schedule)
-    if "sigma_min" in used:
-        result["sigma_min"] = float(schedule.sigma_min)
-    if "steps" in used:
-        result["steps"] = schedule.steps
-        if name == "karras" and schedule.rho != RHO:
-            result["rho"] = float(schedule.rho)
-        if name != "karras" or "schedule" in used:
-            result["schedule"] = name
-        if name == "shifted":
-            result["shift"] = float(schedule.shift)
-    return result
+    name, stepped = name_of(schedule), "steps" in used
+    taken = {
+        "sigma_max": True,
+        "sigma_min": "sigma_min" in used,
+        "rho": stepped and name == "karras" and schedule.rho != RHO,
+        "shift": stepped and name == "shifted",
+    }
+    result: dict[str, Any] = {key: float(getattr(schedule, key)) for key, decides in taken.items() if decides}
+    result |= {"steps": schedule.steps} if stepped else {}
+    return result | ({"schedule": name} if stepped and (name != "karras" or "schedule" in used) else {})
 
 
 def karras_sigmas(
@@ -143,34 +142,32 @@ def multistep_sigmas(
 Scalar = Callable[[float], float]
 
 
-def even_sigmas(schedule: ScheduleOptions, n: int, dtype: torch.dtype, of: Scalar, back: Scalar) -> Tensor:
-    """n levels from sigma_max to sigma_min that are even in of(sigma), then 0: (n + 1,) on the CPU.
+def even_sigmas(schedule: ScheduleOptions, n: int, of: Scalar, back: Scalar) -> list[float]:
+    """n levels from sigma_max to sigma_min that are even in of(sigma), then 0.
 
     `back` is the inverse of `of`. The ends are sigma_max and sigma_min exactly; n = 1 gives [sigma_max, 0].
     """
-    import torch
-
     first, last = of(schedule.sigma_max), of(schedule.sigma_min)
     between = [back(first + i / (n - 1) * (last - first)) for i in range(1, n - 1)]
     ends = [schedule.sigma_min] if n > 1 else []
-    return torch.tensor([schedule.sigma_max, *between, *ends, 0.0], dtype=dtype)
+    return [schedule.sigma_max, *between, *ends, 0.0]
 
 
-def shifted_sigmas(schedule: ScheduleOptions, n: int, dtype: torch.dtype) -> Tensor:
+def shifted_sigmas(schedule: ScheduleOptions, n: int, dtype: torch.dtype) -> list[float]:
     """Levels t' = s t / (1 + (s - 1) t) of a flow, for even t (Esser et al. 2024, eq. 23), with sigma = t' / (1 - t').
 
     As sigma = t / (1 - t), a shift by s multiplies sigma by s. The range of t is the one whose ends are sigma_max and
     sigma_min after the shift.
     """
     s = schedule.shift
-    return even_sigmas(schedule, n, dtype, lambda sigma: sigma / (s + sigma), lambda t: s * t / (1 - t))
+    return even_sigmas(schedule, n, lambda sigma: sigma / (s + sigma), lambda t: s * t / (1 - t))
 
 
-SCHEDULES: dict[str, Callable[[ScheduleOptions, int, torch.dtype], Tensor]] = {
+SCHEDULES: dict[str, Callable[[ScheduleOptions, int, torch.dtype], Tensor | list[float]]] = {
     "karras": lambda schedule, n, dtype: karras_sigmas(n, schedule.sigma_min, schedule.sigma_max, schedule.rho, dtype),
-    "logsnr": lambda schedule, n, dtype: even_sigmas(schedule, n, dtype, math.log, math.exp),
-    "linear": lambda schedule, n, dtype: even_sigmas(schedule, n, dtype, float, float),
-    "cosine": lambda schedule, n, dtype: even_sigmas(schedule, n, dtype, math.atan, math.tan),
+    "logsnr": lambda schedule, n, dtype: even_sigmas(schedule, n, math.log, math.exp),
+    "linear": lambda schedule, n, dtype: even_sigmas(schedule, n, float, float),
+    "cosine": lambda schedule, n, dtype: even_sigmas(schedule, n, math.atan, math.tan),
     "shifted": shifted_sigmas,
 }
 """By name; another schedule is one line here: (schedule, n, dtype) -> n falling levels and 0, on the host."""

@@ -2,8 +2,8 @@
 
 `denoise(x, sigma, step)` is D of a batch x, (B, C, H, W); `sigmas` are levels on the host, in the dtype of x, so that
 no step waits for the device; `step` is the level at which the step began. `noise(1 + i)` is the noise of step i, which
-a solver asks for only where it uses it. Solvers of one step and the registry SOLVERS stand here, others in
-`multistep_solvers` and `consistency_solvers`, each with its options; none of them imports torch before it computes.
+a solver asks for only where it uses it. Solvers of one step and the registry SOLVERS stand here, multistep solvers in
+`multistep_solvers`, each with its options; none of them imports torch before it computes.
 Symbols are those of Karras et al. 2022 ("Elucidating the design space of diffusion-based generative models").
 """
 
@@ -11,34 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_sampler.errors import RequestError, require
 from ray_sampler.options import option
-from ray_sampler.sampling.consistency_solvers import (
-    IndexOptions,
-    check_rise,
-    indices_of,
-    left_noise,
-    multistep,
-    multistep_levels,
-    onestep,
-)
 from ray_sampler.sampling.multistep_solvers import (
     DEIS_ORDERS,
     IPNDM_ORDERS,
     UNIPC_ORDERS,
     AddedNoise,
+    IndexOptions,
     OrderOptions,
     SdeOptions,
+    check_indices,
     deis,
-    dpmpp_2m,
-    dpmpp_2m_sde,
-    dpmpp_3m,
-    dpmpp_3m_sde,
+    dpmpp,
+    indices_of,
     ipndm,
+    left_noise,
+    multistep,
+    multistep_levels,
     sde_identity,
     unipc,
 )
@@ -83,10 +78,8 @@ class Churn(ChurnOptions):
 
 def churn_identity(churn: ChurnOptions) -> dict[str, Any]:
     """What decides a sample: the rest only where there is churn."""
-    if not churn.s_churn > 0:
-        return {"s_churn": float(churn.s_churn)}
-    numbers = {name: float(getattr(churn, name)) for name in ("s_churn", "s_tmin", "s_noise")}
-    return numbers | {"s_tmax": str(float(churn.s_tmax))}
+    rest = {"s_tmin": float(churn.s_tmin), "s_tmax": str(float(churn.s_tmax)), "s_noise": float(churn.s_noise)}
+    return {"s_churn": float(churn.s_churn)} | (rest if churn.s_churn > 0 else {})
 
 
 class Restart(NamedTuple):
@@ -152,8 +145,8 @@ def check_intervals(schedule: ScheduleOptions, options: RestartOptions) -> None:
 
 def restart_identity(options: RestartOptions) -> dict[str, Any]:
     """What decides a sample, by effective value."""
-    text = ";".join(f"{r.points},{r.times},{r.sigma_min!r},{r.sigma_max!r}" for r in intervals_of(options))
-    return {"restarts": text, "s_noise": float(options.s_noise)}
+    texts = (f"{r.points},{r.times},{r.sigma_min!r},{r.sigma_max!r}" for r in intervals_of(options))
+    return {"restarts": ";".join(texts), "s_noise": float(options.s_noise)}
 
 
 def restart_evaluations(steps: int, options: RestartOptions) -> int:
@@ -251,9 +244,9 @@ def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, option
     return x
 
 
-def progdist(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: object) -> Tensor:
-    """Euler's method without the step to 0 (the sampler of progressively distilled models)."""
-    return euler(denoise, x, sigmas[:-1], noise, options)
+def onestep(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: object) -> Tensor:
+    """One evaluation at the largest level (Song et al. 2023, "Consistency models")."""
+    return denoise(x, sigmas[0])
 
 
 class Solver(NamedTuple):
@@ -321,11 +314,10 @@ SOLVERS: dict[str, Solver] = {
     "dpm": Solver(dpm, lambda steps, options: 2 * steps, Churn, churn_identity, draws=each_step),
     "ancestral": Solver(ancestral, each_step, draws=each_step),
     "onestep": Solver(onestep, lambda steps, options: 1, uses=(), visited=slice(1), own_levels=True),
-    "progdist": Solver(
-        progdist,
+    "progdist": Solver(  # without the step to 0, the sampler of progressively distilled models
+        euler,
         each_step,
-        levels=lambda schedule, options, dtype: levels_of(schedule, dtype, schedule.steps + 1),
-        visited=slice(-1),
+        levels=lambda schedule, options, dtype: levels_of(schedule, dtype, schedule.steps + 1)[:-1],
         own_levels=True,
     ),
     "multistep": Solver(
@@ -333,18 +325,18 @@ SOLVERS: dict[str, Solver] = {
         lambda steps, options: len(indices_of(options)) - 1,
         IndexOptions,
         lambda options: {"ts": ",".join(map(str, indices_of(options)))},
-        check_rise,
+        check_indices,
         left_noise,
         multistep_levels,
         draws=lambda steps, options: len(indices_of(options)) - 1,
         visited=slice(-2),
         own_levels=True,
     ),
-    "dpmpp_2m": Solver(dpmpp_2m, each_step, uses=NEW),
-    "dpmpp_3m": Solver(dpmpp_3m, each_step, uses=NEW, default_schedule=log_snr_at_few),
-    "dpmpp_2m_sde": Solver(dpmpp_2m_sde, each_step, SdeOptions, sde_identity, uses=NEW),
+    "dpmpp_2m": Solver(partial(dpmpp, order=2), each_step, uses=NEW),
+    "dpmpp_3m": Solver(partial(dpmpp, order=3), each_step, uses=NEW, default_schedule=log_snr_at_few),
+    "dpmpp_2m_sde": Solver(partial(dpmpp, order=2), each_step, SdeOptions, sde_identity, uses=NEW),
     "dpmpp_3m_sde": Solver(
-        dpmpp_3m_sde, each_step, SdeOptions, sde_identity, uses=NEW, default_schedule=log_snr_at_few
+        partial(dpmpp, order=3), each_step, SdeOptions, sde_identity, uses=NEW, default_schedule=log_snr_at_few
     ),
     "unipc": of_order("unipc", unipc, UNIPC_ORDERS, default_schedule=log_snr_at_few),
     "ipndm": of_order("ipndm", ipndm, IPNDM_ORDERS),

@@ -78,7 +78,7 @@ def test_the_plan_of_a_request_gives_the_published_numbers(name: str, case: str)
     networks = {role: loaded(network) for role, network in job.networks.items()}
     with torch.inference_mode():
         x, labels = sample_block(networks, job.plan, torch.from_numpy(expected["seeds"]))
-        images = job.plan.decoder.decode(x).numpy()
+        images = job.plan.finisher.finish(x, networks)["image"].numpy()
     assert np.abs(x.numpy() - expected[f"x0/{case}"]).max() < 1e-4
     assert_same_pictures(images, expected[f"uint8/{case}"])
     if "labels" in expected:

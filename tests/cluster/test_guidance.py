@@ -70,7 +70,7 @@ def test_an_unconditional_network_guides_a_conditional_one(tmp_path: Path) -> No
     network = edm2_snapshot(tmp_path / "net.pkl", label_dim=5)
     guide = edm2_snapshot(tmp_path / "uncond.pkl", seed=1)
     made = job(network, guidance=0.0, guide=guide)
-    assert (made.plan.labels is not None, made.plan.guide_labelled) == (True, False)
+    assert (made.plan.condition is not None, made.plan.guide_conditioned) == (True, False)
     torch.testing.assert_close(sampled(made), sampled(job(guide)), rtol=0, atol=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_an_adm_guide_may_have_a_null_label_or_not(dropout: float, guide_dropout
     own_flags, guide_flags = (flags | ({"label_dropout": 0.1} if each else {}) for each in (dropout, guide_dropout))
     made = job(tmp_path / "net.safetensors", guidance=0.0, guide=tmp_path / "guide.safetensors", **own_flags)
     classes = 0 if guide_dropout is None else 10
-    assert (made.networks["guide"].spec.num_classes, made.plan.guide_labelled) == (classes, classes > 0)
+    assert (made.networks["guide"].spec.num_classes, made.plan.guide_conditioned) == (classes, classes > 0)
     expected = sampled(job(tmp_path / "guide.safetensors", **guide_flags))
     torch.testing.assert_close(sampled(made), expected, rtol=0, atol=1e-5)
 
@@ -266,7 +266,7 @@ def test_latents_are_refused_by_a_sentence_with_both_choices(encoder: str, chann
         assert part in said
     made = job(latent, decoder="none")
     assert made.image_shape == (8, 8, channels)
-    assert made.plan.decoder.dtype == "float32"
+    assert made.plan.columns()["image"].dtype == "float32"
     assert "--decoder" in refusal(latent, decoder="vae")
 
 

@@ -18,7 +18,7 @@ from ray_sampler.sampling.memory import OutOfDeviceMemoryError
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-SENTENCE = "cuda ran out of memory with --batch_size 64; try --batch_size 16, which fits"
+SENTENCE = "cuda ran out of memory with --batch_size 64; try --batch_size 32, or --precision fp16 if this is fp32"
 
 
 @ray.remote(num_cpus=0)

@@ -22,7 +22,7 @@ from ray_sampler.config import RunConfig
 from ray_sampler.errors import RequestError
 from ray_sampler.networks.opening import FAMILIES
 from ray_sampler.reporting.progress import reporter
-from ray_sampler.sampling.decoding import DECODERS
+from ray_sampler.sampling.finish import FINISHERS
 from ray_sampler.sampling.solvers import SOLVERS
 from ray_sampler.storage.fragment import encode, read_fragment
 from ray_sampler.storage.record import FragmentName, Samples
@@ -45,7 +45,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of ours in its one place."""
     monkeypatch.setitem(FAMILIES, "colours", COLOURS)
     monkeypatch.setitem(SOLVERS, "grain", GRAIN)
-    monkeypatch.setitem(DECODERS, "negative", negative)
+    monkeypatch.setitem(FINISHERS, "negative", negative)
 
 
 @pytest.fixture

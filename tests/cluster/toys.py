@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ray_sampler.networks.family import Family, NetworkSpec, Opened, Precision, check_fit, without_memory
 from ray_sampler.networks.weights import Checkpoint
+from ray_sampler.sampling.finish import Finisher
 from ray_sampler.sampling.noise import Noise
 from ray_sampler.sampling.options import DecoderOptions
 from ray_sampler.sampling.parameterisation import Denoiser
@@ -72,23 +73,17 @@ GRAIN = Solver(grain, lambda steps, options: 1)
 # A decoder: every value becomes a square of four pixels, inverted.
 
 
-@dataclass(frozen=True)
-class Negative:
-    dtype = "uint8"
-
-    def decode(self, x: Tensor) -> Tensor:
-        pixels = ((1 - x.clamp(-1, 1)) * 127.5).to(torch.uint8).permute(0, 2, 3, 1)
-        return pixels.repeat_interleave(2, 1).repeat_interleave(2, 2).contiguous()
-
-    def shape(self, x: tuple[int, int, int]) -> tuple[int, int, int]:
-        return (2 * x[1], 2 * x[2], x[0])
-
-    def identity(self) -> dict[str, Any]:
-        return {"decoder": "negative"}
+def inverted(x: Tensor, networks: Mapping[str, Any]) -> dict[str, Tensor]:
+    pixels = ((1 - x.clamp(-1, 1)) * 127.5).to(torch.uint8).permute(0, 2, 3, 1)
+    return {"image": pixels.repeat_interleave(2, 1).repeat_interleave(2, 2).contiguous()}
 
 
-def negative(options: DecoderOptions) -> Negative:
-    return Negative()
+def doubled(shape: tuple[int, int, int]) -> dict[str, Column]:
+    return {"image": Column("uint8", (2 * shape[1], 2 * shape[2], shape[0]))}
+
+
+def negative(options: DecoderOptions) -> Finisher:
+    return Finisher(inverted, doubled, {"decoder": "negative"})
 
 
 # A product: the mean colour of every picture, as a metric would keep its features.

@@ -139,7 +139,11 @@ def samples_of(flags: Mapping[str, Any], count: int) -> tuple[np.ndarray, np.nda
     try:
         with torch.inference_mode():
             x, labels = sample_block(networks, plan, torch.arange(count))
-            return x.numpy(), plan.decoder.decode(x).numpy(), None if labels is None else labels.numpy()
+            return (
+                x.numpy(),
+                plan.finisher.finish(x, networks)["image"].numpy(),
+                None if labels is None else labels.numpy(),
+            )
     finally:
         torch.set_num_threads(threads)
 

@@ -31,7 +31,7 @@ def digest(name: str, precision: Precision, compile: Compile, device: torch.devi
     plan = plan_of(options, num_samples=3 * batch)
     engine.warm_up(plan)
     pictures = engine.sample(plan, 0, 2 * batch + 1)()
-    return hashlib.sha256(pictures.images.tobytes()).hexdigest()
+    return hashlib.sha256(pictures.columns["image"].tobytes()).hexdigest()
 
 
 def main() -> None:

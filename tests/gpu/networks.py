@@ -78,4 +78,4 @@ def plan_of(options: AdmOptions, labels: LabelRule | None = None, **flags: Any) 
         labels = LabelRule("random", options.num_classes)
     flags = {"steps": 3, "s_churn": 2.0, "s_noise": 1.003} | flags
     config = RunConfig().filled(DEFAULTS | flags | {"labels": None})
-    return replace(planning.plan_of(config, {"main": spec_of(options, flags)}), labels=labels)
+    return replace(planning.plan_of(config, {"main": spec_of(options, flags)}), condition=labels)

@@ -104,6 +104,17 @@ def test_labels_of_an_unconditional_network_are_refused_without_a_flag_of_other_
         job(module, labels="3")
 
 
+@pytest.mark.parametrize(("value", "refusal"), [(1.0, None), (float("nan"), "not finite, in scale")])
+def test_weights_of_8_bits_are_taken_where_they_are_finite(value: float, refusal: str | None, write: Write) -> None:
+    buffer = f"n.register_buffer('scale', torch.full((2,), float('{value}')).to(torch.float8_e4m3fn))"
+    made = f"    n = {NETWORK}\n    {buffer}\n    return Model(n, 'edm', (3, 4, 4))"
+    module = write(f"{FINE}import torch\ndef make(weights):\n{made}")
+    if refusal:
+        assert refusal in refused(module)
+    else:
+        assert job(module).networks["main"].spec.shape == (3, 4, 4)
+
+
 def test_numbers_of_numpy_and_torch_are_taken(write: Write) -> None:
     numbers = "tuple(np.array([3, 4, 4])), np.int64(5), torch.tensor(4), np.float32(0.5), torch.tensor(8)"
     module = write(

@@ -26,7 +26,7 @@ def plan(labels: LabelRule | None = None, *, image_size: int = 8, **flags: Any) 
     classes: dict[str, Any] = {"class_cond": True, "num_classes": labels.num_classes} if labels else {}
     spec = adm.spec_of(AdmOptions(image_size=image_size, **classes), flags)
     config = RunConfig().filled(DEFAULTS | flags | {"labels": None})
-    return replace(plan_of(config, {"main": spec}), labels=labels)
+    return replace(plan_of(config, {"main": spec}), condition=labels)
 
 
 def solve(plan: SamplePlan, denoise: Denoiser, noise: Noise) -> Tensor:

@@ -152,4 +152,4 @@ def test_a_parameterisation_of_ones_own_gets_no_step() -> None:
     planned = replace(plan(), parameterisation=parameterisation_of(replace(SPEC, kind=Halved()), 0.002))
     x, _ = sample_block({MAIN: cube}, planned, torch.arange(2))
     assert x.isfinite().all()
-    assert planned.identity()["preconditioning"] == "halved"
+    assert planned.identity({})["preconditioning"] == "halved"

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from ray_sampler.networks.adm_options import AdmOptions, TrainingMode
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.sampling.conditions import LabelRule, listed_labels
-from ray_sampler.sampling.decoding import to_uint8
 from ray_sampler.sampling.engine import (
     Engine,
     NonFiniteError,
     Pictures,
 )
+from ray_sampler.sampling.finish import to_uint8
 from ray_sampler.sampling.noise import make_draws
 from ray_sampler.sampling.numerics import numerics_key
 from ray_sampler.sampling.options import NoiseOptions
@@ -82,19 +82,18 @@ def whole() -> dict[str, Pictures]:
 
 def test_pictures_have_their_documented_types(whole: dict[str, Pictures]) -> None:
     pictures = whole["philox"]
-    assert pictures.images.dtype == np.uint8
-    assert pictures.images.shape == (N, SIZE, SIZE, 3)
-    assert pictures.labels is not None
-    assert pictures.labels.dtype == np.int32
-    assert pictures.labels.shape == (N,)
+    assert pictures.columns["image"].dtype == np.uint8
+    assert pictures.columns["image"].shape == (N, SIZE, SIZE, 3)
+    assert pictures.columns["label"].dtype == np.int32
+    assert pictures.columns["label"].shape == (N,)
     assert pictures.seconds > 0
 
 
 def test_the_test_pictures_differ(whole: dict[str, Pictures]) -> None:
     """Equal bytes below would mean nothing if all samples were alike."""
     for pictures in whole.values():
-        assert len({image.tobytes() for image in pictures.images}) == N
-        assert pictures.images.std() > 20
+        assert len({image.tobytes() for image in pictures.columns["image"]}) == N
+        assert pictures.columns["image"].std() > 20
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
@@ -107,17 +106,15 @@ def test_a_range_gives_the_same_bytes_however_it_was_cut(
     stop = data.draw(st.integers(start + 1, N))
     pictures = engine().sample(planned(generator=generator), start, stop)()
     expected = whole[generator]
-    assert expected.labels is not None
-    assert pictures.labels is not None
-    assert pictures.images.tobytes() == expected.images[start:stop].tobytes()
-    assert pictures.labels.tolist() == expected.labels[start:stop].tolist()
+    assert pictures.columns["image"].tobytes() == expected.columns["image"][start:stop].tobytes()
+    assert pictures.columns["label"].tolist() == expected.columns["label"][start:stop].tolist()
 
 
 def test_ranges_begun_before_earlier_ones_are_awaited_give_the_same_bytes(whole: dict[str, Pictures]) -> None:
     one = engine()
     pending = [one.sample(planned(), start, min(start + 8, N)) for start in range(0, N, 8)]
-    images = np.concatenate([finish().images for finish in pending])
-    assert images.tobytes() == whole["philox"].images.tobytes()
+    images = np.concatenate([finish().columns["image"] for finish in pending])
+    assert images.tobytes() == whole["philox"].columns["image"].tobytes()
 
 
 def test_every_block_has_the_same_shape_the_last_one_too() -> None:
@@ -128,13 +125,13 @@ def test_every_block_has_the_same_shape_the_last_one_too() -> None:
         return NETWORK(x, times, y)
 
     pictures = engine(network).sample(planned(), 5, N)()
-    assert len(pictures.images) == N - 5
+    assert len(pictures.columns["image"]) == N - 5
     assert set(batches) == {((BATCH, 3, SIZE, SIZE), (BATCH,), (BATCH,))}
 
 
 def test_more_samples_change_no_earlier_one(whole: dict[str, Pictures]) -> None:
     more = engine().sample(planned(num_samples=N + 9), 0, N + 9)()
-    assert more.images[:N].tobytes() == whole["philox"].images.tobytes()
+    assert more.columns["image"][:N].tobytes() == whole["philox"].columns["image"].tobytes()
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
@@ -144,17 +141,15 @@ def test_another_batch_size_stays_within_one_grey_level(
 ) -> None:
     pictures = all_pictures(batch_size=batch_size, generator=generator)
     expected = whole[generator]
-    assert pictures.labels is not None
-    assert expected.labels is not None
-    assert np.abs(pictures.images.astype(int) - expected.images).max() <= 1
-    assert pictures.labels.tolist() == expected.labels.tolist()
+    assert np.abs(pictures.columns["image"].astype(int) - expected.columns["image"]).max() <= 1
+    assert pictures.columns["label"].tolist() == expected.columns["label"].tolist()
 
 
 @pytest.mark.parametrize("cores", [2, 3])
 def test_neither_cores_nor_the_callers_threads_change_a_bit(cores: int, whole: dict[str, Pictures]) -> None:
     """Convolutions on two threads add up in another order, so an engine computes each block on one."""
     torch.set_num_threads(2)
-    assert all_pictures(cores=cores).images.tobytes() == whole["philox"].images.tobytes()
+    assert all_pictures(cores=cores).columns["image"].tobytes() == whole["philox"].columns["image"].tobytes()
 
 
 @pytest.mark.parametrize("sampler", ["heun", "onestep", "multistep"])
@@ -171,38 +166,38 @@ def test_pictures_are_those_of_the_solver(training_mode: TrainingMode, sampler: 
     draws = make_draws(NoiseOptions(seed=7), N, indices, (3, SIZE, SIZE))
     kind = parameterise("edm", c_noise="250log") if training_mode == "edm" else parameterise("consistency")
     with torch.no_grad():
-        denoise = clipped(kind.denoiser(NETWORK, LABELS.labels(draws, indices)))
+        denoise = clipped(kind.denoiser(NETWORK, LABELS.at(draws, indices)))
         x = solve(planned(**flags), denoise, draws.noise)
     expected = to_uint8(x, "truncate").numpy()
-    assert engine().sample(planned(**flags), 4, 8)().images.tobytes() == expected.tobytes()
+    assert engine().sample(planned(**flags), 4, 8)().columns["image"].tobytes() == expected.tobytes()
 
 
 def test_one_engine_computes_several_plans_and_none_changes_another(whole: dict[str, Pictures]) -> None:
     one = engine()
     for seed in (43, 42):
         pictures = one.sample(planned(seed=seed), 0, N)()
-    assert pictures.images.tobytes() == whole["philox"].images.tobytes()
+    assert pictures.columns["image"].tobytes() == whole["philox"].columns["image"].tobytes()
 
 
 def test_the_seed_decides_pictures_and_labels(whole: dict[str, Pictures]) -> None:
     other, expected = all_pictures(seed=43), whole["philox"]
-    assert other.labels is not None
-    assert expected.labels is not None
-    assert other.images.tobytes() != expected.images.tobytes()
-    assert other.labels.tolist() != expected.labels.tolist()
+    assert other.columns["image"].tobytes() != expected.columns["image"].tobytes()
+    assert other.columns["label"].tolist() != expected.columns["label"].tolist()
 
 
 def test_an_unconditional_model_has_no_labels() -> None:
-    assert all_pictures(UNCONDITIONAL, labels=None).labels is None
+    assert all_pictures(UNCONDITIONAL, labels=None).columns.keys() == {"image"}
 
 
 def test_listed_labels_reach_the_network_and_the_result() -> None:
     rule = listed_labels(np.array([3, 0, 9]), 10, "a list")
     pictures = all_pictures(labels=rule)
-    assert pictures.labels is not None
-    assert pictures.labels.tolist() == [3, 0, 9] * (N // 3)
+    assert pictures.columns["label"].tolist() == [3, 0, 9] * (N // 3)
     always_three = all_pictures(labels=listed_labels(np.array([3]), 10, "a list"))
-    same = [a.tobytes() == b.tobytes() for a, b in zip(pictures.images, always_three.images, strict=True)]
+    same = [
+        a.tobytes() == b.tobytes()
+        for a, b in zip(pictures.columns["image"], always_three.columns["image"], strict=True)
+    ]
     assert same == [True, False, False] * (N // 3)
 
 
@@ -244,7 +239,7 @@ def test_neighbours_outside_the_range_may_be_not_finite(whole: dict[str, Picture
     """Sample 2 is computed in the block of samples 0 and 1, and is nobody's concern there."""
     rule = planned(RULE_WITH_7)
     pictures = engine(poisoned(poison_class_7)).sample(rule, 0, 2)()
-    assert pictures.images.tobytes() == engine().sample(rule, 0, 2)().images.tobytes()
+    assert pictures.columns["image"].tobytes() == engine().sample(rule, 0, 2)().columns["image"].tobytes()
 
 
 def every_value() -> np.ndarray:
@@ -277,8 +272,8 @@ def test_the_two_roundings_differ_as_documented(value: float, truncated: int, ne
 
 
 def test_the_engine_follows_the_rounding_asked_for(whole: dict[str, Pictures]) -> None:
-    nearest = all_pictures(rounding="nearest").images.astype(int)
-    difference = nearest - whole["philox"].images
+    nearest = all_pictures(rounding="nearest").columns["image"].astype(int)
+    difference = nearest - whole["philox"].columns["image"]
     assert set(np.unique(difference)) == {0, 1}
 
 

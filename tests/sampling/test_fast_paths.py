@@ -36,7 +36,7 @@ def pictures(device: str, precision: Precision, compile: Compile, warm: bool = F
     planned = plan(LabelRule("random", 10), image_size=32, num_samples=N, **sampling)
     if warm:
         engine.warm_up(planned)
-    return engine.sample(planned, 0, N)().images.astype(int)
+    return engine.sample(planned, 0, N)().columns["image"].astype(int)
 
 
 @pytest.mark.parametrize("device", DEVICES)

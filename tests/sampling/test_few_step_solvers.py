@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ray_sampler.errors import RequestError
-from ray_sampler.sampling.consistency_solvers import IndexOptions
-from ray_sampler.sampling.multistep_solvers import OrderOptions, SdeOptions, deis_weights, unipc_weights
+from ray_sampler.sampling.multistep_solvers import IndexOptions, OrderOptions, SdeOptions, deis_weights, unipc_weights
 from ray_sampler.sampling.noise import make_draws, philox_normals
 from ray_sampler.sampling.options import NoiseOptions
 from ray_sampler.sampling.schedules import ScheduleOptions, levels_of

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ray_sampler.sampling.clock import seconds_between
-from ray_sampler.sampling.engine import Engine
+from ray_sampler.sampling.engine import Engine, seconds_between
 from ray_sampler.sampling.parameterisation import parameterise
 from ray_sampler.sampling.plan import MAIN
 from tests.sampling.plans import plan
@@ -61,7 +60,7 @@ def test_results_that_a_solver_keeps_outlive_the_next_call_of_a_captured_network
     def pictures(network: nn.Module, graphs: bool) -> bytes:
         engine = Engine({MAIN: network}, batch_size=4, device=CPU, compile="off")
         engine.graphs = graphs
-        return engine.sample(made, 0, 4)().images.tobytes()
+        return engine.sample(made, 0, 4)().columns["image"].tobytes()
 
     class Anew(InOnePlace):
         def forward(self, x: Tensor, sigma: Tensor, y: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ Words = tuple[int, int, int, int]
 
 
 def labels_of(rule: LabelRule, seed: int, indices: torch.Tensor) -> torch.Tensor:
-    return rule.labels(make_draws(NoiseOptions(seed=seed), 10, indices, (1, 2, 2)), indices)
+    return rule.at(make_draws(NoiseOptions(seed=seed), 10, indices, (1, 2, 2)), indices)
 
 
 def test_random_labels_equal_an_independent_computation(reference_philox: Callable[[Words, int], Words]) -> None:

@@ -1,4 +1,4 @@
-"""Running out of memory, wherever it happens, becomes one sentence with a batch size that fits."""
+"""Running out of memory, wherever it happens, becomes one sentence with what to try."""
 
 from __future__ import annotations
 
@@ -48,17 +48,11 @@ def plan() -> SamplePlan:
     return plan_of(tiny(), num_samples=64, steps=4)
 
 
-@pytest.mark.parametrize(("largest", "advised"), [(63, 32), (32, 32), (31, 16), (2, 2), (1, 1)])
-def test_the_batch_size_that_fits_is_found_and_said(largest: int, advised: int, plan: SamplePlan) -> None:
-    network = Limited(largest)
-    with pytest.raises(OutOfDeviceMemoryError, match=rf"--batch_size 64; try --batch_size {advised}, which fits"):
+def test_half_of_a_batch_size_that_does_not_fit_is_advised_without_a_trial(plan: SamplePlan) -> None:
+    network = Limited(63)
+    with pytest.raises(OutOfDeviceMemoryError, match=r"--batch_size 64; try --batch_size 32, or --precision fp16"):
         engine(network, 64).sample(plan, 0, 64)
-    assert network.sizes.count(advised) <= 2  # a trial is no whole run
-
-
-def test_where_no_batch_fits_the_other_ways_out_are_said(plan: SamplePlan) -> None:
-    with pytest.raises(OutOfDeviceMemoryError, match=r"--batch_size 4, and with every smaller .*--precision fp16"):
-        engine(Limited(0), 4).sample(plan, 0, 1)
+    assert network.sizes == [64]
     with pytest.raises(OutOfDeviceMemoryError, match=r"--batch_size 1; try --precision fp16 .*more memory"):
         engine(Limited(0), 1).sample(plan, 0, 1)
 
@@ -69,7 +63,7 @@ def test_an_engine_goes_on_after_a_batch_that_did_not_fit(plan: SamplePlan) -> N
     with pytest.raises(OutOfDeviceMemoryError):
         one.sample(plan, 0, 4)
     network.largest = 4
-    assert len(one.sample(plan, 0, 4)().images) == 4
+    assert len(one.sample(plan, 0, 4)().columns["image"]) == 4
 
 
 def test_other_errors_stay_what_they_are(plan: SamplePlan) -> None:
@@ -86,7 +80,7 @@ def test_a_host_without_room_for_a_shard_is_not_told_of_batch_sizes(
 ) -> None:
     """A smaller batch would fit on the device, and the next run would end in the same way."""
     one = engine(Limited(64), 64)
-    monkeypatch.setattr(one, "_compute", lambda plan, blocks: page_locked((512, 256, 256, 3), torch.uint8))
+    monkeypatch.setattr(one, "_compute", lambda plan, products, blocks: page_locked((512, 256, 256, 3), torch.uint8))
     monkeypatch.setattr(torch, "empty", no_room)
     with pytest.raises(OutOfDeviceMemoryError, match=r"page-lock 96 MiB .* 512 samples .*smaller --shard_size"):
         one.sample(plan, 0, 512)

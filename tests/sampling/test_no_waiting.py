@@ -52,7 +52,9 @@ def test_no_label_rule_waits(rule: LabelRule) -> None:
 
 def test_guidance_does_not_wait() -> None:
     plan = replace(
-        plan_of(tiny(), num_samples=8), guidance=GuidanceOptions(guidance=2.0, guidance_interval="0.1,5"), null_label=0
+        plan_of(tiny(), num_samples=8),
+        condition=LabelRule("random", 10, null_label=0),
+        guidance=GuidanceOptions(guidance=2.0, guidance_interval="0.1,5"),
     )
     assert block(plan)[0].shape == (4, 3, 16, 16)
 
