@@ -76,10 +76,9 @@ class Silent:
 
 def job_in(folder: Path, shards: int) -> Any:
     """As much of a job as its bookkeeping reads."""
-    request = SimpleNamespace(num_samples=shards * SHARD, min_actors=ACTORS)
-    run = SimpleNamespace(request=request, shard_size=SHARD)
     named = {"run_dir": RunDir(str(folder)), "output": str(folder), "fingerprint": FINGERPRINT}
-    return SimpleNamespace(**named, run=run, num_samples=shards * SHARD, products={}, overwrite=False)
+    config = SimpleNamespace(shard_size=SHARD)
+    return SimpleNamespace(**named, config=config, num_samples=shards * SHARD, products={}, overwrite=False)
 
 
 SETTINGS = {"model": "a run", "sampler": "heun", "steps": 18, "seed": 42}
@@ -90,7 +89,7 @@ class Bookkeeping:
 
     def __init__(self, job: Any) -> None:
         self.job = job
-        num_samples = job.config.num_samples
+        num_samples = job.num_samples
         self.inventory = Inventory(job, Silent())
         self.tally = Tally(num_samples, reused=num_samples - self.inventory.missing_samples())
         self.preview = PreviewKeeper(job.run_dir, FINGERPRINT, num_samples, SETTINGS, self.inventory.fragments.names)

@@ -25,7 +25,7 @@ from ray_sampler.sampling.memory import OutOfDeviceMemoryError, ran_out_of_memor
 from ray_sampler.sampling.numerics import numerics_key, pin
 from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.plan import SamplePlan
-from ray_sampler.sampling.products import Product, derive
+from ray_sampler.sampling.products import Product, checked, derive
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import FragmentFormat, FragmentName, Record, Samples
 from ray_sampler.storage.retry import HIDDEN_S
@@ -192,31 +192,39 @@ class Worker:
             RunError: the result cannot be written.
         """
         task = Task(*packed)
-        return self._sample(task) if task.product == IMAGES else self._derive(task)
+        product = self.runs[task.run].products.get(task.product)
+        return self._derive(task, product) if product and product.takes == "image" else self._sample(task)
 
     def _sample(self, task: Task) -> TaskResult:
-        run, start, stop, _ = task
+        """Sample a range, for its fragment and all products, or for a product that only needs the solver again."""
+        run, start, stop, wanted = task
         spec = self.runs[run]
+        products = [product for product in spec.products.values() if wanted in (IMAGES, product.name)]
+        of_x = {product.name: product.finish for product in products if product.takes == "x"}
         # On a GPU the compute thread only queues a shard; it is awaited here, while the next one is queued.
-        pictures: Pictures = self.compute.submit(self.engine.sample, spec.plan, start, stop).result()()
+        pictures: Pictures = self.compute.submit(self.engine.sample, spec.plan, start, stop, of_x).result()()
         began = time.perf_counter()
         samples = Samples(start, pictures.columns)
-        made = [(product, self._made_of(product, samples)) for product in spec.products.values()]
+        files: list[tuple[str, FragmentFormat, Samples]] = []
+        for product in products:
+            of_it = pictures.products.get(product.name)
+            made = self._made_of(product, samples) if of_it is None else checked(product, start, of_it)
+            files.append((product.folder, "parquet", made))
+        if wanted == IMAGES:  # a fragment comes last: where it is, its range of the products is, too
+            files.append((FRAGMENTS, spec.fragment_format, samples))
         computed_by = self._computed_by(pictures.seconds)
-        # A fragment comes last: where it is, its range of the products is, too.
-        for product, columns in made:
-            self._write(run, columns, product.folder, "parquet", computed_by)
-        name, record = self._write(run, samples, FRAGMENTS, spec.fragment_format, computed_by)
+        for folder, format, columns in files:
+            name, record = self._write(run, columns, folder, format, computed_by)
         upload_s = time.perf_counter() - began
         self.metrics[run].count(stop - start, pictures.seconds, pictures.idle_s, upload_s)
-        return TaskResult(name, record, pictures.seconds, pictures.idle_s, upload_s)
+        kept = record if wanted == IMAGES else None
+        return TaskResult(name, kept, pictures.seconds, pictures.idle_s, upload_s)
 
-    def _derive(self, task: Task) -> TaskResult:
+    def _derive(self, task: Task, product: Product) -> TaskResult:
         """Make a product of pictures that are stored."""
-        run, start, stop, name = task
-        spec, began = self.runs[run], time.perf_counter()
-        product = spec.products[name]
-        samples = self.run_dirs[run].ranges().read_samples(start, stop, spec.fingerprint)
+        run, start, stop, _ = task
+        began = time.perf_counter()
+        samples = self.run_dirs[run].ranges().read_samples(start, stop, self.runs[run].fingerprint)
         made = self._made_of(product, samples)
         written, _ = self._write(run, made, product.folder, "parquet", self._computed_by(time.perf_counter() - began))
         return TaskResult(written, None, 0.0, 0.0, time.perf_counter() - began)
