@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ray_sampler.errors import RequestError
-from ray_sampler.options import Flag, flags_of
+from ray_sampler.options import KINDS, Flag, flags_of
 
 BOOLEANS = {
     **dict.fromkeys(("true", "yes", "t", "y", "1"), True),
@@ -21,8 +21,8 @@ BOOLEANS = {
 DASHES = tuple("\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FIGURE DASH}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}")
 """What text processors and web pages make of hyphens."""
 
-VALUES = {"INT": "a whole number", "FLOAT": "a number", "TEXT": "text"}
-"""What a flag's value is, by its name in `--help`."""
+METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+"""What stands for a flag's value in `--help`."""
 
 SIMILAR = 0.7
 """How similar a flag must be, from 0 to 1, to one that we do not know for it to be suggested: a typo, not a guess."""
@@ -78,9 +78,9 @@ def without_value(error: argparse.ArgumentError, parser: argparse.ArgumentParser
         return str(error)
     if action.nargs == 0:
         return f"{error.argument_name} takes no value; give it alone or leave it out"
-    metavar = str(action.metavar)
-    wanted = VALUES.get(metavar, f"one of {metavar.replace('|', ', ')}")
-    return f"{error.argument_name} needs a value: {wanted}"
+    wanted = {METAVARS[kind]: KINDS[kind] for kind in METAVARS}
+    choices = f"one of {str(action.metavar).replace('|', ', ')}"
+    return f"{error.argument_name} needs a value: {wanted.get(str(action.metavar), choices)}"
 
 
 def declare_flags(section: argparse._ActionsContainer, component: type, leave_out: Sequence[str] = ()) -> None:
@@ -99,29 +99,20 @@ def declare_flag(section: argparse._ActionsContainer, flag: Flag) -> None:
     elif flag.choices:
         details["metavar"] = "|".join(map(str, flag.choices))
     else:
-        details["metavar"] = {int: "INT", float: "FLOAT"}.get(flag.kind, "TEXT")
+        details["metavar"] = METAVARS[flag.kind]
     section.add_argument(f"--{flag.name}", type=str, **details)
 
 
 def value_of(flag: Flag, text: Any) -> Any:
-    """A flag's value from its text.
+    """A flag's value from its text; True for a boolean flag that stands alone.
 
     Raises:
         RequestError: the text is no such value.
     """
-    if flag.choices:
-        if text not in flag.choices:
-            raise RequestError(f"--{flag.name} is {text!r}; it must be one of {', '.join(flag.choices)}")
-        return text
-    if flag.kind is bool:
-        if isinstance(text, str) and text.lower() not in BOOLEANS:
-            raise RequestError(f"--{flag.name} is {text!r}; it must be True or False")
-        return BOOLEANS[text.lower()] if isinstance(text, str) else text
     try:
-        return flag.kind(text)
-    except ValueError:
-        number = "a whole number" if flag.kind is int else "a number"
-        raise RequestError(f"--{flag.name} is {text!r}; it must be {number}") from None
+        return BOOLEANS[str(text).lower()] if flag.kind is bool else flag.kind(text)
+    except (KeyError, ValueError):
+        raise RequestError(f"--{flag.name} is {text!r}; it must be {KINDS[flag.kind]}") from None
 
 
 SYNONYMS = {

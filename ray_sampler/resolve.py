@@ -75,7 +75,8 @@ def resolve(config: RunConfig, model: str, brought: Mapping[str, Any], spec: Net
     check_options(settings["sampler"], given)
     settings |= settle(settings, given, read_levels)
     settings["model"] = model
-    settings["precision"] = precision_of(settings)
+    if settings["use_fp16"] is not None and settings["precision"] == "auto":
+        settings["precision"] = "fp16" if settings["use_fp16"] else "fp32"
     settings["shard_size"] = -(-settings["shard_size"] // settings["batch_size"]) * settings["batch_size"]
     settings["ts"] = ",".join(map(str, indices_of(of(IndexOptions, settings))))
     settings["labels"] = labels_of(settings, spec.unlabelled_hint if spec else "")
@@ -93,13 +94,6 @@ def without_file(config: RunConfig) -> RunConfig:
     """
     check(config)
     return resolve(config, *model_of(config), None)
-
-
-def precision_of(settings: Mapping[str, Any]) -> str:
-    """The precision asked for; auto until the fleet is known."""
-    if settings["use_fp16"] is None or settings["precision"] != "auto":
-        return str(settings["precision"])
-    return "fp16" if settings["use_fp16"] else "fp32"
 
 
 def labels_of(settings: Mapping[str, Any], hint: str) -> str | None:
