@@ -14,13 +14,14 @@ from typing import Any
 from ray_sampler.cluster.session import place
 from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
-from ray_sampler.networks.family import PREFIX, Network, Precision
+from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision
 from ray_sampler.networks.opening import open_network
 from ray_sampler.options import of
 from ray_sampler.planning import identity, plan_of
 from ray_sampler.presets import BUNDLED, as_begun, check_bundled, model_of, older_name
 from ray_sampler.resolve import check, given_values, resolve, settings_json, settled
-from ray_sampler.sampling.options import Compile, GuidanceOptions, guide_of
+from ray_sampler.sampling.finish import FINISHERS
+from ray_sampler.sampling.options import Compile, DecoderOptions, GuidanceOptions, guide_of
 from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan
 from ray_sampler.sampling.products import Product
 from ray_sampler.storage.record import fingerprint
@@ -132,7 +133,7 @@ class Job:
         """Where the networks' weights came from and what they were, by role; empty where no file was fetched."""
         if not any(network.sha256 for network in self.networks.values()):
             return {}
-        urls = {MAIN: self.config.model, GUIDE: self.config.guide}
+        urls = {MAIN: self.config.model, GUIDE: self.config.guide, **self.plan.finisher.networks}
         return {
             role: {
                 "url": redact(urls[role]),
@@ -208,21 +209,26 @@ def begun_folder(config: RunConfig, model: str) -> str | None:
 
 
 def open_networks(model: str, brought: Mapping[str, Any], config: RunConfig) -> dict[str, Network]:
-    """The networks of a run, by role; a guide only where one is used.
-
-    A bundled guide brings its own settings. Of another, what its file does not say is expected to be as in the model.
-    """
+    """The networks of a run, by role: the model, a guide where one is used, and what the finisher asks."""
     settings = {**brought, **given_values(config)}
     networks = {MAIN: open_network(model, settings, config.given)}
-    name = guide_of(of(GuidanceOptions, settings))
-    if name is None:
-        return networks
-    require(name != "", "--guide is empty; it must be null or a model, as for --model")
-    spec = networks[MAIN].spec
-    expected = {"image_size": spec.shape[1]} | ({"num_classes": spec.num_classes} if spec.num_classes else {})
-    expected = dict(BUNDLED[name].settings) if name in BUNDLED else settings | expected
-    networks[GUIDE] = open_network(name, expected | {"weights": None, "weights_key": None}, flag="--guide")
+    if (name := guide_of(of(GuidanceOptions, settings))) is not None:
+        networks[GUIDE] = open_guide(name, settings, networks[MAIN].spec)
+    if (finisher := FINISHERS.get(settings.get("decoder") or "")) is not None:
+        asked = finisher(of(DecoderOptions, settings)).networks.items()
+        networks |= {role: open_network(name, {}, flag="--decoder") for role, name in asked}
     return networks
+
+
+def open_guide(name: str, settings: Mapping[str, Any], guided: NetworkSpec) -> Network:
+    """The second network by which a first, `guided`, is guided. A bundled one brings its settings.
+
+    Of another, what its file does not say is expected to be as in the first.
+    """
+    require(name != "", "--guide is empty; it must be null or a model, as for --model")
+    expected = {"image_size": guided.shape[1]} | ({"num_classes": guided.num_classes} if guided.num_classes else {})
+    expected = dict(BUNDLED[name].settings) if name in BUNDLED else {**settings, **expected}
+    return open_network(name, expected | {"weights": None, "weights_key": None}, flag="--guide")
 
 
 def hash_of(role: str, network: Network) -> str:

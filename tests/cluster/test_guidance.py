@@ -16,6 +16,7 @@ from ray_sampler.cluster.job import Job, prepare
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.reporting.sheet import heading
 from ray_sampler.resolve import dry_run, settings_json
+from ray_sampler.sampling.finish import FINISHERS, UNDECODED
 from ray_sampler.sampling.plan import sample_block
 from tests.cluster.runs import TINY, random_weights
 from tests.cluster.small_models import REFERENCE, edm2_snapshot
@@ -43,6 +44,20 @@ def sampled(made: Job) -> Tensor:
     networks = {role: loaded(network) for role, network in made.networks.items()}
     with torch.inference_mode():
         return sample_block(networks, made.plan, torch.arange(3))[0]
+
+
+# What a finisher asks.
+
+
+def test_a_finisher_names_networks_by_role_which_are_opened_and_fingerprinted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asks = {"judge": str(GUIDE)}
+    finisher = UNDECODED._replace(identity={"decoder": "judged"}, networks=asks)
+    monkeypatch.setitem(FINISHERS, "judged", lambda options: finisher)
+    made = job(EDM2, decoder="judged")
+    assert list(made.networks) == ["main", "judge"]
+    assert made.networks["judge"].weights == job(GUIDE).networks["main"].weights
+    told = {"decoder": "judged", "judge": job(EDM2, guide=GUIDE, guidance=2.0).identity["guide"]}
+    assert {name: made.identity[name] for name in told} == told
 
 
 # What guides.
