@@ -49,9 +49,7 @@ ROUNDS = 10
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on `device`, without waiting for what is queued there."""
-    if tensor.device.type == device.type:
-        return tensor
-    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    source = tensor.pin_memory() if tensor.device.type == "cpu" and device.type == "cuda" else tensor
     return source.to(device, non_blocking=True)
 
 

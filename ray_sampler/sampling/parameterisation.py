@@ -98,11 +98,6 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
 """c_noise, the time that a network is conditioned on, by name: of consistency-models checkpoints, EDM, VE and VP."""
 
 
-def of_batch(value: Tensor, x: Tensor) -> Tensor:
-    """A level or time, 0-d or (B,), as (B,) float32 beside x."""
-    return value if value.ndim else x.new_full((len(x),), value.item())
-
-
 @dataclass(frozen=True)
 class Preconditioned:
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise(sigma), y), in float32 (Karras et al. 2022, eq. 7)."""
@@ -121,7 +116,8 @@ class Preconditioned:
     def denoiser(self, network: Network, y: Tensor | None) -> Denoiser:
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             whole, level = x.float(), sigma.float()
-            times = of_batch(self.c_noise(level), whole[:1] if self.shared_time else whole)
+            time = self.c_noise(level)
+            times = time if time.ndim else whole.new_full((1 if self.shared_time else len(whole),), time.item())
             c_skip, c_out, c_in = self.scalings(level if level.ndim == 0 else level[:, None, None, None])
             inputs = c_in * whole
             output = network(inputs, times, y)
@@ -161,9 +157,8 @@ def consistency(sigma_min: float | None = None, c_noise: str | Time = "250log") 
     return Preconditioned(said, lambda sigma: consistency_scalings(sigma, end), time, at_sigma_min=open_end)
 
 
-def linear_alphas(steps: int = 1000) -> tuple[float, ...]:
-    """Cumulative alphas of the linear schedule, betas from 1e-4 to 0.02 (Ho et al. 2020, section 4)."""
-    return tuple(np.cumprod(1 - np.linspace(1e-4, 0.02, steps)).tolist())
+LINEAR_ALPHAS = tuple(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)).tolist())
+"""Cumulative alphas of the linear schedule, betas from 1e-4 to 0.02 (Ho et al. 2020, section 4)."""
 
 
 def of_table(kind: str, scalings: Callable[[Tensor], Scalings], skip: Skip, alphas: Any = None) -> Preconditioned:
@@ -178,7 +173,7 @@ def of_table(kind: str, scalings: Callable[[Tensor], Scalings], skip: Skip, alph
     """
     wanted = "it must be a falling table of cumulative alphas between 0 and 1"
     try:
-        table = linear_alphas() if alphas is None else tuple(float(alpha) for alpha in alphas)  # arrays and tensors too
+        table = tuple(float(alpha) for alpha in (LINEAR_ALPHAS if alphas is None else alphas))  # arrays and tensors too
     except (TypeError, ValueError, RuntimeError):
         raise RequestError(f"alphas is a {type(alphas).__name__} that holds no list of numbers; {wanted}") from None
     falling = all(1 > a > b > 0 for a, b in pairwise(table))
@@ -226,17 +221,12 @@ def x0(alphas: Any = None, data_at: int | None = None) -> Preconditioned:
     return of_flow("x0", None, data_at)
 
 
-def plain(kind: str, scalings: Callable[[Tensor], Scalings], c_noise: Time, skip: Skip) -> Preconditioned:
-    """A kind without options."""
-    return Preconditioned({"preconditioning": kind}, scalings, c_noise, skip)
-
-
 PARAMETERISATIONS: dict[str, Callable[..., Parameterisation]] = {
     "edm": edm,
     "consistency": consistency,
-    "vp": partial(plain, "vp", eps_scalings, vp_time, "x"),
-    "ve": partial(plain, "ve", ve_scalings, TIMES["log/2"], "x"),
-    "denoiser": partial(plain, "denoiser", ve_scalings, lambda sigma: sigma, None),
+    "vp": lambda: Preconditioned({"preconditioning": "vp"}, eps_scalings, vp_time),
+    "ve": lambda: Preconditioned({"preconditioning": "ve"}, ve_scalings, TIMES["log/2"]),
+    "denoiser": lambda: Preconditioned({"preconditioning": "denoiser"}, ve_scalings, lambda sigma: sigma, None),
     "eps": partial(of_table, "eps", eps_scalings, "x"),
     "v": partial(of_table, "v", v_scalings, "input"),
     "x0": x0,

@@ -353,8 +353,5 @@ class SolverOptions(ChurnOptions, IndexOptions, OrderOptions, SdeOptions, Restar
     sampler: str = option("heun", f"The solver: {', '.join(SOLVERS)}.")
 
     def check(self) -> None:
-        """Raises RequestError: no such solver, or a value of an option is wrong, whichever solver takes it."""
+        """Raises RequestError: no such solver."""
         require(self.sampler in SOLVERS, f"--sampler is {self.sampler!r}; it must be one of {', '.join(SOLVERS)}")
-        for options in SolverOptions.__mro__[1:]:
-            if "check" in vars(options):
-                options.check(self)  # type: ignore[attr-defined]  # it has one
