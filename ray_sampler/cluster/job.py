@@ -228,7 +228,7 @@ def open_guide(name: str, settings: Mapping[str, Any], guided: NetworkSpec) -> N
     require(name != "", "--guide is empty; it must be null or a model, as for --model")
     expected = {"image_size": guided.shape[1]} | ({"num_classes": guided.num_classes} if guided.num_classes else {})
     expected = dict(BUNDLED[name].settings) if name in BUNDLED else {**settings, **expected}
-    return open_network(name, expected | {"weights": None, "weights_key": None}, flag="--guide")
+    return open_network(name, expected | {"weights": None, "weights_key": None, "preset": None}, flag="--guide")
 
 
 def hash_of(role: str, network: Network) -> str:

@@ -62,8 +62,19 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     return Opened(
         spec_of(options, settings),
         dict(checkpoint.tensors),
-        note=assumed(options, settings),
+        note="; ".join(filter(None, (overruled(checkpoint, settings, given), assumed(options, settings)))) or None,
         untold={name: PLACEHOLDERS[name] for name in untold(settings)},
+    )
+
+
+def overruled(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozenset[str]) -> str | None:
+    """What a preset says that the file contradicts: the file decides, and the preset may be that of another file."""
+    brought = {name: value for name, value in settings.items() if name not in given | {"label_dropout"}}
+    misfit = explain_misfit(checkpoint.tensors, brought) if settings.get("preset") else ""
+    return (
+        f"--preset {settings['preset']} does not match --model, whose own values are taken; {misfit}"
+        if misfit
+        else None
     )
 
 

@@ -192,3 +192,15 @@ def test_defaults_that_the_weights_cannot_confirm_are_told(
     note = open_network(str(tmp_path / "w.safetensors"), settings, frozenset(settings)).note
     assert (note or "").startswith(assumed or "")
     assert (note is None) == (assumed is None)
+
+
+def test_a_preset_of_another_file_does_not_contradict_and_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save(UNet(ARCH).state_dict(), path)
+    settings = {"preset": "edm-bedroom256", "num_channels": 4 * ARCH.num_channels, "image_size": ARCH.image_size}
+    network = open_network(str(path), settings, frozenset({"preset"}))
+    assert network.spec.options.num_channels == ARCH.num_channels
+    assert "--preset edm-bedroom256 does not match --model" in str(network.note)
+    assert f"--num_channels {ARCH.num_channels} (not {4 * ARCH.num_channels})" in str(network.note)
+    with pytest.raises(RequestError, match=f"--num_channels {ARCH.num_channels}"):
+        open_network(str(path), settings, frozenset({"preset", "num_channels"}))
