@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -97,10 +99,11 @@ class Inventory:
         self.rejected: list[tuple[str, str]] = []
         self._shared: dict[Any, Any] = {}
         """One copy of each value that most fragments have in common."""
-        self.shelves = {IMAGES: Shelf(job.run_dir.ranges(), job.num_samples, job.overwrite)}
-        for name, product in job.products.items():
-            ranges = job.run_dir.ranges(product.folder, product.columns)
-            self.shelves[name] = Shelf(ranges, job.num_samples, job.overwrite)
+        with collector_paused():
+            self.shelves = {IMAGES: Shelf(job.run_dir.ranges(), job.num_samples, job.overwrite)}
+            for name, product in job.products.items():
+                ranges = job.run_dir.ranges(product.folder, product.columns)
+                self.shelves[name] = Shelf(ranges, job.num_samples, job.overwrite)
         self.fragments = self.shelves[IMAGES]
         self.checking: dict[ray.ObjectRef[Checked], Shelf] = {}
         self.damage: list[tuple[Shelf, Checked]] = []
@@ -265,6 +268,18 @@ class Inventory:
 
         runs = ((made, list(pieces)) for made, pieces in groupby(self.fragments.cover(), maker))
         return tuple(Part(pieces[0].start, pieces[-1].stop, made.numerics, made.device) for made, pieces in runs)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Make very many long-lived objects, over which the garbage collector would go again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def complete(job: Job) -> bool:
