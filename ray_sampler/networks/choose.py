@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_sampler.networks.pickles import Inert, Name, Refused
-from ray_sampler.networks.stored import Entry, Odd, Stored
-from ray_sampler.networks.torch_files import SHARDS, Foreign
+from ray_sampler.networks.formats import Entry, Odd, Stored
+from ray_sampler.networks.inert import Foreign, Refused
 
 EMA = ("ema", "model_ema", "ema_model", "ema_state_dict", "model_ema_state_dict", "state_dict_ema", "params_ema")
 PLAIN = ("state_dict", "model", "module", "model_state_dict", "net", "network", "params")
@@ -42,6 +41,8 @@ EXTRAS = ("num_updates", "decay", "n_averaged", "initted", "step", "optimization
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 SHADOW = "shadow_params"
+SHARDS = ("ShardedTensor", "DTensor", "FlatParameter")
+"""Classes of tensors of which each process has a part."""
 PERSISTENT = "persistence._reconstruct_persistent_obj"
 SAVE = "save its state dict alone, with torch.save(model.state_dict(), ...)"
 MAX_DEPTH = 4
@@ -74,7 +75,7 @@ def choose(content: Any, key: str | None) -> Part:
     """The weights of a checkpoint's content, with the prefixes of their names removed.
 
     Args:
-        content: as `torch_files` reads it.
+        content: as `formats.content_of` reads it.
         key: where they are, with dots, or None to search.
 
     Raises:
@@ -121,7 +122,7 @@ def listed(key: str) -> str:
 
 def _mapping(value: Any) -> dict[Any, Any] | None:
     """What a dictionary, or an object of a class derived from it, holds; numeric keys also as text."""
-    items = value.items or None if isinstance(value, Inert) else value
+    items = value.items or None if isinstance(value, Foreign) else value
     if not isinstance(items, dict):
         return None
     numbers = [key for key, each in items.items() if type(key) in (int, float) and not isinstance(each, Stored | Odd)]
@@ -218,7 +219,7 @@ def _under(items: dict[Any, Any], name: str, path: str, depth: int, seen: set[in
         seen.add(id(value))
         for number, each in enumerate(each_once):
             yield from _candidates(each, f"{inside}.{number}", depth + 1, seen)
-    elif not isinstance(value, Inert) or value.items:
+    elif not isinstance(value, Foreign) or value.items:
         yield from _candidates(value, inside, depth + 1, seen)
 
 
@@ -227,10 +228,10 @@ def _shadow(averages: Sequence[Entry], items: dict[Any, Any], key: str) -> Tenso
     there, beside = next((c for name in PLAIN if name in items for c in _candidates({name: items[name]})), ("", {}))
     every = len(averages) == len(beside)  # buffers among them, as some callbacks of Lightning keep them
     model = {n: t for n, t in beside.items() if isinstance(t, Stored) and (every or not n.endswith(BUFFERS))}
-    shapes = [t.shape if isinstance(t, Stored) else () for t in averages]
-    first = _in_order(list(model), [t.shape for t in model.values()], shapes)
+    shapes = [t.like.shape if isinstance(t, Stored) else () for t in averages]
+    first = _in_order(list(model), [t.like.shape for t in model.values()], shapes)
     # From the end the same: what is left out is left out for certain.
-    last = _in_order(list(model)[::-1], [t.shape for t in model.values()][::-1], shapes[::-1])
+    last = _in_order(list(model)[::-1], [t.like.shape for t in model.values()][::-1], shapes[::-1])
     if not model:
         raise Refused(
             f"it has averaged weights under {key!r} as a list without names, and no state dict beside it to name them"
@@ -244,7 +245,9 @@ def _shadow(averages: Sequence[Entry], items: dict[Any, Any], key: str) -> Tenso
     return {**beside, **dict(zip(first, averages, strict=True))}
 
 
-def _in_order(names: list[str], shapes: list[tuple[int, ...]], wanted: list[tuple[int, ...]]) -> list[str] | None:
+def _in_order(
+    names: list[str], shapes: Sequence[tuple[int, ...]], wanted: Sequence[tuple[int, ...]]
+) -> list[str] | None:
     """The first names, in order, with the wanted shapes."""
     chosen: list[str] = []
     for name, shape in zip(names, shapes, strict=True):
@@ -365,7 +368,7 @@ def _refuse(content: Any) -> None:
     kind = {list: "a list", tuple: "a tuple", Stored: "one tensor without a name", Odd: "one tensor without a name"}
     name = "an empty dictionary" if items == {} else kind.get(type(content), "a dictionary without tensors by name")
     if items is None and type(content) not in kind:
-        name = "a class or a function" if isinstance(content, Name) else "something else"
+        name = "a class or a function" if isinstance(content, type) else "something else"
     raise Refused(
         f"it holds {name}; it must hold a state dict, that is tensors by name, alone or under one of "
         f"{', '.join(repr(key) for key in EMA[:2] + PLAIN[:3])}; {SAVE}"

@@ -10,10 +10,9 @@ import contextlib
 import hashlib
 import json
 import re
-import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +20,9 @@ from torch import Tensor
 from ray_sampler.errors import RequestError, redact
 from ray_sampler.networks import nvidia
 from ray_sampler.networks.choose import Part, WrongKey, choose, listed
-from ray_sampler.networks.kinds import foreign_kind
-from ray_sampler.networks.pickles import Refused
-from ray_sampler.networks.safe_files import is_safetensors, read_safetensors
+from ray_sampler.networks.formats import Entry, Odd, Stored, content_of, load
+from ray_sampler.networks.inert import Refused
 from ray_sampler.networks.sources import Folder, Source, opened
-from ray_sampler.networks.stored import DAMAGED, Entry, Odd, Stored, load
-from ray_sampler.networks.torch_files import read_pickle, read_zip
 
 HEAD = 2**16
 NAMED = 3
@@ -105,37 +101,15 @@ def _file(source: Source, head: bytes, key: str | None, shown: str) -> Checkpoin
         )
     digest = source.sha256()
     if nvidia.looks_like_nvidia(head):
-        source.file.seek(0)
-        try:
-            saved = nvidia.read_pickle(source.file)
-        except ValueError as error:
-            raise Refused(str(error)) from error
+        saved = nvidia.read_pickle(source.file)
         taken = key if key is not None else "ema" if "ema" in saved else next(iter(saved))
         if taken not in saved:
             raise WrongKey(f"the file has networks under {', '.join(map(repr, saved))}")
         _require_finite({name: t for name, t in saved[taken].tensors.items() if t.is_floating_point()})
         return Checkpoint({}, taken, source.note, shown, digest, saved)
-    chosen = choose(_content(source, head), key)
+    chosen = choose(content_of(source.file, head), key)
     notes = [note for note in (_note(chosen) if key is None else None, source.note) if note]
     return Checkpoint(_loaded(chosen.tensors), chosen.key, "; ".join(notes) or None, shown, digest)
-
-
-def _content(source: Source, head: bytes) -> Any:
-    if head[:4] == b"PK\x03\x04":
-        reader: Callable[[BinaryIO, int], Any] = read_zip
-    elif is_safetensors(head):
-        reader = read_safetensors
-    elif head[:1] == b"\x80":
-        reader = read_pickle
-    else:
-        raise Refused(foreign_kind(head))
-    try:
-        return reader(source.file, source.size)
-    except Refused:
-        raise
-    # What damaged bytes lead to that no check foresees.
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, struct.error) as error:
-        raise Refused(f"{DAMAGED}: it cannot be read to its end") from error
 
 
 def _note(chosen: Part) -> str | None:
@@ -155,11 +129,11 @@ def _loaded(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         )
     stored = {name: entry for name, entry in entries.items() if isinstance(entry, Stored)}
     whole = [
-        f"{_shown(name)} as {str(entry.dtype).removeprefix('torch.')}"
+        f"{_shown(name)} as {str(entry.like.dtype).removeprefix('torch.')}"
         for name, entry in stored.items()
-        if not entry.dtype.is_floating_point and name.rpartition(".")[2] in ("weight", "bias")
+        if not entry.like.dtype.is_floating_point and name.rpartition(".")[2] in ("weight", "bias")
     ]
-    floats = {name: entry for name, entry in stored.items() if entry.dtype.is_floating_point}
+    floats = {name: entry for name, entry in stored.items() if entry.like.dtype.is_floating_point}
     if whole or not floats:
         what = ", ".join(whole[:NAMED]) or "no floating-point tensors"
         raise Refused(f"it has {what}; weights must be floating-point numbers, so save them before they are quantised")
@@ -169,7 +143,7 @@ def _loaded(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
             f"{_shown(next(name for name in floats if name.startswith(('down_blocks.', 'transformer_blocks.'))))}), "
             "which is read only with its pipeline; name the checkpoint that it was converted from"
         )
-    empty = sum(0 in entry.shape for entry in floats.values())
+    empty = sum(0 in entry.like.shape for entry in floats.values())
     if 2 * empty > len(floats):
         raise Refused(
             "most of its tensors are empty: it is one part of a sharded checkpoint; consolidate the parts first"
@@ -245,12 +219,12 @@ def _indexed(index: bytes, folder: str, key: str | None, shown: str, flag: str) 
             source = stack.enter_context(opened("/" + file if folder == "/" else f"{folder.rstrip('/')}/{file}", flag))
             if not isinstance(source, Source):
                 raise Refused(f"its part {_shown(file)} is a directory")
-            part = _content(source, _head(source))
-            for name, entry in part.items() if type(part) is dict else ():
+            part = content_of(source.file, _head(source))
+            for name, entry in part.items() if isinstance(part, dict) else ():
                 if wanted.get(name) == file and isinstance(entry, Stored | Odd):
                     entries[name] = entry
                     if isinstance(entry, Stored):
-                        entry.storage.position |= number << 48  # file by file
+                        entry.storage.part = number
             notes += [source.note] if source.note else []
         missing = [name for name in wanted if name not in entries]
         if missing:

@@ -11,18 +11,18 @@ import sys
 import tarfile
 import threading
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from isal import isal_zlib
 from safetensors.torch import save
 from torch import Tensor
 
 from ray_sampler.errors import RequestError
-from ray_sampler.networks import stored
+from ray_sampler.networks import formats
 from ray_sampler.networks.weights import read_checkpoint, weights_hash
 from tests.networks.layouts import refusal
 from tests.networks.malicious import SMALL, Code
@@ -109,6 +109,19 @@ except ValueError as error:
     assert done.stdout == "refused\n"
 
 
+@pytest.mark.parametrize(
+    "name", [b"torch._utils\n_rebuild_tensor_v2", b"collections\nOrderedDict", b"torch\nFloatStorage"]
+)
+@pytest.mark.parametrize("protocol", [b"\x80\x02", b"\x80\x04"])
+def test_a_file_changes_nothing_of_what_stands_for_its_names(protocol: bytes, name: bytes, tmp_path: Path) -> None:
+    """BUILD sets attributes of functions and classes as well, where they are real ones."""
+    path = tmp_path / "w.pt"
+    path.write_bytes(protocol + b"c" + name + b"\n}X\4\0\0\0makeK\1s}X\x0c\0\0\0__defaults__)s\x86b.")
+    refusal(path)
+    torch.save(OrderedDict(w=torch.arange(3.0)), path)
+    assert read_checkpoint(str(path)).tensors["w"].tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("kind", ["tar", "zip with another pickle", "zip with code"])
 def test_pickles_in_archives_of_older_or_made_up_layouts_never_run(kind: str, tmp_path: Path) -> None:
     marker, path = tmp_path / "it-ran", tmp_path / "w.pt"
@@ -157,19 +170,18 @@ def test_process_substitution_is_read(tmp_path: Path) -> None:
 
 
 def slowly(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]) -> None:
-    """Runs `meanwhile`, in a thread of its own, after the first part of the first large storage was read."""
-    monkeypatch.setattr(stored, "CHUNK", 2**16)
-    done = threading.Event()
+    """Runs `meanwhile` after the first part of the first large storage of a zip archive was read."""
+    monkeypatch.setattr(formats, "CHUNK", 2**16)
+    read, done = zipfile.ZipExtFile.read, threading.Event()
 
-    def crc32(data: Any, value: int) -> int:
+    def watched(file: zipfile.ZipExtFile, count: int | None = -1) -> bytes:
+        data = read(file, count)
         if not done.is_set() and len(data) == 2**16:
             done.set()
-            thread = threading.Thread(target=meanwhile)
-            thread.start()
-            thread.join()
-        return isal_zlib.crc32(data, value)
+            meanwhile()
+        return data
 
-    monkeypatch.setattr(stored, "isal_zlib", type("", (), {"crc32": staticmethod(crc32)}))
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", watched)
 
 
 def test_a_file_that_is_overwritten_in_place_while_it_is_read_is_refused(
