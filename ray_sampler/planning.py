@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from ray_sampler.config import SAMPLING_VERSION, RunConfig
 from ray_sampler.errors import redact, require, shortened
 from ray_sampler.networks.family import NetworkSpec, Script
 from ray_sampler.options import of
-from ray_sampler.sampling.conditions import LabelRule, listed_labels
+from ray_sampler.sampling.conditions import Condition, LabelRule, listed_labels
 from ray_sampler.sampling.finish import FINISHERS, Finisher, pixels
 from ray_sampler.sampling.guidance import check_channels
 from ray_sampler.sampling.options import DecoderOptions, GuidanceOptions, NoiseOptions
@@ -46,7 +46,7 @@ def plan_of(config: RunConfig, specs: Mapping[str, NetworkSpec]) -> SamplePlan:
         finisher=finisher_of(config, spec),
         noise=of(NoiseOptions, config),
         num_samples=config.num_samples,
-        condition=label_rule(config.labels, spec),
+        condition=CONDITIONS[spec.condition](config, spec),
         clip_denoised=config.clip_denoised,
         state=config.state,
         guidance=guidance,
@@ -56,14 +56,19 @@ def plan_of(config: RunConfig, specs: Mapping[str, NetworkSpec]) -> SamplePlan:
     )
 
 
-def label_rule(labels: str | None, spec: NetworkSpec) -> LabelRule | None:
+def label_rule(config: RunConfig, spec: NetworkSpec) -> LabelRule | None:
     """The rule that resolved labels name; None for an unconditional network. Raises RequestError: the list is wrong."""
+    labels = config.labels
     if labels is None:
         return None
     if labels in ("random", "balanced"):
         return LabelRule("balanced" if labels == "balanced" else "random", spec.num_classes, None, spec.null_label)
     rule = listed_labels(read_labels(labels), spec.num_classes, repr(shortened(labels)))
     return replace(rule, null_label=spec.null_label)
+
+
+CONDITIONS: dict[str, Callable[[RunConfig, NetworkSpec], Condition | None]] = {"labels": label_rule}
+"""By the name that a network's description has; another condition is one entry more here."""
 
 
 def check_guide(guidance: GuidanceOptions, spec: NetworkSpec, guide: NetworkSpec | None) -> None:

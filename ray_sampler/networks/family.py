@@ -53,6 +53,8 @@ class NetworkSpec:
     """Its architecture by flag name, beyond its size and classes, where the family has flags for it."""
     unlabelled_hint: str = ""
     """What else could be done where labels are asked for, and the network takes none; follows a remedy."""
+    condition: str = "labels"
+    """What it is given of each sample beside x and the time, by the name of a condition."""
     latent: str | None = None
     """The rule by which x becomes a picture (sd, edm2); None where x is a picture."""
     script: Script = "consistency-models"

@@ -18,8 +18,10 @@ COUNTS = ("steps", "nfe", "sigmas")
 REPLACED = ("sigma_max", "schedule", "rho", "shift")
 """Flags that say what --sigmas says outright."""
 
-OPTIONS = {name for solver in SOLVERS.values() for name, flag in flags_of(solver.options).items() if not flag.recorded}
-"""Options of solvers, but for those of version 1, which every solver accepts."""
+
+def own_options() -> set[str]:
+    """Options of solvers, but for those of version 1, which every solver accepts."""
+    return {name for solver in SOLVERS.values() for name, flag in flags_of(solver.options).items() if not flag.recorded}
 
 
 def check_counts(given: Mapping[str, Any]) -> None:
@@ -43,7 +45,7 @@ def check_options(sampler: str, given: Mapping[str, Any]) -> None:
     Raises:
         RequestError: it has not.
     """
-    for name in sorted(OPTIONS & given.keys() - names_of(sampler)):
+    for name in sorted(own_options() & given.keys() - names_of(sampler)):
         takers = ", ".join(each for each in SOLVERS if name in names_of(each))
         require(False, f"--{name} is {given[name]!r}, but --sampler {sampler} has no such option; it is for {takers}")
 
@@ -65,7 +67,7 @@ def still_brought(brought: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
     if "sigmas" in given:
         gone |= set(REPLACED)
     if given.get("sampler", brought.get("sampler")) != brought.get("sampler"):
-        gone |= OPTIONS | {"schedule", "shift"}
+        gone |= own_options() | {"schedule", "shift"}
     return {name: value for name, value in brought.items() if name not in gone}
 
 
