@@ -175,6 +175,8 @@ def _foreign_kind(head: bytes) -> str:
         return "it is a JSON text, such as the configuration of a network; name the file with its weights"
     if head.startswith(b"\x1f\x8b"):
         return "it is compressed with gzip; unpack it with gunzip"
+    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in text):
+        return "it is text, not a checkpoint; name a file with weights"
     return "it is truncated, damaged, or no checkpoint (torch.save, safetensors or pickle)"
 
 

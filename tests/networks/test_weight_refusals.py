@@ -63,7 +63,7 @@ def zipped() -> bytes:
         (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "XML"),
         (gzip.compress(b"x", mtime=0), "gunzip"),
         (b'{"hidden_size": 3}', "JSON"),
-        (b"lr: 3\nsteps: 4\n", "no checkpoint"),
+        (b"lr: 3\nsteps: 4\n", "text, not a checkpoint"),
         (npz(), "NumPy"),
         (zipped(), "unpack it"),
         (tar(), "no checkpoint"),
