@@ -278,7 +278,7 @@ class Pool:
         return failed._replace(hopeless=isinstance(error.cause, OutOfDeviceMemoryError))
 
     def _fail_start(self, member: Member, reason: str, with_node: bool = False) -> StartFailed:
-        """An actor did not start: where that goes on on a node, the next one waits longer."""
+        """An actor did not start; if starts keep failing on its node, the next one there waits longer."""
         self.remove(member)
         now, trouble = self.calls.now(), self.troubles[member.node_id]
         trouble.add(member.since, now)
