@@ -20,7 +20,8 @@ LEAST_MEMORY = 600 * 2**20
 LEAST_PROCESSES = 220
 """Threads, which the system counts as processes, that they start between them, about."""
 
-KNOCK_S = 5.0
+KNOCK_S = 15.0
+"""Seconds in which this machine must accept a connection from itself."""
 
 
 def cgroup_files(controller: str, name: str) -> Iterator[str]:

@@ -32,11 +32,11 @@ from ray_sampler.cluster.reaching import cannot_start, check_machine, entrypoint
 from ray_sampler.errors import RunError, printable
 from ray_sampler.interrupts import kill_trees
 
-START_S = 40.0
-"""Seconds that a local Ray may take to start."""
+START_S = 120.0
+"""Seconds that a local Ray may take to start: about 3 on an idle machine, 40 and more on a slow one that is busy."""
 
-END_S = 15.0
-"""Seconds in which Ray's processes end."""
+END_S = 45.0
+"""Seconds in which Ray's processes end: at most one where the machine is not busy."""
 
 SIGACTION_BYTES = 512
 """Room for the system's struct sigaction, whatever its size."""
@@ -96,7 +96,7 @@ class Keeper:
         latest = self
         ours = self.address is None
         if not self.ready.wait(START_S if ours else None):
-            self.failure = TimeoutError(f"it was not up after {START_S:.0f} s")
+            self.failure = TimeoutError(f"it timed out after {START_S:.0f} s")
         if self.failure is None:
             return
         if not ours:
@@ -163,7 +163,7 @@ def settings_of_our_own() -> Iterator[None]:
     Ray would copy the working folder and start them by `uv run` where this process was started so.
     """
     uv = getattr(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False)
-    with on_loopback():
+    with on_loopback(), environment(RAY_gcs_server_port_wait_time_s=f"{START_S:.0f}"):
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
         try:
             yield
@@ -285,6 +285,8 @@ def reason_for(failure: BaseException) -> str:
     """Why our own Ray did not start, in one sentence, and where its log lies."""
     said = [line.strip() for line in str(failure).splitlines() if line.strip()]
     cause = printable(said[0] if said else type(failure).__name__)
+    if "timed out" in cause:
+        cause += "; the machine may be busy, so run the command again"
     if (space := address_space()) is not None:
         allowed = f"ulimit -v allows {space / 2**20:.0f} MiB of addresses"
         cause += f" ({allowed}, and Ray reserves many times the memory that it uses: raise it)"

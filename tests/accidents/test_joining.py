@@ -35,18 +35,17 @@ def test_of_another_version_both_are_named():
     assert "Python 3.11.7" in said
 
 
-def ask(configure: Configure, address: str | None, script: str = "", **variables: str) -> tuple[int, list[str], float]:
+def ask(configure: Configure, address: str | None, script: str = "", **variables: str) -> tuple[int, list[str]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
     if "RAY_ADDRESS" not in variables:
         environment.pop("RAY_ADDRESS", None)
     flags = flags_of(configure(address=address))
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; {script}\nfrom ray_sampler.cli import main; sys.exit(main(sys.argv[1:]))",
          "sample", *flags],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
-    return done.returncode, done.stderr.splitlines(), time.monotonic() - began
+    return done.returncode, done.stderr.splitlines()
 
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-some-length-0123456789"}
@@ -78,15 +77,15 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.accidents
 def test_the_port_of_clients_is_told_from_a_cluster_s_own(configure: Configure, head: tuple[int, int]):
-    code, (line,), seconds = ask(configure, f"127.0.0.1:{head[1]}", **TOKEN)
-    assert (code, seconds < 60) == (2, True)
+    code, (line,) = ask(configure, f"127.0.0.1:{head[1]}", **TOKEN)
+    assert code == 2
     assert f"--address is '127.0.0.1:{head[1]}'" in line
     assert "perhaps that of Ray clients" in line
 
 
 @pytest.mark.accidents
 def test_a_head_of_another_version_is_named_with_what_to_install(configure: Configure, head: tuple[int, int]):
-    code, (line,), _ = ask(configure, f"127.0.0.1:{head[0]}", "import ray; ray.__version__ = '2.1.0'", **TOKEN)
+    code, (line,) = ask(configure, f"127.0.0.1:{head[0]}", "import ray; ray.__version__ = '2.1.0'", **TOKEN)
     assert code == 2
     for named in (f"Ray {ray.__version__}", "Ray 2.1.0", f"pip install 'ray[default]=={ray.__version__}'"):
         assert named in line
@@ -95,14 +94,14 @@ def test_a_head_of_another_version_is_named_with_what_to_install(configure: Conf
 @pytest.mark.accidents
 def test_a_token_that_is_missing_is_asked_for(configure: Configure, head: tuple[int, int]):
     for variables in ({"RAY_AUTH_MODE": "disabled"}, TOKEN | {"RAY_AUTH_TOKEN": "another-token-0123456789-0123456"}):
-        code, (line,), _ = ask(configure, f"127.0.0.1:{head[0]}", **variables)
+        code, (line,) = ask(configure, f"127.0.0.1:{head[0]}", **variables)
         assert code == 2
         assert "export RAY_AUTH_MODE=token" in line
 
 
 @pytest.mark.accidents
 def test_a_wrong_variable_is_named_as_such(configure: Configure):
-    code, (line,), _ = ask(configure, None, RAY_ADDRESS="127.0.0.1:9")
+    code, (line,) = ask(configure, None, RAY_ADDRESS="127.0.0.1:9")
     assert code == 2
     assert line.startswith("ray-sampler: RAY_ADDRESS is '127.0.0.1:9', where no Ray cluster answers")
     assert "--address is" not in line
@@ -121,6 +120,6 @@ def test_a_web_server_s_port_is_told(configure: Configure):
 
         threading.Thread(target=answer, daemon=True).start()
         port = server.getsockname()[1]
-        code, (line,), _ = ask(configure, f"127.0.0.1:{port}")
+        code, (line,) = ask(configure, f"127.0.0.1:{port}")
     assert code == 2
     assert f"port {port} is a web server's, perhaps the dashboard's" in line

@@ -69,6 +69,12 @@ def test_a_limit_on_addresses_is_named_where_ray_did_not_start(monkeypatch: pyte
     assert "ulimit -v allows 2048 MiB" in reason_for(TimeoutError("it was not up"))
 
 
+@pytest.mark.parametrize("said", ["it timed out after 120 s", "The current node timed out during startup."])
+def test_a_ray_that_was_too_slow_is_to_be_started_again(said: str):
+    """The first sentence is ours and the second Ray's, whose own limits are shorter."""
+    assert "run the command again" in reason_for(TimeoutError(said))
+
+
 def test_a_stack_is_no_reason(tmp_path: Path):
     complaint = "[2026-01-01 00:00:00,000 C 1 2] (raylet) socket.cc:1: no such folder"
     frame = "[2026-01-01 00:00:00,000 E 1 2] (raylet) logging.cc:474:     @     0x7ff792066d10  (unknown)"

@@ -119,14 +119,14 @@ if __name__ == "__main__":
     fill("a")
     process = multiprocessing.get_context("fork").Process(target=fill, args=("b",))
     process.start()
-    process.join(120)
+    process.join({patience})
     print(process.exitcode)
     process.kill()
 """
 
 
 def test_a_run_in_a_fork_of_a_process_that_has_used_ray_is_refused(tmp_path: Path, checkpoint: Path):
-    script = FORKED.format(model=str(checkpoint), flags=TINY | SMALL)
+    script = FORKED.format(patience=PATIENCE_S, model=str(checkpoint), flags=TINY | SMALL)
     done = carried_out(script, tmp_path)
     refusal, code = done.stdout.splitlines()
     assert "spawn" in refusal

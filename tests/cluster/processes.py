@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300.0
 """How long a test waits for what must come: many times what it takes on a machine that does nothing else."""
 
-PROMPT_S = 20.0
+PROMPT_S = 60.0
 """In which a run has ended that was told to: five seconds on a machine that does nothing else."""
 
 Moment = Callable[[Path], bool]
