@@ -18,6 +18,7 @@ LAYERS = (
     {"errors", "options", "streams", "interrupts"},
     {"storage", "networks", "published", "presets"},
     {"sampling"},
+    {"scoring"},
     {"reporting"},
     {"config"},
     {"resolve", "planning"},
@@ -102,7 +103,13 @@ def test_the_cluster_knows_no_family_of_networks() -> None:
 
 @pytest.mark.parametrize(
     ("part", "foreign"),
-    [("storage", {"torch", "ray"}), ("networks", {"ray"}), ("sampling", {"ray"}), ("reporting", {"ray", "torch"})],
+    [
+        ("storage", {"torch", "ray"}),
+        ("networks", {"ray"}),
+        ("sampling", {"ray"}),
+        ("scoring", {"ray"}),
+        ("reporting", {"ray", "torch"}),
+    ],
 )
 def test_what_a_part_must_not_import(part: str, foreign: set[str]) -> None:
     for module, path in modules().items():
