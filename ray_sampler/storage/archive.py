@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import tempfile
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +18,12 @@ from ray_sampler.storage.archive_layout import ArchiveLayout, Member, crc32_comb
 from ray_sampler.storage.ranges import Piece, missing
 from ray_sampler.storage.record import Column, DamagedFragment, FragmentName, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
-from ray_sampler.storage.store import NotCommitted, Readable, StagedFile, UnreadableFile
+from ray_sampler.storage.store import NotCommitted, Readable, UnreadableFile
 
 logger = logging.getLogger(__name__)
 
 READERS = 4
-"""Threads that read fragments, at most; where the archive is written at any place, no more than there are cores."""
+"""Threads that read fragments ahead, at most."""
 
 FRAGMENT_MEMORY = 128 * 2**20
 """Bytes of fragments that are held at once; fragments beyond a quarter of it have fewer readers, but at least one."""
@@ -186,118 +185,78 @@ def merge(
         image_shape: (H, W, C).
         labelled: whether the archive has arr_1.
         fingerprint: of the run.
-        viewer: called at the start of each attempt for what looks at all samples, a few at a time, in arbitrary order,
-            never concurrently. What an attempt that failed had seen is seen again by the next one's.
+        viewer: called at the start of each attempt for what looks at all samples, a few at a time, in order. What an
+            attempt that failed had seen is seen again by the next one's.
 
     Raises:
         DamagedPiece: a fragment is damaged, gone or changed. No archive was written.
         RunError: the pieces leave samples out, or the store failed. No archive was written.
     """
     layout = lay_out(run_dir, pieces, contents, num_samples, image_shape, labelled, fingerprint)
+    name = run_dir.archive_name(num_samples, image_shape)
     for left in reversed(range(COMMITS)):
-        try:
-            write_archive(run_dir, layout, pieces, contents, fingerprint, viewer() if viewer else None)
-            break
-        except NotCommitted as error:
-            if not left:
-                raise
-            logger.warning("%s; the archive is written anew", error)
+        on_samples = viewer() if viewer else None
+        with contextlib.closing(archive_chunks(run_dir, layout, pieces, contents, fingerprint, on_samples)) as chunks:
+            try:
+                run_dir.write_archive(name, chunks, layout.size)
+                break
+            except NotCommitted as error:
+                if not left:
+                    raise
+                logger.warning("%s; the archive is written anew", error)
     return layout
 
 
-def write_archive(
+def archive_chunks(
     run_dir: RunDir,
     layout: ArchiveLayout,
     pieces: Sequence[Piece],
     contents: Mapping[FragmentName, Content],
     fingerprint: str | None,
     on_samples: Callable[[Samples], None] | None,
-) -> None:
-    """Write the archive that `layout` describes; as `merge`, whose arguments these are."""
-    image_shape = layout.image_shape
-    name = run_dir.archive_name(layout.num_samples, image_shape)
+) -> Generator[bytes | memoryview, None, None]:
+    """The bytes of the archive that `layout` describes, in order; arguments and errors as of `merge`.
+
+    A fragment is read and checked before its first byte is given.
+    """
     images_member, *labels_members = layout.members
-    image_bytes, looking = Column(layout.dtype, image_shape).size, threading.Lock()
-    with tempfile.TemporaryFile() as spool, run_dir.stage_archive(name, layout.size) as file:
-        write = file.write_at or in_order(file)
 
-        def pass_on(piece: Piece, groups: Iterable[Samples]) -> None:
-            for part in parts_of(piece, groups):
-                write(len(images_member.header) + part.start * image_bytes, image_values(part))
-                os.pwrite(spool.fileno(), label_values(part), part.start * 8)
+    def read(piece: Piece) -> list[Samples]:
+        return list(parts_of(piece, read_groups(run_dir, piece, contents[piece.fragment], fingerprint)))
+
+    yield images_member.header
+    with tempfile.TemporaryFile() as spool:
+        for parts in ahead(readers_for(pieces, Column(layout.dtype, layout.image_shape).size), pieces, read):
+            for part in parts:
+                yield from cut(image_values(part))
+                spool.write(label_values(part))
                 if on_samples:
-                    with looking:
-                        on_samples(part)
-
-        def read(piece: Piece) -> Iterator[Samples]:
-            return read_groups(run_dir, piece, contents[piece.fragment], fingerprint)
-
-        write(0, images_member.header)
-        readers = readers_for(pieces, image_bytes)
-        if file.write_at:
-            at_once(min(readers, os.cpu_count() or 1), pieces, lambda piece: pass_on(piece, read(piece)))
-        else:
-            for piece, groups in ahead(readers, pieces, lambda piece: list(read(piece))):
-                pass_on(piece, groups)
-        end = len(images_member.header) + images_member.size
+                    on_samples(part)
+        spool.seek(0)
         for labels_member in labels_members:
-            write(end, labels_member.header)
-            end += len(labels_member.header)
+            yield labels_member.header
             crc32 = labels_member.npy_crc32
             while chunk := spool.read(CHUNK_BYTES):
-                write(end, chunk)
-                end += len(chunk)
+                yield chunk
                 crc32 = isal_zlib.crc32(chunk, crc32)
             require_crc32(crc32, labels_member)
-        write(end, layout.directory)
+    yield layout.directory
 
 
-def in_order(file: StagedFile) -> Callable[[int, bytes | memoryview], None]:
-    """Writing for stores that take one byte after the other: each call must go on where the last one ended."""
-
-    def write(offset: int, data: bytes | memoryview) -> None:
-        for start in range(0, len(data), CHUNK_BYTES):
-            file.write(data[start : start + CHUNK_BYTES])
-
-    return write
+def cut(values: memoryview) -> Iterator[memoryview]:
+    return (values[start : start + CHUNK_BYTES] for start in range(0, len(values), CHUNK_BYTES))
 
 
-def at_once(threads: int, pieces: Sequence[Piece], work: Callable[[Piece], None]) -> None:
-    """Do `work` for each piece on several threads; the first exception stops all of them."""
-    stop = threading.Event()
-
-    def work_on(own: Sequence[Piece]) -> None:
-        for piece in own:
-            if stop.is_set():
-                return
-            work(piece)
-
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            futures = [pool.submit(work_on, pieces[i::threads]) for i in range(threads)]
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            stop.set()
-    for future in futures:
-        future.result()
-
-
-def ahead(
-    threads: int, pieces: Sequence[Piece], read: Callable[[Piece], list[Samples]]
-) -> Iterator[tuple[Piece, list[Samples]]]:
-    """Each piece with what `read` gives for it, in order; as many as there are threads are read ahead."""
+def ahead(threads: int, pieces: Sequence[Piece], read: Callable[[Piece], list[Samples]]) -> Iterator[list[Samples]]:
+    """What `read` gives for each piece, in order; as many as there are threads are read ahead."""
     pool = ThreadPoolExecutor(threads)
-    reading: deque[tuple[Piece, Future[list[Samples]]]] = deque()
+    reading: deque[Future[list[Samples]]] = deque()
     try:
         for piece in [*pieces, *[None] * threads]:
             if piece is not None:
-                reading.append((piece, pool.submit(read, piece)))
+                reading.append(pool.submit(read, piece))
             if reading and (piece is None or len(reading) > threads):
-                first, future = reading.popleft()
-                groups = future.result()
-                del future
-                yield first, groups
-                del groups
+                yield reading.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

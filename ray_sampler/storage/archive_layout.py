@@ -1,8 +1,7 @@
 """All bytes of an npz archive but its images and labels.
 
 They follow from the fragments' records: CRC-32s of consecutive parts combine into the CRC-32 of the whole. So the
-headers are right when they are first written, no store needs to seek, and where a store takes bytes at any offset
-several threads write at once.
+headers are right when they are first written, and no store needs to seek.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ray_sampler.storage import object_store
 from ray_sampler.storage.failures import AGAIN, NO_BUCKET_WORDS, code, families, said
 from ray_sampler.storage.object_store import ObjectStore, logger
-from ray_sampler.storage.store import Entry, NotCommitted, OpenFile, StagedFile, is_unfinished
+from ray_sampler.storage.store import Chunks, Entry, NotCommitted, OpenFile, is_unfinished
 
 PARTS = 9000
 """S3 takes 10,000 parts of an object; this leaves room."""
@@ -181,41 +181,28 @@ class BucketStore(ObjectStore):
 
         yield OpenFile(read)
 
-    @contextlib.contextmanager
-    def stage(self, path: str, size: int) -> Iterator[StagedFile]:
+    def upload(self, path: str, chunks: Chunks, size: int) -> None:
         part_bytes = -(-max(object_store.PART_BYTES, size // PARTS) // 2**20) * 2**20
         key = self._key(path)
-        buffer = bytearray()
-        parts: list[Future[Any]] = []
         at_once = max(1, min(self.parts_at_once, PARTS_AT_ONCE * object_store.PART_BYTES // part_bytes))
+        parts: list[Future[Any]] = []
         written = 0
 
-        def upload_part(part: bytes, number: int) -> Any:
+        def send(part: bytes, number: int) -> Any:
             return self._retry(lambda: self._request_part(key, upload, number, part))
-
-        def send(part: bytes) -> None:
-            parts.append(pool.submit(upload_part, part, len(parts) + 1))
-            if len(parts) >= at_once:  # this bounds memory, and tells early of a part that failed
-                parts[-at_once].result()
-
-        def write(data: bytes | memoryview) -> None:
-            nonlocal written
-            buffer.extend(data)
-            written += len(data)
-            with self._uploading(path):
-                while len(buffer) >= part_bytes:  # parts of equal size, which some stores beside S3 itself insist on
-                    send(bytes(memoryview(buffer)[:part_bytes]))
-                    del buffer[:part_bytes]
 
         with self._explained("write", path):
             before = self._version(key)
             upload = self._retry(lambda: self._request_upload(key))
         pool = ThreadPoolExecutor(at_once, "upload")
         try:
-            yield StagedFile(write)
+            for part in in_parts(chunks, part_bytes):
+                parts.append(pool.submit(send, part, len(parts) + 1))
+                written += len(part)
+                if len(parts) >= at_once:  # this bounds memory, and shows early that a part failed
+                    with self._uploading(path):
+                        parts[-at_once].result()
             with self._uploading(path):
-                if buffer or not parts:
-                    send(bytes(buffer))
                 self._complete(key, upload, [part.result() for part in parts], written, before)
         except BaseException:
             pool.shutdown(cancel_futures=True)  # a part that arrives after the abort would stay, and be billed
@@ -255,3 +242,14 @@ class BucketStore(ObjectStore):
             pass  # it was aborted already, or it is complete
         except families() as error:
             logger.warning("an unfinished upload to %s could not be discarded (%s)", self.url, type(error).__name__)
+
+
+def in_parts(chunks: Chunks, size: int) -> Iterator[bytes]:
+    """The same bytes in parts of equal size, on which some stores beside S3 itself insist; the last may be smaller."""
+    buffer = bytearray()
+    for chunk in chunks:
+        buffer.extend(chunk)
+        while len(buffer) > size:
+            yield bytes(memoryview(buffer)[:size])
+            del buffer[:size]
+    yield bytes(buffer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -144,6 +145,20 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> int:
         done = os.pwrite(descriptor, left, offset)
         offset, left = offset + done, left[done:]
     return offset
+
+
+def write_on(descriptor: int, data: bytes | memoryview, offset: int, where: str) -> int:
+    """As `write_all`, for a file that grows: a write that fails for the moment is tried again from where it came to.
+
+    The disk begins at once to take what was written, so that a sync at the end finds little left to do.
+    """
+    left, reached = memoryview(data).cast("B"), offset
+    while left:
+        done = retried(lambda: os.pwrite(descriptor, left, reached), where)  # noqa: B023 - it is called here only
+        reached, left = reached + done, left[done:]
+    if sys.platform == "linux":
+        os.posix_fadvise(descriptor, offset, reached - offset, os.POSIX_FADV_DONTNEED)
+    return reached
 
 
 def sync_folder(folder: Path) -> None:

@@ -16,13 +16,22 @@ from pathlib import Path
 from typing import TypeVar
 
 from ray_sampler.errors import RequestError
-from ray_sampler.storage.disk import failure, is_passing, rename, rename_again, retried, sync_folder, write_all
+from ray_sampler.storage.disk import (
+    failure,
+    is_passing,
+    rename,
+    rename_again,
+    retried,
+    sync_folder,
+    write_all,
+    write_on,
+)
 from ray_sampler.storage.store import (
     ABANDONED_SECONDS,
+    Chunks,
     Entry,
     NotCommitted,
     OpenFile,
-    StagedFile,
     is_leftover,
     is_unfinished,
     unfinished_name,
@@ -193,29 +202,17 @@ class LocalStore:
 
         self._try("delete", path, once)
 
-    @contextlib.contextmanager
-    def stage(self, path: str, size: int) -> Iterator[StagedFile]:
+    def upload(self, path: str, chunks: Chunks, size: int) -> None:
         target = self._file(path)
         with self._explained("write", path):
             temporary = retried(lambda: self._temporary(target), str(target))
-            in_any_order = writes_in_any_order(target.parent)
-            file = retried(lambda: open(temporary, "xb", buffering=0), str(target))  # noqa: SIM115 - it outlives this
+            file = retried(lambda: open(temporary, "xb", buffering=0), str(target))  # noqa: SIM115 - closed below
             lock(file.fileno())
         reached = 0
-
-        def write(data: bytes | memoryview) -> None:
-            nonlocal reached
-            reached = self._try("write", path, lambda: write_all(file.fileno(), data, reached))
-
-        def write_at(offset: int, data: bytes | memoryview) -> None:
-            self._try("write", path, lambda: write_all(file.fileno(), data, offset))
-            with self._explained("write", path):
-                if sys.platform == "linux":
-                    # The disk begins now, so that the sync at the end finds little left to do.
-                    os.posix_fadvise(file.fileno(), offset, len(data), os.POSIX_FADV_DONTNEED)
-
         try:
-            yield StagedFile(write, write_at if in_any_order else None)
+            for chunk in chunks:
+                with self._explained("write", path):
+                    reached = write_on(file.fileno(), chunk, reached, str(target))
             with self._explained("write", path):
                 try:
                     os.fsync(file.fileno())
@@ -307,23 +304,6 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder, onexc=go_on)
     else:
         shutil.rmtree(folder, onerror=lambda function, path, info: go_on(function, path, info[1]))
-
-
-def writes_in_any_order(folder: Path) -> bool:
-    """Whether files in a folder can be written at any offset; some mounts of buckets take one byte after the other."""
-    trial = folder / unfinished_name("order")
-    try:
-        with open(trial, "xb", buffering=0) as file:
-            os.pwrite(file.fileno(), b"\0", 1)
-            os.pwrite(file.fileno(), b"\0", 0)
-            os.fsync(file.fileno())
-        return True
-    except OSError as error:
-        logger.info("files in %s are written in order (%s)", folder, error)
-        return False
-    finally:
-        with contextlib.suppress(OSError):
-            trial.unlink(missing_ok=True)
 
 
 def lock(descriptor: int) -> bool:

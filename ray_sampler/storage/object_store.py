@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -17,9 +16,9 @@ from ray_sampler.storage.failures import NO_BUCKET_WORDS, code, failure, familie
 from ray_sampler.storage.retry import persist
 from ray_sampler.storage.store import (
     ABANDONED_SECONDS,
+    Chunks,
     Entry,
     OpenFile,
-    StagedFile,
     is_unfinished,
     unfinished_name,
 )
@@ -139,25 +138,19 @@ class ObjectStore:
         with self._explained("delete", path), contextlib.suppress(FileNotFoundError):
             self._retry(lambda: self.filesystem.rm(self._full(path), recursive=True))
 
-    @contextlib.contextmanager
-    def stage(self, path: str, size: int) -> Iterator[StagedFile]:
+    def upload(self, path: str, chunks: Chunks, size: int) -> None:
         if "memory" in self.filesystem.protocol:
-            buffer = io.BytesIO()
-            yield StagedFile(buffer.write)
-            self.put(path, buffer.getvalue())
+            self.put(path, b"".join(chunks))
             return
         folder, slash, name = path.rpartition("/")
         target = self._full(f"{folder}{slash}{unfinished_name(name)}")
         with self._explained("write", path):
             self.filesystem.makedirs(self._full(folder), exist_ok=True)
             file = self.filesystem.open(target, "wb")
-
-        def write(data: bytes | memoryview) -> None:
-            with self._explained("write", path):
-                file.write(data)
-
         try:
-            yield StagedFile(write)
+            for chunk in chunks:
+                with self._explained("write", path):
+                    file.write(chunk)
             with self._explained("write", path):
                 file.close()
                 self.filesystem.mv(target, self._full(path))

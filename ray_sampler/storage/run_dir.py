@@ -9,7 +9,6 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 from ray_sampler.errors import RequestError, RunError
@@ -20,7 +19,7 @@ from ray_sampler.storage.local_store import LocalStore
 from ray_sampler.storage.ranges import Listing, RangeSet, housekeeping, is_plain
 from ray_sampler.storage.record import Column, DamagedFragment, FragmentName, MissingFragment, fingerprint
 from ray_sampler.storage.retry import look_again
-from ray_sampler.storage.store import Readable, StagedFile
+from ray_sampler.storage.store import Chunks, Readable
 
 __all__ = ["DamagedFragment", "FragmentName", "Listing", "MissingFragment", "RunDir"]
 
@@ -147,15 +146,18 @@ class RunDir:
         """The archive's name, as samples_50000x64x64x3.npz; `image_shape` is (H, W, C)."""
         return f"samples_{'x'.join(map(str, (num_samples, *image_shape)))}.npz"
 
-    def stage_archive(self, name: str, size: int = 0) -> AbstractContextManager[StagedFile]:
-        """A file to write the archive to: committed on a clean exit, discarded on any exception.
+    def write_archive(self, name: str, chunks: Chunks, size: int = 0) -> None:
+        """Write the archive from its pieces, in order; it is complete or absent, absent after any exception.
 
         Args:
             size: bytes to come, as far as known; a store that takes a bounded number of parts makes them larger.
+
+        Raises:
+            NotCommitted: the store did not keep it; written anew, it may.
         """
         for folder in ("", FRAGMENTS):
             self._store.clear_abandoned(folder)
-        return self._store.stage(own_name(name), size)
+        self._store.upload(own_name(name), chunks, size)
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name at the top of the directory."""
@@ -199,8 +201,7 @@ class RunDir:
                         "preview and to sample damaged fragments again"
                     ) from error
             look_again(lambda: self._store.read(path), f"{self.url}/{path}", retry.HIDDEN_S)
-            with self._store.stage(path, len(TRIAL_BYTES)) as file:
-                file.write(TRIAL_BYTES)
+            self._store.upload(path, [TRIAL_BYTES], len(TRIAL_BYTES))
         finally:
             with housekeeping("a probe could not be deleted"):
                 self._store.remove(path)

@@ -7,7 +7,7 @@ needs. All keep one promise: under its name a file is complete or absent, whatev
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -32,7 +32,11 @@ class NoRoom(RunError):
 
 
 class NotCommitted(RunError):
-    """A staged file was written, and the disk or store does not keep it; written anew, it may."""
+    """A file was written in pieces, and the disk or store does not keep it; written anew, it may."""
+
+
+Chunks = Iterable[bytes | memoryview]
+"""The bytes of a file, piece by piece."""
 
 
 class Entry(NamedTuple):
@@ -43,16 +47,6 @@ class Entry(NamedTuple):
     """Whether it is a plain file: False for folders, links and whatever else there is."""
     modified: float | None = None
     """Unix time of its last write, in seconds; None where the store does not say."""
-
-
-@dataclass(frozen=True)
-class StagedFile:
-    """A file that is being written and stands under its name only once it is whole."""
-
-    write: Callable[[bytes | memoryview], object]
-    """Write what comes next."""
-    write_at: Callable[[int, bytes | memoryview], None] | None = None
-    """Write at an offset, from any thread, instead of `write`; None where bytes can only follow each other."""
 
 
 class Readable(Protocol):
@@ -99,8 +93,13 @@ class Store(Protocol):
     def remove(self, path: str) -> None:
         """Delete a file, link or folder with all it holds, if it is there."""
 
-    def stage(self, path: str, size: int) -> AbstractContextManager[StagedFile]:
-        """Write about `size` bytes piece by piece; committed on a clean exit, discarded on any exception."""
+    def upload(self, path: str, chunks: Chunks, size: int) -> None:
+        """Write a file of about `size` bytes from its pieces, in order. It has its name once the last one is written.
+
+        Raises:
+            NotCommitted: the store did not keep it. As after any exception, those of `chunks` among them, what was
+                written is discarded.
+        """
 
     def open(self, path: str) -> AbstractContextManager[Readable]:
         """Read piece by piece.

@@ -59,12 +59,14 @@ def test_a_staged_archive_is_there_whole_or_not_at_all(url: str):
     block = os.urandom(2**20)
 
     def stage(name: str, error: Exception | None) -> None:
-        with run_dir.stage_archive(name, 40 * 2**20) as file:
+        def chunks() -> Iterator[bytes]:
             for _ in range(40):
-                file.write(block)
+                yield block
             assert not run_dir.has(name)
             if error:
                 raise error
+
+        run_dir.write_archive(name, chunks(), 40 * 2**20)
 
     with pytest.raises(ValueError, match="stop"):
         stage("samples_8x1x1x1.npz", ValueError("stop"))

@@ -133,9 +133,7 @@ def test_an_archive_of_several_parts_is_whole_though_any_request_of_it_fails(
     run_dir = RunDir(interrupted_cloud.url())
     data = os.urandom(3 * PART + 12345)
     interrupted_cloud.proxy.plan(*(once(kind, number, [method]) for method in ("PUT", "POST", "GET")))
-    with run_dir.stage_archive(ARCHIVE, len(data)) as file:
-        for start in range(0, len(data), 300_000):
-            file.write(data[start : start + 300_000])
+    run_dir.write_archive(ARCHIVE, (data[i : i + 300_000] for i in range(0, len(data), 300_000)), len(data))
     with run_dir.open_file(ARCHIVE) as opened:
         assert b"".join(iter(lambda: opened.read(500_000), b"")) == data
 
@@ -148,8 +146,7 @@ def test_a_tenth_of_all_requests_may_fail(interrupted_cloud: Cloud):
     data = os.urandom(12 * PART + 1)
     for _ in range(3):
         assert live(interrupted_cloud.url()).code == 0
-        with run_dir.stage_archive(ARCHIVE, len(data)) as file:
-            file.write(data)
+        run_dir.write_archive(ARCHIVE, [data], len(data))
         assert run_dir.read_file(ARCHIVE) == data
     assert sum(interrupted_cloud.proxy.faults.values()) > 3
 
@@ -160,12 +157,14 @@ def test_a_staged_archive_is_there_whole_or_not_at_all(cloud: Cloud, chunks: int
     run_dir.write_file(ARCHIVE, b"old")
 
     def stage(error: Exception | None) -> None:
-        with run_dir.stage_archive(ARCHIVE, chunks * PART) as file:
+        def given() -> Iterator[bytes]:
             for i in range(chunks):
-                file.write(bytes([i]) * PART)
+                yield bytes([i]) * PART
             assert run_dir.read_file(ARCHIVE) == b"old"
             if error:
                 raise error
+
+        run_dir.write_archive(ARCHIVE, given(), chunks * PART)
 
     with pytest.raises(ValueError, match="stop"):
         stage(ValueError("stop"))
@@ -305,7 +304,7 @@ def test_an_upload_whose_parts_are_gone_is_no_archive(cloud: Cloud):
     run_dir.write_file(ARCHIVE, b"old")
     fault = cloud.answer(404 if cloud.name == "gcs" else 400, "InvalidBlockList", "PUT")
     cloud.proxy.plan(Fault(**vars(fault) | {"first": 3}))
-    with pytest.raises((RunError, RequestError)), run_dir.stage_archive(ARCHIVE, 3 * PART) as file:
-        file.write(os.urandom(2 * PART + 1))
+    with pytest.raises((RunError, RequestError)):
+        run_dir.write_archive(ARCHIVE, [os.urandom(2 * PART + 1)], 3 * PART)
     cloud.proxy.plan()
     assert run_dir.read_file(ARCHIVE) == b"old"

@@ -10,8 +10,9 @@ import pytest
 from ray_sampler.errors import RequestError
 from ray_sampler.run_folder import made_by
 from ray_sampler.storage import retry
-from ray_sampler.storage.archive import archive_intact, content_of, lay_out
+from ray_sampler.storage.archive import archive_intact, content_of, lay_out, merge
 from ray_sampler.storage.ranges import cover
+from ray_sampler.storage.record import FragmentName
 from ray_sampler.storage.run_dir import RunDir
 from tests.faults.disk import IN_ORDER, DiskFault, faulty_disk
 from tests.faults.lives import ARCHIVE, NAMES, live
@@ -148,6 +149,20 @@ def test_a_disk_has_its_exit_code_and_its_words(case: Case, tmp_path, caplog):
     assert case.word in (life.said if case.code else caplog.text)
     assert life.computed == (case.code == 0 if case.computed is None else case.computed)
     assert case.code != 1 or str(disk) in life.said
+
+
+def test_an_archive_of_many_fragments_is_written_in_order(tmp_path):
+    """Some mounts take small files in any order, which they hold in memory, and large ones in order only."""
+    names = [FragmentName(i, i + 2, "parquet") for i in range(0, 80, 2)]
+    archives = []
+    with faulty_disk(tmp_path, [DiskFault(IN_ORDER, "EINVAL", name="samples_")]) as disk:
+        for folder in (disk, tmp_path):
+            run_dir = RunDir(str(folder / "run"))
+            contents = {name: content_of(record) for name, record in fill(run_dir, names).items()}
+            merge(run_dir, cover(names, 80), contents, 80, (8, 8, 3), True, FINGERPRINT)
+            archives.append(run_dir.read_file(run_dir.archive_name(80, (8, 8, 3))))
+    assert archives[0] is not None
+    assert archives[0] == archives[1]
 
 
 def test_a_finished_archive_that_may_not_be_read_is_one_sentence(tmp_path):

@@ -76,9 +76,7 @@ def uploads(run_dir: RunDir, proxy: FaultProxy) -> list[dict[str, str]]:
 
 
 def write_archive(run_dir: RunDir, chunks: Iterable[bytes], size: int = 0) -> None:
-    with run_dir.stage_archive(ARCHIVE, size) as file:
-        for chunk in chunks:
-            file.write(chunk)
+    run_dir.write_archive(ARCHIVE, chunks, size)
 
 
 @pytest.mark.parametrize("kind", PASSING)

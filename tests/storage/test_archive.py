@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import io
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from ray_sampler.storage.archive_layout import ArchiveLayout, crc32_combine
 from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.record import FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
-from ray_sampler.storage.store import NotCommitted, StagedFile
+from ray_sampler.storage.store import Chunks, NotCommitted
 from tests.storage.fill import FINGERPRINT, fill, make_samples
 
 SHAPE = (8, 8, 3)
@@ -112,7 +111,6 @@ def test_the_archive_has_the_same_bytes_in_every_store(output, tmp_path):
     names = [FragmentName(0, 9, "parquet"), FragmentName(5, 14, "npz"), FragmentName(14, 30, "parquet")]
     seen: list[Samples] = []
     layout = merged(run_dir, names, 23, viewer=lambda: seen.append)
-    seen.sort(key=lambda part: part.start)
     np.testing.assert_array_equal(np.concatenate([part.images for part in seen]), make_samples(0, 23).images)
     assert written(run_dir, layout) == savez(tmp_path / "x.npz", 23)
     assert archive_intact(run_dir, layout)
@@ -129,28 +127,20 @@ def test_an_archive_that_is_written_again_is_looked_at_again_from_the_start(tmp_
         attempts.append(seen)
         return lambda part: seen.extend(range(part.start, part.stop))
 
-    stage = run_dir._store.stage
-    dropped: list[int] = []
+    upload = run_dir._store.upload
 
-    @contextlib.contextmanager
-    def dropping(path, size):
-        with stage(path, size) as file:
-
-            def write_at(offset, data):
-                if not dropped and attempts and attempts[0]:
-                    dropped.append(offset)
+    def dropping(path: str, chunks: Chunks, size: int) -> None:
+        if len(attempts) == 1:
+            for _ in chunks:
+                if attempts[0]:
                     raise NotCommitted("the store dropped the upload")
-                assert file.write_at
-                file.write_at(offset, data)
+        upload(path, chunks, size)
 
-            yield StagedFile(file.write, write_at)
-
-    monkeypatch.setattr(run_dir._store, "stage", dropping)
+    monkeypatch.setattr(run_dir._store, "upload", dropping)
     merged(run_dir, [FragmentName(i, i + 4, "parquet") for i in range(0, 16, 4)], 16, viewer=viewer)
-    assert dropped
     assert len(attempts) == 2
     assert 0 < len(attempts[0]) < 16
-    assert sorted(attempts[1]) == list(range(16))
+    assert attempts[1] == list(range(16))
 
 
 @settings(max_examples=25)

@@ -115,8 +115,7 @@ def test_a_link_in_place_of_a_file_is_replaced_and_what_it_names_stays(tmp_path)
         assert not run_dir.has(name)
     with pytest.raises(FileNotFoundError), run_dir.open_file(archive):
         pass
-    with run_dir.stage_archive(archive) as file:
-        file.write(b"ours")
+    run_dir.write_archive(archive, [b"ours"])
     run_dir.write_file("preview.png", b"ours")
     assert run_dir.read_file("preview.png") == run_dir.read_file(archive) == b"ours"
     with pytest.raises(RunError, match="a link stands in place"):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -18,10 +18,11 @@ from tests.storage.fill import NAME, fill, names_in
 
 
 def stage_and_raise(run_dir: RunDir, chunks: Iterable[bytes], error: BaseException) -> None:
-    with run_dir.stage_archive("samples_1x1x1x1.npz") as file:
-        for chunk in chunks:
-            file.write(chunk)
+    def failing() -> Iterator[bytes]:
+        yield from chunks
         raise error
+
+    run_dir.write_archive("samples_1x1x1x1.npz", failing())
 
 
 def test_a_staged_archive_is_there_after_a_clean_exit_only(output):
@@ -31,10 +32,13 @@ def test_a_staged_archive_is_there_after_a_clean_exit_only(output):
             stage_and_raise(run_dir, [b"x" * 2**20], error("stop"))
         gc.collect()
         assert names_in(run_dir) == set()
-    with run_dir.stage_archive("samples_1x1x1x1.npz") as file:
-        file.write(b"one")
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield b"one"
         assert run_dir.read_file("samples_1x1x1x1.npz") is None
-        file.write(memoryview(b"two"))
+        yield memoryview(b"two")
+
+    run_dir.write_archive("samples_1x1x1x1.npz", chunks())
     assert run_dir.read_file("samples_1x1x1x1.npz") == b"onetwo"
     with pytest.raises(ValueError, match="stop"):
         stage_and_raise(run_dir, [b"three"], ValueError("stop"))
@@ -74,9 +78,7 @@ def test_abandoned_multipart_uploads_are_aborted(moto, monkeypatch):
 def test_a_staged_archive_of_many_parts_is_whole(moto):
     run_dir = RunDir(f"s3://samples/{uuid.uuid4().hex}")
     block = os.urandom(2**20)
-    with run_dir.stage_archive("samples_9x1x1x1.npz", size=40 * 2**20) as file:
-        for _ in range(40):
-            file.write(block)
+    run_dir.write_archive("samples_9x1x1x1.npz", [block] * 40, size=40 * 2**20)
     assert run_dir.read_file("samples_9x1x1x1.npz") == block * 40
 
 
@@ -88,12 +90,14 @@ def test_unfinished_local_files_are_cleared_once_nobody_writes_them(tmp_path):
     for path, age in ((old, 90000), (abandoned, 60), (new, 0)):
         path.write_bytes(b"x")
         os.utime(path, (time.time() - age,) * 2)
-    with run_dir.stage_archive("samples_1x1x1x1.npz") as slow:
+
+    def slow() -> Iterator[bytes]:
         [written] = [path for path in tmp_path.glob(".samples_1x1x1x1*") if path != new]
         os.utime(written, (time.time() - 60,) * 2)
-        with run_dir.stage_archive("samples_2x1x1x1.npz") as file:
-            file.write(b"x")
-        slow.write(b"y")
+        run_dir.write_archive("samples_2x1x1x1.npz", [b"x"])
+        yield b"y"
+
+    run_dir.write_archive("samples_1x1x1x1.npz", slow())
     assert run_dir.read_file("samples_1x1x1x1.npz") == b"y"
     assert not old.exists()
     assert not abandoned.exists()
