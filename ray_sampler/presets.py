@@ -16,8 +16,6 @@ from ray_sampler.published import BUNDLED, PRESETS, Bundled, Preset
 __all__ = ["BUNDLED", "PRESETS", "Bundled", "ModelOptions", "Preset", "model_of"]
 
 DEFAULT_MODEL = "digits"
-OLDER = {("digits", "bf1eba975c89ac9afa013e0727a65ff3a29bf5e008028cfd83a777ac6b5fe849"): "digits-v1"}
-"""Today's name of the weights that a bundled name meant before, by that name and their hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +92,6 @@ def check_bundled(model: str, given: Mapping[str, Any]) -> None:
         own is None or value in (None, own),
         f"--image_size is {value}, but the bundled model {model} has {own}; leave it out, or give another --model",
     )
-
-
-def older_name(model: str) -> str | None:
-    """Today's name of the weights that a bundled name meant before; None where it always meant the same."""
-    return next((older for (name, _), older in OLDER.items() if name == model), None)
-
-
-def as_begun(model: str, brought: dict[str, Any], weights: str | None) -> tuple[str, dict[str, Any]]:
-    """What a bundled name meant when a directory was begun with weights of this hash, and the settings of these."""
-    older = OLDER.get((model, weights or ""))
-    return (older, dict(BUNDLED[older].settings)) if older else (model, brought)
 
 
 def _closest(name: str, names: Iterable[str]) -> str | None:

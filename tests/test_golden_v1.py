@@ -17,8 +17,7 @@ import pytest
 
 from ray_sampler.cluster.job import prepare
 from ray_sampler.config import RunConfig
-from ray_sampler.networks.opening import open_network
-from ray_sampler.presets import BUNDLED, OLDER
+from ray_sampler.errors import RequestError
 from tests.cluster.runs import contents
 from tests.golden import adapter, checks
 from tests.golden.checks import assert_no_file_was_changed, assert_pinned_archive, same_kind_of_machine, sha256
@@ -56,6 +55,11 @@ def read(name: str) -> Any:
 
 def as_version_1(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in SETTINGS_ADDED_SINCE}
+
+
+def named_today(name: str) -> dict[str, str]:
+    """The model of a run, where its name meant other weights in version 1."""
+    return {"model": "digits-v1"} if RUNS[name]["model"] == "digits" else {}
 
 
 @pytest.fixture
@@ -101,8 +105,7 @@ def test_a_command_line_resolves_to_the_settings_that_it_had(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "half-done-dummy"])  # which draws a seed
 def test_a_request_has_the_run_json_that_it_had(name: str, folder: Path) -> None:
     flags, pinned = RUNS[name], read(f"{name}/run.json")
-    now = {"model": "digits-v1"} if flags["model"] == "digits" else {}
-    actual = adapter.run_json_of(flags | now)
+    actual = adapter.run_json_of(flags | named_today(name))
     settings = as_version_1(actual["settings"]) | {"model": flags["model"]}
     actual |= {"settings": settings, "created": pinned["created"]}
     assert json.dumps(actual, sort_keys=True) == json.dumps(pinned, sort_keys=True)
@@ -217,7 +220,7 @@ def test_a_run_that_version_1_finished_is_left_as_it_is(folder: Path) -> None:
 def test_a_run_that_version_1_left_half_done_goes_on(name: str, folder: Path) -> None:
     shutil.copytree(HERE / name, folder / "run")
     before = contents(folder / "run")
-    archive, summary = adapter.run(RUNS[name])
+    archive, summary = adapter.run(RUNS[name] | named_today(name))
     after = contents(folder / "run")
     assert {path: after.get(path) for path in before} == before
     assert not any(path.startswith("rejected") for path in after)
@@ -227,30 +230,22 @@ def test_a_run_that_version_1_left_half_done_goes_on(name: str, folder: Path) ->
 
 
 @pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize("default_folder", [False, True])
-def test_a_run_that_was_begun_with_the_old_digits_goes_on_with_them(
-    folder: Path, named: bool, default_folder: bool
-) -> None:
+def test_a_run_that_was_begun_with_the_old_digits_is_refused_with_their_name(folder: Path, named: bool) -> None:
     flags = dict(RUNS["half-done-digits"])
-    begun = Path("run")
-    if default_folder:
-        begun = Path("runs") / f"digits-{read('half-done-digits/run.json')['fingerprint'][:8]}"
-        del flags["output"]
     if not named:
         del flags["model"]
-    shutil.copytree(HERE / "half-done-digits", begun)
-    job = prepare(RunConfig(**flags))
-    assert (Path(job.output), job.config.model) == (begun.resolve(), "digits-v1")
-    assert job.fingerprint == read("half-done-digits/run.json")["fingerprint"]
-    [note] = job.notes
-    assert note == "this run was begun with older weights of digits: it goes on with them, --model digits-v1"
+    shutil.copytree(HERE / "half-done-digits", "run")
+    with pytest.raises(RequestError, match="--model digits-v1, whose weights it was begun with"):
+        prepare(RunConfig(**flags))
     assert prepare(RunConfig(**flags | {"overwrite": True})).config.model == "digits"
-    assert prepare(RunConfig(**flags | {"output": "elsewhere"})).config.model == "digits"
+    job = prepare(RunConfig(**flags | {"model": "digits-v1"}))
+    assert job.fingerprint == read("half-done-digits/run.json")["fingerprint"]
 
 
-def test_the_old_digits_are_known_by_their_hash() -> None:
-    [((_, weights), name)] = OLDER.items()
-    assert open_network(name, BUNDLED[name].settings).weights == weights
+def test_a_run_of_other_weights_is_refused_without_a_name(folder: Path) -> None:
+    shutil.copytree(HERE / "half-done-parquet", "run")
+    with pytest.raises(RequestError, match=r"the same settings, or --overwrite$"):
+        prepare(RunConfig(output="run", num_samples=4))
 
 
 def test_the_old_digits_are_the_file_of_version_1() -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision
 from ray_sampler.networks.opening import open_network
 from ray_sampler.options import of
 from ray_sampler.planning import identity, plan_of
-from ray_sampler.presets import BUNDLED, as_begun, check_bundled, model_of, older_name
+from ray_sampler.presets import BUNDLED, check_bundled, model_of
 from ray_sampler.resolve import check, given_values, resolve, settings_json, settled
 from ray_sampler.sampling.finish import FINISHERS
 from ray_sampler.sampling.options import Compile, DecoderOptions, GuidanceOptions, guide_of
@@ -56,8 +55,6 @@ class Job:
     identity: dict[str, Any]
     products: Mapping[str, Product]
     """What is made of the samples beside their fragments, by name."""
-    begun_as: str | None = None
-    """The name that the model had when the run was begun, where it means other weights now."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -109,11 +106,6 @@ class Job:
     def notes(self) -> list[str]:
         """What the user should know of what a name or `auto` became."""
         notes = []
-        if self.begun_as:
-            notes.append(
-                f"this run was begun with older weights of {self.begun_as}: it goes on with them, "
-                f"--model {self.config.model}"
-            )
         guidance = self.plan.guidance
         if guidance.guide and guidance.guidance == 1:
             notes.append("--guide does nothing at --guidance 1, its default; give a weight, as --guidance 2")
@@ -167,17 +159,14 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
         RequestError: the request is wrong, or the directory belongs to another run.
     """
     check(config)
-    asked, brought = model_of(config)
-    check_bundled(asked, given_values(config))
+    model, brought = model_of(config)
+    check_bundled(model, given_values(config))
     local, gpus = place(of(FleetOptions, config), config.output)
-    if config.output is None and not config.overwrite:
-        config = replace(config, output=begun_folder(config, asked))
     run_dir = RunDir(config.output) if config.output else None
     if run_dir and config.overwrite:
         run_dir.deletable()
     there = run_dir.read_run() if run_dir and not config.overwrite else None
     earlier = there.get("identity", {}) if there else {}
-    model, brought = as_begun(asked, brought, earlier.get("weights"))
     networks = open_networks(model, brought, config)
     specs = {role: network.spec for role, network in networks.items()}
     resolved = settled(resolve(config, model, brought, specs[MAIN]), gpus, earlier)
@@ -188,24 +177,9 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
     if not (config.output or config.overwrite):
         there = run_dir.read_run()
-    begun_as = asked if model != asked else None
-    job = Job(resolved, plan, output, run_dir, there, networks, gpus, local, decided, products or {}, begun_as)
+    job = Job(resolved, plan, output, run_dir, there, networks, gpus, local, decided, products or {})
     refuse_another(job, there)
     return job
-
-
-def begun_folder(config: RunConfig, model: str) -> str | None:
-    """The default folder in which the request was begun when its bundled name meant older weights, None without one."""
-    folders = glob.glob(default_output(glob.escape(model), "*"))
-    older = older_name(model)
-    if older is None or not folders:
-        return None
-    try:
-        begun = prepare(replace(config, model=older, model_path=""))
-    except RequestError:  # what is asked for today is beyond the older weights
-        return None
-    folder = default_output(model, begun.fingerprint)
-    return folder if folder in folders else None
 
 
 def open_networks(model: str, brought: Mapping[str, Any], config: RunConfig) -> dict[str, Network]:
@@ -257,10 +231,18 @@ def refuse_another(job: Job, there: dict[str, Any] | None) -> None:
     differences = ", ".join(
         f"{printable(key)} {short(earlier.get(key))} there and {short(job.identity.get(key))} here" for key in keys
     )
+    known = bundled_name(earlier.get("weights")) if "weights" in keys else None
+    begun = f", among them --model {known}, whose weights it was begun with" if known else ""
     raise RequestError(
         f"{job.run_dir.url} holds another run: {differences or 'its fingerprint differs'}; "
-        "give another --output, the same settings, or --overwrite"
+        f"give another --output, the same settings{begun}, or --overwrite"
     )
+
+
+def bundled_name(weights: object) -> str | None:
+    """The bundled model whose weights have a hash, None if none has: `digits` once meant those of `digits-v1`."""
+    known = (name for name, bundled in BUNDLED.items() if open_network(name, bundled.settings).weights == weights)
+    return next(known, None)
 
 
 def short(value: Any) -> str:

@@ -25,7 +25,7 @@ from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.networks.opening import open_network
 from ray_sampler.options import of
 from ray_sampler.planning import identity, plan_of
-from ray_sampler.presets import OLDER, as_begun, model_of
+from ray_sampler.presets import BUNDLED, model_of
 from ray_sampler.resolve import given_values, resolve, settled
 from ray_sampler.sampling import numerics
 from ray_sampler.sampling.plan import MAIN, sample_block
@@ -33,9 +33,6 @@ from ray_sampler.storage import record
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import Samples
 from tests.loading import loaded
-
-[(_, DIGITS_V1)] = OLDER
-"""The hash of the weights that the name digits meant in version 1."""
 
 
 def identity_of(
@@ -49,7 +46,9 @@ def identity_of(
         dummy_seed: what --generator dummy drew.
     """
     request = config.RunConfig(**flags)
-    model, brought = as_begun(*model_of(request), DIGITS_V1)
+    model, brought = model_of(request)
+    if model == "digits":  # which meant other weights in version 1
+        model, brought = "digits-v1", dict(BUNDLED["digits-v1"].settings)
     settings = brought | given_values(request)
     spec = spec_of(of(AdmOptions, settings), settings)
     there = {} if dummy_seed is None else {"generator": "dummy", "seed": dummy_seed}
