@@ -1,4 +1,4 @@
-"""The command line: `ray-sampler sample|status|verify|merge|preview|inspect|presets`."""
+"""The command line: `ray-sampler sample|status|verify|merge|preview|export|inspect|presets`."""
 
 from __future__ import annotations
 
@@ -283,6 +283,22 @@ def execute_preview(arguments: argparse.Namespace) -> int:
     return preview_run(folder_of("preview", arguments))
 
 
+def declare_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", nargs="?", metavar="RUN|ARCHIVE", help="a run directory or an archive: a path or URL")
+    parser.add_argument("--output", metavar="DIR", help="the folder of the PNGs: a local path or any fsspec URL")
+    parser.add_argument("--subdirs", action="store_true", help="a folder for each thousand, as 001000/001234.png")
+
+
+def execute_export(arguments: argparse.Namespace) -> int:
+    from ray_sampler.storage.export import export
+
+    if arguments.url is None or arguments.output is None:
+        raise RequestError("`ray-sampler export` needs a run directory or an archive, and --output DIR")
+    written, kept = export(arguments.url, arguments.output, arguments.subdirs)
+    print(f"{written} PNGs written, {kept} were there: {arguments.output}")
+    return DONE
+
+
 def declare_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="a bundled model, a checkpoint or python:module:function"
@@ -342,6 +358,12 @@ COMMANDS: dict[str, Command] = {
         declare_folder,
         execute_preview,
         "URL",
+    ),
+    "export": Command(
+        "Write every picture of a run or an archive as a PNG, by index, and the labels as labels.csv.",
+        declare_export,
+        execute_export,
+        "RUN|ARCHIVE --output DIR [--subdirs]",
     ),
     "inspect": Command(
         "Say what a checkpoint is, and print the command line that samples it.",
