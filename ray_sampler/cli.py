@@ -342,7 +342,7 @@ COMMANDS: dict[str, Command] = {
         "[--json] [--watch] URL",
     ),
     "verify": Command(
-        "Read and check every fragment; set aside what is damaged or foreign, so that the next run samples it again.",
+        "Read and check every fragment; move corrupt or foreign files to rejected/, to be sampled again.",
         declare_folder,
         execute_verify,
         "URL",

@@ -76,8 +76,7 @@ def status_of(run_dir: RunDir, run: dict[str, Any]) -> Status:
         )
     facts = [
         FragmentFact(
-            name.start,
-            name.stop,
+            name,
             listing.modified.get(name),
             text_or_none(made.get(name, {}).get("device")),
             text_or_none(made.get(name, {}).get("numerics_key")),
@@ -128,19 +127,19 @@ def verify_run(url: str) -> int:
         (f"{folder}/{name}", reason) for folder, product in products.items() for name, reason in product.rejected
     ]
     for name, reason in rejected:
-        print(printable(f"set aside {name}: {reason}", None))
+        print(printable(f"rejected {name}: {reason}", None))
     gaps = missing(cover(found.records, run["num_samples"]), run["num_samples"])
     keys = {str(record.computed_by.get("numerics_key")) for record in found.records.values()}
-    print(f"{len(found.records)} fragments are whole, {len(found.rejected)} were set aside")
+    print(f"{len(found.records)} fragments OK, {len(found.rejected)} rejected")
     for folder, product in products.items():
-        print(printable(f"{folder}: {len(product.records)} are whole, {len(product.rejected)} were set aside", None))
+        print(printable(f"{folder}: {len(product.records)} OK, {len(product.rejected)} rejected", None))
     if len(keys) > 1:
         print(
             printable(f"the fragments were computed under {len(keys)} numerics keys: {'; '.join(sorted(keys))}", None)
         )
     if gaps:
         count = sum(stop - start for start, stop in gaps)
-        print(f"{count} of {run['num_samples']} samples are missing; the run's command samples them")
+        print(f"{count} of {run['num_samples']} samples are missing; rerun the run's command to generate them")
     return 1 if gaps or rejected else 0
 
 

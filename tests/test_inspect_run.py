@@ -131,7 +131,7 @@ def test_verify_of_a_whole_run_finds_nothing(configure: Configure, output: Path,
     leave(configure(), samples, WHOLE)
     before = contents(output)
     assert main(["verify", str(output)]) == 0
-    assert "3 fragments are whole, 0 were set aside" in capsys.readouterr().out
+    assert "3 fragments OK, 0 rejected" in capsys.readouterr().out
     assert contents(output) == before
 
 
@@ -140,7 +140,7 @@ def test_verify_sets_aside_what_is_damaged_or_foreign_with_reasons(configure, ou
     damage(output, samples)
     assert main(["verify", str(output)]) == 1
     out = capsys.readouterr().out
-    assert "2 fragments are whole, 3 were set aside" in out
+    assert "2 fragments OK, 3 rejected" in out
     assert "16 of 40 samples are missing" in out
     for filename, reason in (
         (name(16, 32), "parquet"),
@@ -149,10 +149,10 @@ def test_verify_sets_aside_what_is_damaged_or_foreign_with_reasons(configure, ou
     ):
         assert (output / "rejected" / filename).exists()
         assert reason in (output / "rejected" / f"{filename}.reason.txt").read_text()
-        assert f"set aside {filename}: " in out
+        assert f"rejected {filename}: " in out
     assert fragments(output) == [name(0, 16), name(32, 40), "notes.txt"]
-    assert main(["verify", str(output)]) == 1  # nothing more to set aside, but samples are missing
-    assert "2 fragments are whole, 0 were set aside" in capsys.readouterr().out
+    assert main(["verify", str(output)]) == 1  # nothing more to reject, but samples are missing
+    assert "2 fragments OK, 0 rejected" in capsys.readouterr().out
 
 
 def test_verify_checks_every_product_of_a_run(configure: Configure, output: Path, samples: Samples, capsys):
@@ -164,13 +164,13 @@ def test_verify_checks_every_product_of_a_run(configure: Configure, output: Path
         data, _ = encode(latents, run["fingerprint"], {}, "parquet")
         ranges.write(FragmentName(start, stop, "parquet"), data)
     assert main(["verify", str(output)]) == 0
-    assert "latents: 2 are whole, 0 were set aside" in capsys.readouterr().out
+    assert "latents: 2 OK, 0 rejected" in capsys.readouterr().out
     path = output / "latents" / name(16, 24)
     path.write_bytes(path.read_bytes()[:-9])
     assert main(["verify", str(output)]) == 1
     out = capsys.readouterr().out
-    assert f"set aside latents/{name(16, 24)}: " in out
-    assert "3 fragments are whole, 0 were set aside" in out
+    assert f"rejected latents/{name(16, 24)}: " in out
+    assert "3 fragments OK, 0 rejected" in out
     assert (output / "rejected" / "latents" / name(16, 24)).exists()
 
 

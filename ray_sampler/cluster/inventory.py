@@ -170,7 +170,7 @@ class Inventory:
     def _reject(self, shelf: Shelf, filename: str, reason: str) -> None:
         """Move a file out of the way, so that its range is missing again."""
         self.rejected.append((filename, reason))
-        self.reporter.message(f"set aside {filename}: {reason}", "warning")
+        self.reporter.message(f"rejected {filename}: {reason}", "warning")
         shelf.ranges.reject(filename, reason)
 
     def _forget(self, shelf: Shelf, name: FragmentName) -> None:

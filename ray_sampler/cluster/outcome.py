@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import numpy as np
-
 from ray_sampler.cluster.dispatch import Tally
 from ray_sampler.cluster.inventory import Inventory
 from ray_sampler.cluster.job import Job
 from ray_sampler.cluster.tasks import Merged
-from ray_sampler.reporting.preview import class_strips
 from ray_sampler.reporting.report import render_report
-from ray_sampler.reporting.sheet import PreviewKeeper, Tile
-from ray_sampler.reporting.summary import ArchiveMember, Summary
+from ray_sampler.reporting.sheet import PreviewKeeper, class_rows_of
+from ray_sampler.reporting.summary import summary_of
 from ray_sampler.resolve import settings_json
 from ray_sampler.storage.archive import archive_intact
 from ray_sampler.storage.archive_layout import ArchiveLayout
@@ -33,7 +30,8 @@ def write_outcome(
         merge_s: seconds that the archive took.
     """
     first, last = tally.first_shard, tally.last_sample
-    summary = Summary(
+    idle = {"gpu_computing": tally.compute_s, "gpu_idle": tally.idle_s} if job.gpus else {}
+    summary = summary_of(
         fingerprint=job.fingerprint,
         settings=settings_json(job.config),
         identity=job.identity,
@@ -42,14 +40,16 @@ def write_outcome(
         sigmas=tuple(job.plan.sigmas()),
         reused=tally.reused,
         computed=tally.rates.done,
-        start_s=first - began if first else 0.0,
-        sampling_s=last - first if first and last else 0.0,
-        merge_s=merge_s,
-        device_s=(tally.compute_s, tally.idle_s) if job.gpus else None,
+        seconds={
+            "start": first - began if first else 0.0,
+            "sampling": last - first if first and last else 0.0,
+            "merge": merge_s,
+            **idle,
+        },
         max_actors=tally.max_actors,
         failures=tally.failures,
         retries=tally.retries,
-        rejected=tuple(inventory.rejected),
+        rejected=inventory.rejected,
         parts=inventory.parts(),
         archive=job.run_dir.archive_name(job.num_samples, job.image_shape),
         archive_bytes=merged.layout.size,
@@ -58,28 +58,18 @@ def write_outcome(
         pixels=merged.pixels,
         timeline=tally.timeline,
         weights=job.fetched(),
-    ).as_json()
-    page = render_report(summary, preview.finish(merged.tiles), class_views(merged.tiles))
+    )
+    page = render_report(summary, preview.finish(merged.tiles), class_rows_of(merged.tiles))
     # A path may hold bytes that are no text.
     job.run_dir.write_view(REPORT, page.encode(errors="backslashreplace"))
     job.run_dir.write_file(SUMMARY, json.dumps(summary, indent=1).encode())
     return summary
 
 
-def members_of(layout: ArchiveLayout) -> tuple[ArchiveMember, ...]:
-    """The archive's arrays, with the size and CRC-32 of their values."""
-    crcs = [layout.image_crc32, *([] if layout.label_crc32 is None else [layout.label_crc32])]
-    return tuple(
-        ArchiveMember(f"arr_{i}", member.size, crc)
-        for i, (member, crc) in enumerate(zip(layout.members, crcs, strict=True))
-    )
-
-
-def class_views(tiles: dict[int, Tile]) -> dict[int, bytes] | None:
-    """A strip of pictures for each class on the sheet; None for an unconditional model."""
-    shown = [tiles[i] for i in sorted(tiles)]
-    labels = [tile.label for tile in shown if tile.label is not None]
-    return class_strips(np.stack([tile.image for tile in shown]), np.array(labels)) if labels else None
+def members_of(layout: ArchiveLayout) -> list[tuple[str, int, int]]:
+    """The archive's arrays: the name of each, and the size and CRC-32 of its values."""
+    crcs = (layout.image_crc32, layout.label_crc32 or 0)
+    return [(f"arr_{i}", member.size, crc) for i, (member, crc) in enumerate(zip(layout.members, crcs, strict=False))]
 
 
 def already_done(job: Job) -> dict[str, Any] | None:

@@ -139,7 +139,7 @@ class Seen:
         self.tiles: dict[int, Tile] = {}
         most = max(1, min(PICTURES, PICTURE_BYTES // int(np.prod(image_shape))))
         self.every = -(-num_samples // most)
-        self.wanted = choose_indices(num_samples, [(0, num_samples)], TILES)
+        self.wanted = choose_indices([(0, num_samples)], TILES)
 
     def add(self, samples: Samples) -> None:
         if samples.images.dtype == np.uint8:  # of latents there is nothing to say

@@ -278,21 +278,10 @@ class _Log:
 
 def describe(snapshot: Snapshot) -> str:
     """The state of a run in one line that needs no terminal."""
-    parts = [
-        f"{snapshot.stage}: {snapshot.finished:,} of {snapshot.num_samples:,} samples ({whole_percent(snapshot)}%)"
-    ]
-    if snapshot.reused:
-        parts.append(f"{snapshot.reused:,} reused")
-    if snapshot.done:
-        now = f"{format_rate(snapshot.rate_now)} now, " if snapshot.stage not in AFTER_SAMPLING else ""
-        parts.append(f"{now}{format_rate(snapshot.rate)} overall")
+    amount, *more = amounts(snapshot)
     if snapshot.finished < snapshot.num_samples:
-        parts.append(f"ETA {format_seconds(snapshot.eta_s)}")
-    parts.append(f"actors {_actors(snapshot)}")
-    if snapshot.shards_in_flight:
-        parts.append(count(snapshot.shards_in_flight, "shard") + " in flight")
-    if snapshot.failures:
-        parts.append(count(snapshot.failures, "failure"))
+        more.append(f"ETA {format_seconds(snapshot.eta_s)}")
+    parts = [f"{snapshot.stage}: {amount} ({whole_percent(snapshot)}%)", *more, *fleet_of(snapshot)]
     return " | ".join(parts)
 
 
@@ -305,26 +294,27 @@ def bar_lines(snapshot: Snapshot) -> Group:
         Text(f"{whole_percent(snapshot):>3}%"),
         Text(f"ETA {format_seconds(snapshot.eta_s)}"),
     )
-    second = Text(f"{snapshot.finished:,} of {snapshot.num_samples:,} samples", no_wrap=True, overflow="ellipsis")
+    lines = ("  ".join(parts) for parts in (amounts(snapshot), fleet_of(snapshot)))
+    return Group(first, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
+
+
+def amounts(snapshot: Snapshot) -> list[str]:
+    """How many samples there are, and how fast they come."""
+    parts = [f"{snapshot.finished:,} of {snapshot.num_samples:,} samples"]
     if snapshot.reused:
-        second.append(f" ({snapshot.reused:,} reused)", style="dim")
+        parts.append(f"{snapshot.reused:,} reused")
     if snapshot.done:
         now = f"{format_rate(snapshot.rate_now)} now, " if snapshot.stage not in AFTER_SAMPLING else ""
-        second.append(f"  {now}")
-        second.append(f"{format_rate(snapshot.rate)} overall", style="dim")
-    third = Text(f"actors {_actors(snapshot)}", no_wrap=True, overflow="ellipsis")
-    third.append(f"  {count(snapshot.shards_in_flight, 'shard')} in flight")
-    third.append(f"  {count(snapshot.failures, 'failure')}", style="bold red" if snapshot.failures else "dim")
-    return Group(first, second, third)
+        parts.append(f"{now}{format_rate(snapshot.rate)} overall")
+    return parts
 
 
-def _actors(snapshot: Snapshot) -> str:
-    waiting = [
-        f"{number} {name}"
-        for number, name in ((snapshot.actors_starting, "starting"), (snapshot.actors_pending, "pending"))
-        if number
-    ]
-    return ", ".join([f"{snapshot.actors_ready} ready", *waiting])
+def fleet_of(snapshot: Snapshot) -> list[str]:
+    """Actors, what they do, and what failed."""
+    waiting = ((snapshot.actors_starting, "starting"), (snapshot.actors_pending, "pending"))
+    actors = [f"{snapshot.actors_ready} ready", *(f"{number} {name}" for number, name in waiting if number)]
+    counts = ((snapshot.shards_in_flight, "shard", " in flight"), (snapshot.failures, "failure", ""))
+    return [f"actors {', '.join(actors)}", *(count(number, noun) + more for number, noun, more in counts if number)]
 
 
 def whole_percent(snapshot: Snapshot) -> int:

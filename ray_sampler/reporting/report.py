@@ -11,10 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ray_sampler.reporting import charts
 from ray_sampler.reporting.progress import format_seconds
 
-CLASSES_AS_ROWS = 24
-"""Classes up to which each has a row of its own in the label histogram."""
-RANGES_SHOWN = 6
-"""Ranges of one numerics key, and fragments set aside, that are listed."""
+FEW_CLASSES = 24
+"""Classes up to which what is shown of each is shown at once."""
+SHOWN = 6
+"""Ranges of one numerics key, and rejected fragments, that are listed."""
 
 CHANNELS = {1: ("grey",), 3: ("red", "green", "blue")}
 """Names of the channels of pictures."""
@@ -31,7 +31,7 @@ def render_report(
     Args:
         summary: the content of summary.json.
         contact_sheet_png: the bytes of preview.png.
-        per_class: a picture for each label, as `class_strips` makes them; None for an unconditional model.
+        per_class: a picture for each label, as `class_rows` makes them; None for an unconditional model.
     """
     environment = Environment(
         loader=PackageLoader("ray_sampler.reporting"),
@@ -57,12 +57,9 @@ def render_report(
         per_class=dict(per_class or {}),
         throughput=charts.over_time(timeline["elapsed_s"], timeline["samples_per_second"], "samples a second"),
         fleet=charts.over_time(timeline["elapsed_s"], timeline["actors"], "actors ready", steps=True),
-        labels=_label_chart(summary["labels"]),
-        channels=_channel_charts(summary["pixels"]),
-        strip=charts.strip(summary["computed_by"], summary["num_samples"]),
-        rows_of_classes=CLASSES_AS_ROWS,
-        shown=RANGES_SHOWN,
-        series=charts.SERIES,
+        channels=CHANNELS[len(summary["pixels"]["mean"])] if summary["pixels"] else (),
+        few_classes=FEW_CLASSES,
+        shown=SHOWN,
         width=charts.PLOT_WIDTH,
         height=charts.PLOT_HEIGHT,
     )
@@ -116,22 +113,3 @@ def format_setting(value: object) -> str:
 
 def _data_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _label_chart(labels: Mapping[str, int] | None) -> charts.Chart | None:
-    """A column for each label, where there are too many for a row each."""
-    if labels is None or len(labels) <= CLASSES_AS_ROWS:
-        return None
-    keys = sorted(labels, key=int)
-    return charts.histogram(
-        [labels[key] for key in keys], "samples of each label", [keys[0], keys[len(keys) // 2], keys[-1]]
-    )
-
-
-def _channel_charts(pixels: Mapping[str, Any] | None) -> list[tuple[str, charts.Chart]]:
-    if pixels is None:
-        return []
-    return [
-        (name, charts.histogram(counts, f"{name} values", ["0", "128", "255"], shares=True))
-        for name, counts in zip(CHANNELS[len(pixels["histogram"])], pixels["histogram"], strict=True)
-    ]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ray_sampler.errors import RequestError, RunError
-from ray_sampler.reporting.preview import choose_indices, contact_sheet, reduced
+from ray_sampler.reporting.preview import choose_indices, class_rows, contact_sheet, reduced
 from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.record import DamagedFragment, FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
@@ -32,8 +32,7 @@ NEW_FRAGMENTS = 25
 """Fragments that one redrawing reads while the run goes on, at most."""
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """One sample on the sheet."""
 
     image: np.ndarray
@@ -44,11 +43,9 @@ class Tile:
 def tiles_of(samples: Samples, wanted: Sequence[int]) -> dict[int, Tile]:
     """Those of the ascending indices `wanted` that `samples` hold."""
     here = wanted[bisect_left(wanted, samples.start) : bisect_left(wanted, samples.stop)]
+    labels = samples.labels
     return {
-        i: Tile(
-            reduced(samples.images[i - samples.start]),
-            None if samples.labels is None else int(samples.labels[i - samples.start]),
-        )
+        i: Tile(reduced(samples.images[i - samples.start]), None if labels is None else int(labels[i - samples.start]))
         for i in here
     }
 
@@ -65,6 +62,18 @@ def read_tiles(run_dir: RunDir, fingerprint: str, wanted: Mapping[FragmentName, 
 
 Read = Callable[[Mapping[FragmentName, Sequence[int]]], dict[int, Tile]]
 """Reads tiles of the given samples of some fragments, wherever that is done."""
+
+
+def arrays_of(tiles: Mapping[int, Tile]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images (n, H, W, C) and labels (n,) of tiles in the order of their indices; None where they have none."""
+    images, labels = zip(*(tiles[i] for i in sorted(tiles)), strict=True)
+    return np.stack(images), None if labels[0] is None else np.array(labels)
+
+
+def class_rows_of(tiles: Mapping[int, Tile]) -> dict[int, bytes] | None:
+    """Pictures of each class on a sheet; None for an unconditional model."""
+    images, labels = arrays_of(tiles)
+    return None if labels is None else class_rows(images, labels)
 
 
 def heading(settings: Mapping[str, Any], fingerprint: str) -> str:
@@ -99,29 +108,20 @@ class Sheet:
     def read(self, fragments: Iterable[FragmentName], most: int | None = None) -> dict[int, Tile]:
         """Evenly spaced samples of what `fragments` hold, by index; reads at most `most` new fragments."""
         pieces = cover(fragments, self.num_samples)
-        wanted = choose_indices(self.num_samples, [(piece.start, piece.stop) for piece in pieces], TILES)
-        new: dict[FragmentName, list[int]] = {}
-        at = 0
-        for piece in pieces:
-            while at < len(wanted) and wanted[at] < piece.start:
-                at += 1
-            here = [i for i in wanted[at : at + piece.stop - piece.start] if i < piece.stop]
-            if not all(i in self.tiles for i in here) and (most is None or len(new) < most):
-                new[piece.fragment] = here
-        if new:
-            self.tiles |= self._read(new)
+        wanted = choose_indices([(piece.start, piece.stop) for piece in pieces], TILES)
+        starts = [piece.start for piece in pieces]
+        holders: dict[FragmentName, list[int]] = {}
+        for i in wanted:
+            holders.setdefault(pieces[bisect_right(starts, i) - 1].fragment, []).append(i)
+        new = ((name, here) for name, here in holders.items() if not self.tiles.keys() >= {*here})
+        if chosen := dict(islice(new, most)):
+            self.tiles |= self._read(chosen)
         return {i: self.tiles[i] for i in wanted if i in self.tiles}
 
-    def draw(self, tiles: dict[int, Tile]) -> bytes:
+    def draw(self, tiles: Mapping[int, Tile]) -> bytes:
         """A PNG of `tiles`, ordered by index."""
         caption = f"{len(tiles)} of {self.num_samples:,} samples, evenly spaced, by index"
-        return sheet_of([tiles[i] for i in sorted(tiles)], self.title, caption)
-
-
-def sheet_of(tiles: list[Tile], title: str, caption: str) -> bytes:
-    labelled = tiles[0].label is not None
-    labels = np.array([tile.label for tile in tiles]) if labelled else None
-    return contact_sheet(np.stack([tile.image for tile in tiles]), labels, title, caption)
+        return contact_sheet(*arrays_of(tiles), self.title, caption)
 
 
 class PreviewKeeper:
@@ -153,14 +153,14 @@ class PreviewKeeper:
 
     def _redraw(self, names: tuple[FragmentName, ...]) -> None:
         began = time.monotonic()
-        # What ails the store, the run will tell; the next redrawing tries again.
+        # The run's own loop reports errors of the store; the next redrawing tries again.
         with suppress(RequestError, RunError):
             if tiles := self.sheet.read(names, NEW_FRAGMENTS):
                 self.sheet.run_dir.write_file(PREVIEW, self.sheet.draw(tiles))
         # Among very many fragments even looking takes seconds, which the driver would miss.
         self.due = max(self.due, began + REDRAW_SHARE * (time.monotonic() - began))
 
-    def finish(self, tiles: dict[int, Tile]) -> bytes:
+    def finish(self, tiles: Mapping[int, Tile]) -> bytes:
         """Draw the finished run's sheet and write it; returns it."""
         if self.drawing:
             self.drawing.join()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Group
 from rich.progress_bar import ProgressBar
@@ -14,6 +15,8 @@ from rich.text import Text
 
 from ray_sampler.errors import printable
 from ray_sampler.reporting.progress import format_rate, format_seconds
+from ray_sampler.storage.ranges import cover, missing
+from ray_sampler.storage.record import FragmentName
 
 RATE_FRAGMENTS = 20
 """Latest fragments that the rate comes from."""
@@ -24,12 +27,10 @@ RANGES_SHOWN = 8
 """Missing ranges that are printed."""
 
 
-@dataclass(frozen=True)
-class FragmentFact:
-    """What is known of a fragment: its name's range, and perhaps more."""
+class FragmentFact(NamedTuple):
+    """What is known of a fragment: its name, and perhaps more."""
 
-    start: int
-    stop: int
+    name: FragmentName
     modified: float | None = None
     """Unix time of the last write, in seconds; None where the store does not say."""
     device: str | None = None
@@ -117,26 +118,18 @@ def status(
         archive: name of the archive, None if there is none.
         now: unix time in seconds.
     """
-    facts = sorted(fragments, key=lambda fact: (fact.start, -fact.stop))
-    missing: list[tuple[int, int]] = []
-    covered = 0
-    for fact in facts:
-        start, stop = min(fact.start, num_samples), min(fact.stop, num_samples)
-        if start > covered:
-            missing.append((covered, start))
-        covered = max(covered, stop)
-    if covered < num_samples:
-        missing.append((covered, num_samples))
-    samples: dict[str, int] = {}
+    facts = list(fragments)
+    gaps = missing(cover((fact.name for fact in facts), num_samples), num_samples)
+    samples: Counter[str] = Counter()
     for fact in facts:
         if fact.device is not None:
-            samples[fact.device] = samples.get(fact.device, 0) + fact.stop - fact.start
+            samples[fact.device] += fact.name.stop - fact.name.start
     rate, quiet, running = _pace(facts, now)
     return Status(
         fingerprint=fingerprint,
         num_samples=num_samples,
-        finished=num_samples - sum(stop - start for start, stop in missing),
-        missing=tuple(missing),
+        finished=num_samples - sum(stop - start for start, stop in gaps),
+        missing=tuple(gaps),
         archive=archive,
         running=running,
         quiet_s=quiet,
@@ -153,7 +146,7 @@ def _pace(facts: Iterable[FragmentFact], now: float) -> tuple[float | None, floa
 
     A pause of an earlier interruption does not count: only fragments after the last one are looked at.
     """
-    written = sorted((fact.modified, fact.stop - fact.start) for fact in facts if fact.modified is not None)
+    written = sorted((fact.modified, fact.name.stop - fact.name.start) for fact in facts if fact.modified is not None)
     if not written:
         return None, None, False
     latest = written[-RATE_FRAGMENTS - 1 :]
@@ -193,13 +186,12 @@ def render(status: Status) -> Group:
 def _rows(status: Status) -> list[tuple[str, str]]:
     rows = [("fingerprint", status.fingerprint)]
     if status.missing:
-        rows.append(("missing", describe_ranges(status.missing)))
-        rows.append(
-            ("rate", "unknown" if status.rate is None else f"{format_rate(status.rate)} over the last fragments")
-        )
-        rows.append(
-            ("ETA", format_seconds(status.eta_s) if status.eta_s is not None else "unknown while nothing arrives")
-        )
+        rate, eta = status.rate, status.eta_s
+        rows += [
+            ("missing", describe_ranges(status.missing)),
+            ("rate", "unknown" if rate is None else f"{format_rate(rate)} over the last fragments"),
+            ("ETA", "unknown while nothing arrives" if eta is None else format_seconds(eta)),
+        ]
     if status.quiet_s is not None:
         rows.append(("last fragment", f"{format_seconds(status.quiet_s)} ago"))
     if status.devices:
@@ -207,11 +199,7 @@ def _rows(status: Status) -> list[tuple[str, str]]:
         part = f", in {status.records_read:,} of {status.fragments:,} fragments that were looked at"
         rows.append(("devices", devices + (part if status.records_read < status.fragments else "")))
     if status.mixed_numerics:
-        rows.append(
-            (
-                "mixed",
-                f"{len(status.numerics_keys)} numerics keys: pixels may differ by rounding from a run on one kind",
-            )
-        )
+        keys = f"{len(status.numerics_keys)} numerics keys"
+        rows.append(("mixed", f"{keys}: pixels may differ by rounding from a run on one kind"))
     rows.append(("archive", status.archive or "not written yet"))
     return rows

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ray_sampler.reporting.pixels import PixelStatistics
 
@@ -43,8 +42,7 @@ class Timeline:
         }
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """What computed the samples [start, stop) of a run."""
 
     start: int
@@ -72,108 +70,79 @@ def computed_by(parts: Iterable[Part]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-@dataclass(frozen=True)
-class ArchiveMember:
-    """A file within the archive."""
+def summary_of(
+    *,
+    fingerprint: str,
+    settings: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    num_samples: int,
+    nfe: int = 0,
+    sigmas: Sequence[float] = (),
+    reused: int,
+    computed: int,
+    seconds: Mapping[str, float],
+    max_actors: int,
+    failures: int,
+    retries: int,
+    rejected: Iterable[tuple[str, str]] = (),
+    parts: Iterable[Part] = (),
+    archive: str = "",
+    archive_bytes: int = 0,
+    archive_members: Iterable[tuple[str, int, int]] = (),
+    labels: Mapping[int, int] | None = None,
+    pixels: PixelStatistics | None = None,
+    timeline: Timeline | None = None,
+    weights: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a run did, the content of summary.json: plain JSON values, finite numbers only.
 
-    name: str
-    bytes: int
-    crc32: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What a run did."""
-
-    fingerprint: str
-    """64 hexadecimal digits."""
-    settings: Mapping[str, Any]
-    """Every setting under its flag's name, as `Run.as_json` gives them."""
-    identity: Mapping[str, Any]
-    """All that decides a sample's content, as `Run.identity` gives it."""
-    num_samples: int
-    nfe: int = 0
-    """Evaluations of the denoiser for one sample."""
-    sigmas: tuple[float, ...] = ()
-    """The noise levels that the solver visits."""
-    reused: int
-    """Samples that earlier runs left."""
-    computed: int
-    """Samples that this run computed."""
-    start_s: float
-    """Seconds from the start of the driver to the first shard."""
-    sampling_s: float
-    """Seconds from the first shard to the last sample."""
-    merge_s: float
-    """Seconds that the archive took."""
-    max_actors: int
-    """Actors ready at one time, at most."""
-    failures: int
-    """Shards and actors that failed."""
-    retries: int
-    """Times that a shard was put back in the queue."""
-    rejected: tuple[tuple[str, str], ...] = ()
-    """Name and reason of every fragment set aside."""
-    parts: tuple[Part, ...] = ()
-    """Who computed what, without overlap."""
-    archive: str = ""
-    """The archive's name."""
-    archive_bytes: int = 0
-    archive_members: tuple[ArchiveMember, ...] = ()
-    labels: Mapping[int, int] | None = None
-    """Samples of each label; None for an unconditional model."""
-    pixels: PixelStatistics | None = None
-    timeline: Timeline | None = None
-    device_s: tuple[float, float] | None = None
-    """Seconds that GPUs computed, and that they had nothing to do between two shards; None for CPUs."""
-    weights: Mapping[str, Any] = field(default_factory=dict)
-    """By role of a network: url, sha256 of the file, hash of the weights, and key; only where a file was fetched."""
-
-    @property
-    def samples_per_second(self) -> float:
-        """Samples that this run computed, a second of sampling."""
-        return self.computed / self.sampling_s if self.sampling_s > 0 else 0.0
-
-    def _of_gpus(self) -> dict[str, float]:
-        if self.device_s is None:
-            return {}
-        return {"gpu_computing": round(self.device_s[0], 3), "gpu_idle": round(self.device_s[1], 3)}
-
-    def as_json(self) -> dict[str, Any]:
-        """The content of summary.json: plain JSON values, finite numbers only."""
-        computed = computed_by(self.parts)
-        return {
-            "format": SUMMARY_FORMAT,
-            "fingerprint": self.fingerprint,
-            "settings": dict(self.settings),
-            "identity": dict(self.identity),
-            "num_samples": self.num_samples,
-            "nfe": self.nfe,
-            "sigmas": list(self.sigmas),
-            "reused": self.reused,
-            "computed": self.computed,
-            "seconds": {
-                "start": round(self.start_s, 3),
-                "sampling": round(self.sampling_s, 3),
-                "merge": round(self.merge_s, 3),
-                **self._of_gpus(),
-            },
-            "samples_per_second": round(self.samples_per_second, 4),
-            "max_actors": self.max_actors,
-            "failures": self.failures,
-            "retries": self.retries,
-            "rejected": [{"name": name, "reason": reason} for name, reason in self.rejected],
-            "computed_by": computed,
-            "mixed_numerics": len(computed) > 1,
-            "archive": {
-                "name": self.archive,
-                "bytes": self.archive_bytes,
-                "members": [
-                    {"name": member.name, "bytes": member.bytes, "crc32": f"{member.crc32:08x}"}
-                    for member in self.archive_members
-                ],
-            },
-            "labels": None if self.labels is None else {str(k): int(n) for k, n in sorted(self.labels.items())},
-            "pixels": None if self.pixels is None or not self.pixels.images else self.pixels.as_json(),
-            "timeline": (self.timeline or Timeline()).as_json(),
-        } | ({"weights": dict(self.weights)} if self.weights else {})
+    Args:
+        fingerprint: 64 hexadecimal digits.
+        settings: every setting under its flag's name, as `settings_json` gives them.
+        identity: all that decides a sample's content.
+        nfe: evaluations of the denoiser for one sample.
+        sigmas: the noise levels that the solver visits.
+        reused: samples that earlier runs left.
+        computed: samples that this run computed.
+        seconds: start: from the start of the driver to the first shard; sampling: from there to the last sample; merge:
+            those that the archive took; gpu_computing and gpu_idle, of GPUs: that they computed, and that they had
+            nothing to do between two shards.
+        max_actors: actors ready at one time, at most.
+        failures: shards and actors that failed.
+        retries: times that a shard was put back in the queue.
+        rejected: name and reason of every rejected fragment.
+        parts: who computed what, without overlap.
+        archive: the archive's name.
+        archive_members: name, bytes and CRC-32 of each array.
+        labels: samples of each label; None for an unconditional model.
+        weights: by role of a network: url, sha256 of the file, hash of the weights, and key; only where a file was
+            fetched.
+    """
+    makers = computed_by(parts)
+    return {
+        "format": SUMMARY_FORMAT,
+        "fingerprint": fingerprint,
+        "settings": dict(settings),
+        "identity": dict(identity),
+        "num_samples": num_samples,
+        "nfe": nfe,
+        "sigmas": list(sigmas),
+        "reused": reused,
+        "computed": computed,
+        "seconds": {stage: round(taken, 3) for stage, taken in seconds.items()},
+        "samples_per_second": round(computed / seconds["sampling"], 4) if seconds["sampling"] > 0 else 0.0,
+        "max_actors": max_actors,
+        "failures": failures,
+        "retries": retries,
+        "rejected": [{"name": name, "reason": reason} for name, reason in rejected],
+        "computed_by": makers,
+        "mixed_numerics": len(makers) > 1,
+        "archive": {
+            "name": archive,
+            "bytes": archive_bytes,
+            "members": [{"name": name, "bytes": size, "crc32": f"{crc:08x}"} for name, size, crc in archive_members],
+        },
+        "labels": None if labels is None else {str(label): int(n) for label, n in sorted(labels.items())},
+        "pixels": pixels.as_json() if pixels and pixels.images else None,
+        "timeline": (timeline or Timeline()).as_json(),
+    } | ({"weights": dict(weights)} if weights else {})

@@ -217,7 +217,7 @@ def test_results_as_they_are_go_through_every_command(
     status = json.loads(capsys.readouterr().out)
     assert status["finished"] == 7
     assert main(["verify", str(output)]) == 1
-    assert "set aside" in capsys.readouterr().out
+    assert "rejected" in capsys.readouterr().out
     assert main(["merge", str(output)]) == 1
     assert "4 of 9 samples are missing" in capsys.readouterr().err
     assert Path(run(config).archive).read_bytes() == before

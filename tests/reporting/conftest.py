@@ -12,7 +12,7 @@ from ray_sampler.config import RunConfig
 from ray_sampler.networks.adm import spec_of
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.reporting.pixels import PixelStatistics
-from ray_sampler.reporting.summary import ArchiveMember, Part, Summary, Timeline
+from ray_sampler.reporting.summary import Part, Timeline, summary_of
 from tests.resolving import resolved_for
 
 HOSTILE = "<script>console.error('run')</script>"
@@ -35,16 +35,14 @@ def summary(images: np.ndarray) -> dict[str, Any]:
     timeline = Timeline()
     for second in range(60):
         timeline.add(float(second), second / 7, second // 10)
-    content = Summary(
+    content = summary_of(
         fingerprint="7f3a91c2" * 8,
         settings=run.as_json(),
         identity=run.identity("00" * 32),
         num_samples=50_000,
         reused=12_288,
         computed=37_712,
-        start_s=14.25,
-        sampling_s=4012.5,
-        merge_s=0.75,
+        seconds={"start": 14.25, "sampling": 4012.5, "merge": 0.75},
         max_actors=12,
         failures=3,
         retries=7,
@@ -52,12 +50,9 @@ def summary(images: np.ndarray) -> dict[str, Any]:
         parts=(Part(0, 12_288, "a10g, batch 16", "NVIDIA A10G"), Part(12_288, 50_000, "h200, batch 16", "NVIDIA H200")),
         archive="samples_50000x8x8x3.npz",
         archive_bytes=10_000_500,
-        archive_members=(
-            ArchiveMember("arr_0.npy", 9_600_128, 0xDEADBEEF),
-            ArchiveMember("arr_1.npy", 400_128, 0x12AB),
-        ),
+        archive_members=(("arr_0.npy", 9_600_128, 0xDEADBEEF), ("arr_1.npy", 400_128, 0x12AB)),
         labels={label: 5000 + label for label in range(10)},
         pixels=pixels,
         timeline=timeline,
-    ).as_json()
+    )
     return json.loads(json.dumps(content, allow_nan=False))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_sampler.reporting.preview import class_strips, contact_sheet
+from ray_sampler.reporting.preview import class_rows, contact_sheet
 from ray_sampler.reporting.report import look_up, render_report
 from tests.cluster.processes import PATIENCE_S
 
@@ -63,7 +63,7 @@ def report(tmp_path: Path, summary: dict[str, Any], images: np.ndarray) -> Path:
     labels = np.arange(len(images)) % 10
     sheet = contact_sheet(images, labels, "digits", "40 samples")
     path = tmp_path / "report.html"
-    path.write_text(render_report(summary, sheet, class_strips(images, labels)))
+    path.write_text(render_report(summary, sheet, class_rows(images, labels)))
     return path
 
 

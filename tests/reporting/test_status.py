@@ -8,8 +8,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ray_sampler.reporting.status import FragmentFact, Status, describe_ranges, render, status
+from ray_sampler.storage.record import FragmentName
 
 FINGERPRINT = "7f3a91c2" * 8
+
+
+def fact(start: int, stop: int, modified: float | None = None, *more: str) -> FragmentFact:
+    return FragmentFact(FragmentName(start, stop, "parquet"), modified, *more)
 
 
 def standing(facts: list[FragmentFact], num_samples: int = 1000, archive: str | None = None, now: float = 0) -> Status:
@@ -18,7 +23,7 @@ def standing(facts: list[FragmentFact], num_samples: int = 1000, archive: str | 
 
 @given(st.lists(st.tuples(st.integers(0, 120), st.integers(1, 40)), max_size=8), st.integers(1, 130))
 def test_finished_and_missing_are_what_the_fragments_cover(ranges: list[tuple[int, int]], num_samples: int) -> None:
-    found = standing([FragmentFact(start, start + length) for start, length in ranges], num_samples)
+    found = standing([fact(start, start + length) for start, length in ranges], num_samples)
     covered = {i for start, length in ranges for i in range(start, start + length)} & set(range(num_samples))
     missing = [i for start, stop in found.missing for i in range(start, stop)]
     assert found.finished == len(covered)
@@ -27,8 +32,8 @@ def test_finished_and_missing_are_what_the_fragments_cover(ranges: list[tuple[in
 
 
 def test_rate_and_eta_come_from_the_last_fragments() -> None:
-    early = [FragmentFact(k * 10, k * 10 + 10, 100.0 * k) for k in range(40)]
-    late = [FragmentFact(400 + k * 10, 410 + k * 10, 3900.0 + 5 * (k + 1)) for k in range(25)]
+    early = [fact(k * 10, k * 10 + 10, 100.0 * k) for k in range(40)]
+    late = [fact(400 + k * 10, 410 + k * 10, 3900.0 + 5 * (k + 1)) for k in range(25)]
     found = standing(early + late, now=4030.0)
     assert found.rate == pytest.approx(2)
     assert found.eta_s == pytest.approx(350 / 2)
@@ -36,18 +41,18 @@ def test_rate_and_eta_come_from_the_last_fragments() -> None:
 
 
 def test_a_pause_between_two_runs_does_not_spoil_the_rate() -> None:
-    before = [FragmentFact(k * 10, k * 10 + 10, 10.0 * k) for k in range(5)]
-    after = [FragmentFact(50 + k * 10, 60 + k * 10, 90_000 + 10.0 * k) for k in range(5)]
+    before = [fact(k * 10, k * 10 + 10, 10.0 * k) for k in range(5)]
+    after = [fact(50 + k * 10, 60 + k * 10, 90_000 + 10.0 * k) for k in range(5)]
     assert standing(before + after, now=90_045.0).rate == pytest.approx(1)
 
 
 def test_a_run_that_writes_no_more_has_no_eta() -> None:
-    found = standing([FragmentFact(k * 10, k * 10 + 10, 10.0 * k) for k in range(5)], now=4000.0)
+    found = standing([fact(k * 10, k * 10 + 10, 10.0 * k) for k in range(5)], now=4000.0)
     assert (found.state, found.running, found.eta_s, found.quiet_s) == ("stopped", False, None, 3960.0)
 
 
 def test_every_state_has_its_name() -> None:
-    whole = [FragmentFact(0, 1000, 5.0)]
+    whole = [fact(0, 1000, 5.0)]
     assert standing([]).state == "empty"
     assert standing(whole).state == "sampled"
     assert standing(whole, archive="samples_1000x32x32x3.npz").state == "done"
@@ -55,7 +60,7 @@ def test_every_state_has_its_name() -> None:
 
 
 def test_mixed_hardware_is_said() -> None:
-    facts = [FragmentFact(0, 400, 1.0, "NVIDIA A10G", "a"), FragmentFact(400, 1000, 2.0, "NVIDIA H200", "h")]
+    facts = [fact(0, 400, 1.0, "NVIDIA A10G", "a"), fact(400, 1000, 2.0, "NVIDIA H200", "h")]
     found = standing(facts)
     assert found.mixed_numerics
     assert found.devices == (("NVIDIA H200", 600), ("NVIDIA A10G", 400))
@@ -69,7 +74,7 @@ def test_missing_ranges_are_shortened() -> None:
 
 
 def test_it_fits_80_columns_and_scripts_can_read_it() -> None:
-    facts = [FragmentFact(k * 1024, k * 1024 + 512, 5.0 * k, "NVIDIA A10G", f"key {k}") for k in range(30)]
+    facts = [fact(k * 1024, k * 1024 + 512, 5.0 * k, "NVIDIA A10G", f"key {k}") for k in range(30)]
     found = standing(facts, num_samples=10_000_000, now=150.0)
     console = Console(width=80, color_system=None)
     with console.capture() as capture:
