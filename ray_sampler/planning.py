@@ -17,7 +17,7 @@ from ray_sampler.sampling.options import DecoderOptions, GuidanceOptions, NoiseO
 from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan, parameterisation_of
 from ray_sampler.sampling.solvers import SOLVERS, Churn
 from ray_sampler.sampling.stepping import schedule_of
-from ray_sampler.storage.label_file import read_labels
+from ray_sampler.storage.number_file import read_labels
 
 
 def plan_of(config: RunConfig, specs: Mapping[str, NetworkSpec]) -> SamplePlan:

@@ -24,7 +24,7 @@ from ray_sampler.sampling.stepping import (
     sigmas_of,
     still_brought,
 )
-from ray_sampler.storage.level_file import read_levels
+from ray_sampler.storage.number_file import read_levels
 
 if TYPE_CHECKING:
     from ray_sampler.networks.family import NetworkSpec

@@ -1,32 +1,97 @@
-"""Small files of numbers that a flag names, of labels or levels: what is in one is told from its content."""
+"""Lists of numbers that a flag gives, of labels or noise levels: on the command line, or in a file of any kind."""
 
 from __future__ import annotations
 
 import codecs
-import os
+import io
+import math
 import re
-import stat
+from collections.abc import Sequence
 
 import fsspec
+import numpy as np
 
-from ray_sampler.errors import RequestError, shortened
+from ray_sampler.errors import RequestError, printable, require, shortened
 
 NPZ, NPY = b"PK", b"\x93NUMPY"
 """How the content of an .npz and of an .npy begins, whatever the file is called."""
 
+EXACT = 2**53
+"""Whole numbers below it are exact as float64."""
 
-def read_given(url: str, flag: str, expected: str) -> bytes:
-    """The content of a file that a flag names by its path or URL.
+
+def read_labels(text: str) -> np.ndarray:
+    """Labels as --labels names them: (n,) int64.
 
     Args:
-        expected: what the flag may be besides.
+        text: as of `read_numbers`; an .npz has them in arr_1.
 
     Raises:
-        RequestError: it cannot be read.
+        RequestError: as of `read_numbers`, or one is no whole number.
+    """
+    values = read_numbers(text, "--labels", "arr_1", "random, balanced, a list as 0,3,999")
+    wrong = ~((np.floor(values) == values) & (np.abs(values) < EXACT))
+    require(
+        not wrong.any(),
+        f"--labels {shortened(text)} has {values[wrong.argmax()]:.17g} at position {wrong.argmax()}; "
+        "labels must be whole numbers, one each",
+    )
+    return values.astype(np.int64)
+
+
+def read_levels(text: str | Sequence[float]) -> tuple[float, ...]:
+    """Levels as --sigmas names them: they fall, and the last is 0, which is appended where it is absent.
+
+    Args:
+        text: as of `read_numbers`; an .npz has them in arr_0. From Python also the levels themselves.
+
+    Raises:
+        RequestError: as of `read_numbers`, or they do not fall.
+    """
+    if not isinstance(text, str):
+        text = ",".join(repr(float(level)) for level in text)
+    values = read_numbers(text, "--sigmas", "arr_0", "a list of falling noise levels as 80,10,1").tolist()
+    shown = f"--sigmas is {shortened(text)!r}"
+    require(values[0] > 0, f"{shown}; it must begin with a noise level above 0, as in 80,10,1")
+    for level, lower in zip(values, [*values[1:], 0.0][: len(values) - (values[-1] == 0)], strict=False):
+        require(
+            0 <= lower < level < math.inf,
+            f"{shown}, where {lower:g} follows {level:g}; levels must be finite and fall, as in 80,10,1",
+        )
+    return tuple(values) if values[-1] == 0 else (*values, 0.0)
+
+
+def read_numbers(text: str, flag: str, member: str, expected: str) -> np.ndarray:
+    """The numbers that a flag gives: (n,) float64, n at least 1.
+
+    Args:
+        text: "80,10,1", or the path or URL of an .npz, of an .npy, or of a text file with numbers between white space
+            or commas, where a header line and what follows a # are passed over.
+        member: the array of an .npz that holds them.
+        expected: what the flag may be besides a file.
+
+    Raises:
+        RequestError: there is no such file, or it holds no list of numbers.
     """
     try:
-        if is_device(url):
-            raise OSError("a device, which has no end")
+        return np.array([float(part) for part in text.removesuffix(",").split(",")])
+    except ValueError:
+        data = read_given(text, flag, expected)
+    try:
+        values = numbers_in(data, member)
+    except Exception as error:  # what is damaged fails in zipfile, its decompressors or numpy, each in its own way
+        raise RequestError(f"{flag} {shortened(text)} cannot be read as numbers: {printable(error)}") from error
+    require(
+        values.size in values.shape and values.size > 0 and values.dtype.kind in "iuf",
+        f"{flag} {shortened(text)} holds an array of shape {values.shape} and type {values.dtype}; "
+        "it must hold a list of numbers, one after another",
+    )
+    return values.reshape(-1).astype(np.float64)
+
+
+def read_given(url: str, flag: str, expected: str) -> bytes:
+    """The content of a file that a flag names by its path or URL. Raises RequestError: it cannot be read."""
+    try:
         with fsspec.open(url, "rb") as file:
             content: bytes = file.read()
             return content
@@ -36,38 +101,17 @@ def read_given(url: str, flag: str, expected: str) -> bytes:
         ) from None
 
 
-def is_device(path: str) -> bool:
-    """Whether a path is a device or a socket: /dev/zero, for one, has no end."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # it is no path, or whoever opens it says what is wrong
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISFIFO(mode))
-
-
-def is_list(shape: tuple[int, ...]) -> bool:
-    """Whether an array is a list, or a list as one column or row."""
-    return len(shape) == 1 or (len(shape) == 2 and 1 in shape)
-
-
-def table_of(data: bytes) -> tuple[list[str], list[list[str]]]:
-    """The words of a header line, and those of each other line of a text, without comments and empty lines.
-
-    Raises:
-        ValueError: it is no text.
-    """
+def numbers_in(data: bytes, member: str) -> np.ndarray:
+    """The array in a file's content, of whatever shape and type."""
+    if data.startswith((NPZ, NPY)):
+        found = np.load(io.BytesIO(data), allow_pickle=False)
+        return np.asarray(found[member] if data.startswith(NPZ) else found)
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = data.decode("utf-16" if wide else "utf-8-sig")
-    lines = (line.partition("#")[0].strip(" \t,;") for line in text.splitlines())
-    rows = [[word.strip("\"'") for word in re.split(r"[\s,;]+", line)] for line in lines if line]
-    if len(rows) > 1 and not any(number(word) or word[:1].isdigit() for word in rows[0]):
-        return rows[0], rows[1:]
-    return [], rows
-
-
-def number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+    text = re.sub("#.*", "", data.decode("utf-16" if wide else "utf-8-sig"))
+    rows = [row for line in text.splitlines() if (row := re.split(r"[\s,;\"']+", line.strip(" \t,;\"'")))[0]]
+    header = rows.pop(0) if len(rows) > 1 and not any(word[0] in "+-.0123456789" for word in rows[0]) else []
+    table = np.array([list(map(float, row)) for row in rows]) if len({len(row) for row in rows}) == 1 else None
+    if table is not None and table.shape[1] > 1 and len(table) > 1:
+        counts = table.shape[1] == 2 and (np.diff(table[:, 0]) == 1).all()
+        require(not counts and len(header) < 2, f"it has lines of several columns, as {','.join(header or rows[0])}")
+    return np.array([float(word) for row in rows for word in row])

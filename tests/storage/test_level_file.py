@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ray_sampler.errors import RequestError
-from ray_sampler.storage.level_file import read_levels
+from ray_sampler.storage.number_file import read_levels
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from ray_sampler.errors import RequestError
-from ray_sampler.storage.label_file import read_labels
-from ray_sampler.storage.level_file import read_levels
+from ray_sampler.storage.number_file import read_labels, read_levels
 from tests.resolving import SMALL, resolve
 
 
@@ -20,7 +19,6 @@ from tests.resolving import SMALL, resolve
     [
         pytest.param("s3://key:HIDDEN@bucket/x", id="a bucket's name that is none"),
         pytest.param("zip://x::PLAIN", id="no zip file"),
-        pytest.param("/dev/zero", id="a device without an end"),
         pytest.param("unknown://user:HIDDEN@host/x", id="an unknown protocol"),
     ],
 )
