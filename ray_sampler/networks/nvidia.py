@@ -32,6 +32,9 @@ NAMES = re.compile(
 )
 """All that a snapshot may name; each is a stand-in."""
 
+ARRAY = "multiarray._reconstruct"
+"""How the name of what makes an array of a pickle ends."""
+
 SETS = {(module, "set"): Known(set) for module in ("builtins", "__builtin__")}
 
 
@@ -139,9 +142,8 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Foreign) and value.name.endswith("multiarray.scalar"):
         dtype, data = value.args
         return np.frombuffer(data, _number_type(dtype)).item()
-    if isinstance(value, Foreign) and value.name.endswith("multiarray._reconstruct"):
-        _, shape, dtype, fortran, data = value.state
-        return np.frombuffer(data, _number_type(dtype)).reshape(shape, order="F" if fortran else "C").tolist()
+    if isinstance(value, Foreign) and value.name.endswith(ARRAY):
+        return array_of(value).tolist()
     if isinstance(value, Foreign) and value.name.endswith("EasyDict"):
         value = value.items
     if isinstance(value, dict):
@@ -151,6 +153,12 @@ def _plain(value: Any, depth: int = 0) -> Any:
         items = [_plain(each, depth + 1) for each in value]
         return _NOT_PLAIN if any(each is _NOT_PLAIN for each in items) else items
     return _NOT_PLAIN
+
+
+def array_of(value: Foreign) -> np.ndarray:
+    """An array of numbers, as numpy pickles it."""
+    _, shape, dtype, fortran, data = value.state
+    return np.frombuffer(data, _number_type(dtype)).reshape(shape, order="F" if fortran else "C")
 
 
 def _number_type(dtype: Foreign) -> np.dtype[Any]:

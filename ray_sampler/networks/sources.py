@@ -41,10 +41,8 @@ class Source:
     discard: Callable[[], None]
     """Takes it out of the cache."""
 
-    def sha256(self) -> str | None:
-        """Of the whole file, in hexadecimal digits, where it was fetched."""
-        if not self.fetched:
-            return None
+    def sha256(self) -> str:
+        """Of the whole file, in hexadecimal digits."""
         digest = hashlib.sha256()
         self.file.seek(0)
         while part := self.file.read(CHUNK):

@@ -47,12 +47,12 @@ class Checkpoint:
     shown: str
     """The path or URL, without credentials."""
     sha256: str | None = None
-    """Of the file, in hexadecimal digits, where it came over a network."""
+    """Of the file, in hexadecimal digits, where it came over a network or that was asked for."""
     saved: Any = None
     """The networks of a snapshot of NVlabs/edm or NVlabs/edm2, by key."""
 
 
-def read_checkpoint(url: str, key: str | None = None, flag: str = "--model") -> Checkpoint:
+def read_checkpoint(url: str, key: str | None = None, flag: str = "--model", with_sha256: bool = False) -> Checkpoint:
     """The weights in the file at a path, a pipe or any fsspec URL, or in a directory with an index of its parts.
 
     It reads what torch.save writes (zip or older), safetensors, plain pickles, and snapshots of NVlabs/edm and edm2.
@@ -62,6 +62,7 @@ def read_checkpoint(url: str, key: str | None = None, flag: str = "--model") -> 
         key: where in the file the weights are, with dots. By default an exponential moving average is taken where there
             is one, else the state dict.
         flag: that named the file, for messages.
+        with_sha256: of a file of this machine too.
 
     Raises:
         RequestError: there is no such file, it cannot be read, or holds no weights; one sentence says what it is and
@@ -75,7 +76,7 @@ def read_checkpoint(url: str, key: str | None = None, flag: str = "--model") -> 
             head = _head(found)
             if head.lstrip()[:1] == b"{" and b'"weight_map"' in head and found.size <= MAX_INDEX:
                 return _indexed(found.file.read(MAX_INDEX), url.rpartition("/")[0] or ".", key, shown, flag)
-            return _file(found, head, key, shown)
+            return _file(found, head, key, shown, with_sha256)
         except Refused as error:
             if isinstance(found, Source):
                 found.discard()
@@ -92,14 +93,14 @@ def _head(source: Source) -> bytes:
     return head
 
 
-def _file(source: Source, head: bytes, key: str | None, shown: str) -> Checkpoint:
+def _file(source: Source, head: bytes, key: str | None, shown: str, with_sha256: bool) -> Checkpoint:
     part = PART.search(re.split(r"[?#]", shown)[0])
     if part and int(part[2]) > 1:
         raise Refused(
             f"by its name it is part {int(part[1])} of {int(part[2])} of a checkpoint; "
             "name the folder that holds all parts and their index (*.index.json)"
         )
-    digest = source.sha256()
+    digest = source.sha256() if source.fetched or with_sha256 else None
     if nvidia.looks_like_nvidia(head):
         saved = nvidia.read_pickle(source.file)
         taken = key if key is not None else "ema" if "ema" in saved else next(iter(saved))
