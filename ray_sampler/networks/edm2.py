@@ -83,14 +83,15 @@ def options_from(saved: SavedNetwork) -> Edm2Options:
 _BALANCES = ("label_balance", "concat_balance", "res_balance", "attn_balance")
 
 
-def options_from_shapes(tensors: Mapping[str, Tensor], channels_per_head: int = CHANNELS_PER_HEAD) -> Edm2Options:
+def options_from_shapes(tensors: Mapping[str, Tensor], channels_per_head: int = 0) -> Edm2Options:
     """What the shapes of a state dict tell (names with or without `unet.`); what they do not tell
-    is as published: the filter [1, 1], the balances and, unless given, 64 channels in an attention head.
+    is as published: the filter [1, 1], the balances and, unless given above 0, 64 channels in an attention head.
 
     Raises:
         Refused: these are not the tensors of an EDM2 network.
     """
     shapes = {name.removeprefix(PREFIX): tuple(tensor.shape) for name, tensor in tensors.items()}
+    per_head = channels_per_head or CHANNELS_PER_HEAD
     try:
         firsts = [name for name in shapes if re.fullmatch(r"enc\.\d+x\d+_conv\.weight", name)]
         resolution = int(firsts[0].split(".")[1].partition("x")[0])
@@ -106,12 +107,18 @@ def options_from_shapes(tensors: Mapping[str, Tensor], channels_per_head: int = 
             emb_channels=shapes["emb_noise.weight"][0],
             num_blocks=1 + max(number for _, number in blocks),
             attn_resolutions=tuple(s for s in levels if f"enc.{s}x{s}_block0.attn_qkv.weight" in shapes),
-            channels_per_head=channels_per_head,
+            channels_per_head=per_head,
         )
         if options.num_blocks > min(len(blocks), MOST_BLOCKS):
             raise LookupError("a block without those before it")
     except (LookupError, ValueError) as error:
         raise Refused("its tensors are not those of an EDM2 network") from error
+    widths = [shape[0] for name, shape in shapes.items() if name.endswith("attn_proj.weight")]
+    if widths and min(widths) < per_head:
+        raise Refused(
+            f"its attention has {min(widths)} channels, fewer than the {per_head} of a head that are assumed "
+            "unless --num_head_channels says how many they are; give --num_head_channels"
+        )
     _check(options)
     return options
 

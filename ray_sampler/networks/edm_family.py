@@ -10,13 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ray_sampler.errors import RequestError, require
+from ray_sampler.errors import RequestError, printable, require
 from ray_sampler.networks import adm, edm, edm2
 from ray_sampler.networks.adm_options import AdmOptions
-from ray_sampler.networks.adm_shapes import explain_misfit
 from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.networks.dhariwal import as_dhariwal, dhariwal_to_adm
-from ray_sampler.networks.family import DTYPES, Family, NetworkSpec, Opened, Precision, check_fit, without_memory
+from ray_sampler.networks.dhariwal import HEAD_CHANNELS, as_dhariwal, dhariwal_to_adm
+from ray_sampler.networks.family import DTYPES, Family, NetworkSpec, Opened, Precision, Told, check_fit, without_memory
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
 from ray_sampler.networks.weights import Checkpoint
 
@@ -91,9 +90,6 @@ def open_edm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
         if saved.arguments.get("model_type") == "DhariwalUNet":
             flags, tensors = dhariwal_to_adm(saved)
             options: Any = Dhariwal(AdmOptions(**flags))
-            asked = {name: settings[name] for name in given if name not in ("class_cond", "num_classes")}
-            if contradiction := explain_misfit(tensors, asked):  # whose labels have a row for the null label
-                raise Refused(contradiction)
             shape = (options.network.in_channels, options.network.image_size, options.network.image_size)
             classes = options.network.num_classes if options.network.class_cond else 0
         else:
@@ -116,8 +112,9 @@ def open_edm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
         flags=adm.flags_in(options.network, settings) if isinstance(options, Dhariwal) else {},
         script="edm",
     )
+    told = told_by(options.network, kind) | {"label_dropout": recorded(saved, "label_dropout", 0.0)}
     with refusing(checkpoint):
-        return checked(EDM, spec, tensors, saved.parameters, settings, given)
+        return checked(EDM, spec, tensors, saved, settings, given, told)
 
 
 def open_edm2(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozenset[str]) -> Opened:
@@ -126,14 +123,14 @@ def open_edm2(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozen
     Raises:
         RequestError: it cannot be sampled, or a given setting contradicts what it records.
     """
-    saved = main_network(checkpoint)
+    saved, encoder = main_network(checkpoint), (checkpoint.saved or {}).get("encoder")
     source = saved.tensors if saved else checkpoint.tensors
     with refusing(checkpoint):
         if saved:
             check_sigma_data(saved)
-            options, latent = edm2.options_from(saved), edm2.latents((checkpoint.saved or {}).get("encoder"))
+            options, latent = edm2.options_from(saved), edm2.latents(encoder)
         else:
-            options = edm2.options_from_shapes(source)
+            options = edm2.options_from_shapes(source, max(settings.get("num_head_channels") or 0, 0))
             latent = options.img_channels == 4
     spec = NetworkSpec(
         family="edm2",
@@ -149,58 +146,77 @@ def open_edm2(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozen
         latent="edm2" if latent else None,
         script="edm2",
     )
-    tensors = edm2.network_tensors(source)
-    parameters = saved.parameters if saved else sum(t.numel() for t in tensors.values() if t.dim() != 1)
-    return checked(EDM2, spec, tensors, parameters, settings, given)
+    return checked(EDM2, spec, edm2.network_tensors(source), saved, settings, given, told_by(options, "edm"), encoder)
 
 
 def checked(
     family: Family,
     spec: NetworkSpec,
     tensors: dict[str, Tensor],
-    parameters: int,
+    saved: SavedNetwork | None,
     settings: Mapping[str, Any],
     given: frozenset[str],
+    told: Mapping[str, Any],
+    encoder: SavedNetwork | None = None,
 ) -> Opened:
     """What was opened, after a check against its own tensors and against what the user gave."""
-    values = {name: settings[name] for name in given}
-    spec.check_given(values)
-    check_recorded(spec, values)
+    spec.check_given({name: settings[name] for name in given - {"weights_key"}}, told)
     check_fit(without_memory(lambda: family.build(spec, "fp32")), tensors, DAMAGED)
-    return Opened(spec, tensors, parameters)
+    parameters = saved.parameters if saved else sum(t.numel() for t in tensors.values() if t.dim() != 1)
+    changed = [*(saved.changed if saved else ()), *(encoder.changed if encoder else ())]
+    note = None
+    if changed:
+        note = (
+            f"the code that wrote this file is not the published one: {', '.join(map(printable, changed))} "
+            f"{'differs' if len(changed) == 1 else 'differ'}; it is sampled with the published arithmetic, so pictures "
+            "may be wrong"
+        )
+    elif saved is None and not settings.get("num_head_channels") and any("attn_qkv" in name for name in tensors):
+        note = (
+            f"--num_head_channels {edm2.CHANNELS_PER_HEAD} is assumed, as in all published networks, which the weights "
+            "do not tell: if the network has others, its pictures are wrong; give --num_head_channels"
+        )
+    return Opened(spec, tensors, parameters, note)
 
 
-def check_recorded(spec: NetworkSpec, given: Mapping[str, Any]) -> None:
-    """Check what the user gave of the preconditioning and the levels against what a file records.
+def told_by(network: Any, kind: str) -> dict[str, Any]:
+    """What a file tells of its network, by the names of ADM's flags; a function is whether a given value says so.
 
-    Raises:
-        RequestError: it contradicts that; names both values.
+    A flag that is left out here is one that such a network cannot use.
     """
-    told: dict[str, str] = {}
-    if "consistency" in (given.get("training_mode") or ""):
-        told["training_mode"] = "edm"
-    if not isinstance(spec.options, Dhariwal):  # whose flags its tensors were compared with
-        network = spec.options.network
-        width = getattr(network, "model_channels", network.channels[0])
-        sizes = [network.img_resolution >> level for level in range(len(network.channels))]
-        attention = [size for size in sizes if size in network.attn_resolutions]
-        if given.get("num_channels") not in (None, width):
-            told["num_channels"] = str(width)
-        asked = numbers(given, "channel_mult")
-        if asked and [round(width * multiplier) for multiplier in asked] != list(network.channels):
-            told["channel_mult"] = ",".join(f"{channels / width:g}" for channels in network.channels)
-        asked = numbers(given, "attention_resolutions")
-        if asked is not None and [size for size in sizes if size in asked] != attention:
-            told["attention_resolutions"] = ",".join(map(str, attention)) or "none"
-    for name, value in told.items():
-        require(False, f"--{name} is {given[name]}, but the file says {value}; leave it out or give another --model")
+    adm_like = isinstance(network, AdmOptions)
+    width = network.num_channels if adm_like else getattr(network, "model_channels", network.channels[0])
+    channels = [round(m * width) for m in network.channel_multipliers] if adm_like else list(network.channels)
+    sizes = [(network.image_size if adm_like else network.img_resolution) >> level for level in range(len(channels))]
+    there = [network.attends_at(i) if adm_like else s in network.attn_resolutions for i, s in enumerate(sizes)]
+    attention = [size for size, attends in zip(sizes, there, strict=True) if attends]
+    heads: dict[str, Any] = {"num_head_channels": getattr(network, "channels_per_head", HEAD_CHANNELS)}
+    if isinstance(network, edm.SongUNetOptions):  # which has one head, of all channels
+        wide = {channels[-1], *(c for c, attends in zip(channels, there, strict=True) if attends)}
+        heads["num_head_channels"] = Told("-1", lambda n: n == -1 or {n} == wide)
+        heads |= {"num_heads": 1, "num_heads_upsample": Told("1", lambda n: n in (-1, 1))}
+    return heads | {
+        "num_channels": width,
+        "num_res_blocks": network.num_res_blocks if adm_like else network.num_blocks,
+        "channel_mult": Told(
+            ",".join(f"{c / width:g}" for c in channels),
+            lambda text: not text or [round(m * width) for m in numbers("channel_mult", text)] == channels,
+        ),
+        "attention_resolutions": Told(
+            ",".join(map(str, attention)) or "none",
+            lambda text: [s for s in sizes if s in numbers("attention_resolutions", text)] == attention,
+        ),
+        "use_scale_shift_norm": adm_like,
+        "resblock_updown": True,
+        "learn_sigma": adm_like and network.learn_sigma,
+        "training_mode": Told(kind, lambda mode: kind == "edm" and "consistency" not in mode),
+    }
 
 
-def numbers(given: Mapping[str, Any], name: str) -> list[float] | None:
+def numbers(name: str, text: str) -> list[float]:
     """A list of numbers that was given as text. Raises RequestError: it is none."""
-    text = given.get(name)
     try:
-        return None if text is None else [float(part) for part in text.split(",") if part]
+        return [float(part) for part in text.split(",") if part]
     except ValueError:
         raise RequestError(f"--{name} is {text!r}; it must be positive numbers with commas, as in 1,2,2") from None
 

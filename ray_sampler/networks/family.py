@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ray_sampler.errors import require
+from ray_sampler.networks.families import ARCHITECTURE
 from ray_sampler.networks.weights import Checkpoint
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -23,6 +24,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 PREFIX = "python:"
 """Of a model that is a user's own function, python:package.module:function."""
+
+DESCRIBING = (*(name for name in ARCHITECTURE if name != "dropout"), "weights_key")
+"""Flags of a network that decide its samples."""
 
 NAMED = 3
 """How many offending tensors an error names."""
@@ -80,25 +84,39 @@ class NetworkSpec:
         family = {} if self.family == "adm" else {"family": self.family}
         return family | {"weights": weights} | dict(self.options.identity())
 
-    def check_given(self, given: Mapping[str, Any]) -> None:
+    def check_given(self, given: Mapping[str, Any], told: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Check settings that the user gave against what the file tells; to repeat it is no mistake.
 
+        Args:
+            told: by flag name, beside the size and the classes: a value, or one with another way to compare.
+
         Raises:
-            RequestError: one contradicts it; names both values.
+            RequestError: one contradicts it, or is for networks of another family.
         """
-        network = getattr(self.options, "network", None)
         told = {
-            "num_channels": getattr(network, "model_channels", None),
-            "num_res_blocks": getattr(network, "num_blocks", None),
             "image_size": self.shape[1],
             "class_cond": self.num_classes > 0,
-            "num_classes": self.num_classes or None,
+            **({"num_classes": self.num_classes} if self.num_classes else {}),
+            **told,
         }
-        for name, value in told.items():
+        for name in (name for name in DESCRIBING if name in given):
+            value, here = given[name], told.get(name)
+            heads = (
+                name in ("num_heads", "num_heads_upsample") and given.get("num_head_channels", -1) > 0
+            )  # which decides
+            require(here is not None or heads, f"--{name} is {value}, which this network cannot use; leave it out")
             require(
-                given.get(name) in (None, value) or value is None,
-                f"--{name} is {given.get(name)}, but the file says {value}; leave it out or give another --model",
+                heads or (here.says(value) if isinstance(here, Told) else value == here),
+                f"--{name} is {value}, but the file says {here.shown if isinstance(here, Told) else here}; leave it "
+                "out or give another --model",
             )
+
+
+class Told(NamedTuple):
+    """What a file tells, where different values of a flag say the same."""
+
+    shown: str
+    says: Callable[[Any], bool]
 
 
 class Opened(NamedTuple):

@@ -2,7 +2,7 @@
 
 Such a file is a pickle of {"ema": network, "loss_fn": ..., ...}. Each object in it is stored with the source text of
 its class, which their own reader executes. Here the state of the objects is read as plain data, and the source text is
-never looked at.
+compared with what was published, and never run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ray_sampler.networks.formats import KNOWN, Stored, load
 from ray_sampler.networks.inert import Foreign, Known, Refused, damage_refused, unpickle
+from ray_sampler.networks.source_text import changed
 
 __all__ = ["Refused", "SavedNetwork", "looks_like_nvidia", "read_pickle"]
 
@@ -52,6 +53,8 @@ class SavedNetwork:
     each in memory of its own."""
     parameters: int = 0
     """Numbers in all parameters; buffers do not count."""
+    changed: tuple[str, ...] = ()
+    """Names in the source text of its classes, used by them, that are not as published."""
 
 
 class _Placed(NamedTuple):
@@ -91,11 +94,12 @@ def read_pickle(file: BinaryIO) -> dict[str, SavedNetwork]:
             key: sum(each.stored.like.numel() for each in tensors if each.kind == "_parameters")
             for key, tensors in placed.items()
         }
+        differing = {key: _changed(saved) for key, saved in objects.items()}
         loaded = load({(key, each.name): each.stored for key, tensors in placed.items() for each in tensors})
         tensors: dict[str, dict[str, Tensor]] = {key: {} for key in objects}
         for key, name in list(loaded):
             tensors[key][name] = _own(loaded.pop((key, name)))
-    return {key: SavedNetwork(*described[key], tensors[key], parameters[key]) for key in objects}
+    return {key: SavedNetwork(*described[key], tensors[key], parameters[key], differing[key]) for key in objects}
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -128,6 +132,18 @@ def _arguments(saved: Foreign) -> dict[str, Any]:
             attributes = {k: v for k, v in state.items() if not k.startswith("_") and k != "training"}
             arguments |= _plain(attributes) | _plain(state.get("_init_kwargs") or {})
     return arguments
+
+
+def _changed(saved: Foreign) -> tuple[str, ...]:
+    """What differs from what was published, in the source text of an object's class and of the modules in it."""
+    sources: dict[str, dict[str, None]] = {}
+    modules = [saved]
+    for module in modules:  # a finite tree, as its tensors were listed
+        name, state = _class_and_state(module)
+        if _is_saved(module) and isinstance(text := module.args[0].get("module_src"), str):
+            sources.setdefault(text, {})[name] = None
+        modules += filter(None, (state.get("_modules") or {}).values())
+    return tuple(dict.fromkeys(name for text, classes in sources.items() for name in changed(text, classes)))
 
 
 _NOT_PLAIN = object()
