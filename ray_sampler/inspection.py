@@ -14,7 +14,7 @@ from ray_sampler.config import RunConfig
 from ray_sampler.errors import printable, redact
 from ray_sampler.networks.family import Network
 from ray_sampler.networks.opening import open_network
-from ray_sampler.presets import model_of
+from ray_sampler.presets import check_bundled, model_of
 from ray_sampler.resolve import given_values, resolve
 from ray_sampler.sampling.plan import parameterisation_of
 
@@ -32,6 +32,7 @@ def inspect(config: RunConfig) -> dict[str, Any]:
         RequestError: there is no such file, it is no checkpoint that can be sampled, or a flag contradicts it.
     """
     model, brought = model_of(config)
+    check_bundled(model, given_values(config))
     settings = brought | given_values(config)
     network = open_network(model, settings, config.given)
     spec = network.spec

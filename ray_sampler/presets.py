@@ -81,17 +81,20 @@ def model_of(options: ModelOptions) -> tuple[str, dict[str, Any]]:
 
 
 def check_bundled(model: str, given: Mapping[str, Any]) -> None:
-    """Check the size that a request gives of a bundled network, whose weights do not tell it.
+    """Check what a request says of a bundled network, of which its name tells everything.
 
     Raises:
-        RequestError: it has another one.
+        RequestError: it says something else.
     """
-    own = BUNDLED[model].settings["image_size"] if model in BUNDLED else None
-    value = given.get("image_size")
-    require(
-        own is None or value in (None, own),
-        f"--image_size is {value}, but the bundled model {model} has {own}; leave it out, or give another --model",
-    )
+    own: Mapping[str, Any] = BUNDLED[model].settings if model in BUNDLED else {}
+    for name in ("image_size", "num_head_channels", "training_mode"):  # of which its weights tell nothing
+        value = given.get(name)
+        same = [each if name != "training_mode" else "consistency" in str(each) for each in (value, own.get(name))]
+        require(
+            name not in own or value is None or same[0] == same[1],
+            f"--{name} is {value}, but the bundled model {model} has {own.get(name)}; leave it out, or give another "
+            "--model",
+        )
 
 
 def _closest(name: str, names: Iterable[str]) -> str | None:

@@ -16,7 +16,6 @@ from ray_sampler.sampling.options import NoiseOptions, PlanOptions, check_seeds
 from ray_sampler.sampling.schedules import name_of
 from ray_sampler.sampling.stepping import (
     check_counts,
-    check_options,
     check_steps,
     nfe_of,
     schedule_of,
@@ -72,7 +71,6 @@ def resolve(config: RunConfig, model: str, brought: Mapping[str, Any], spec: Net
     settings |= still_brought(brought, given) | given
     if spec:
         settings |= dict.fromkeys(ARCHITECTURE) | spec.architecture
-    check_options(settings["sampler"], given)
     settings |= settle(settings, given, read_levels)
     settings["model"] = model
     if settings["use_fp16"] is not None and settings["precision"] == "auto":

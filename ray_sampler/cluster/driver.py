@@ -29,9 +29,10 @@ from ray_sampler.options import of
 from ray_sampler.reporting.options import ReportingOptions
 from ray_sampler.reporting.progress import Reporter, Snapshot, reporter
 from ray_sampler.reporting.sheet import PreviewKeeper, Tile
-from ray_sampler.resolve import settings_json
+from ray_sampler.resolve import given_values, settings_json
 from ray_sampler.sampling.numerics import compiles
 from ray_sampler.sampling.plan import MAIN
+from ray_sampler.sampling.stepping import unused_options
 from ray_sampler.storage.record import FragmentName
 
 REPAIR_ROUNDS = 5
@@ -111,7 +112,8 @@ def announce(job: Job, report: Reporter) -> None:
         report.message(f"--nfe: {plan.sampler} takes {plan.schedule.steps} steps, {plan.evaluations()} evaluations")
     for note in job.notes:
         report.message(note)
-    if warning := plan.solver.warning(plan.schedule, plan.solver_options):
+    unused = unused_options(plan.sampler, given_values(job.config))
+    for warning in filter(None, (plan.solver.warning(plan.schedule, plan.solver_options), unused)):
         report.message(warning, "warning")
     if not (job.local or job.gpus or job.config.gpus_per_actor == 0):
         report.message(

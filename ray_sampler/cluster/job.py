@@ -15,7 +15,7 @@ from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
 from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision
 from ray_sampler.networks.opening import open_network
-from ray_sampler.options import of
+from ray_sampler.options import flags_of, of
 from ray_sampler.planning import identity, plan_of
 from ray_sampler.presets import BUNDLED, check_bundled, model_of
 from ray_sampler.resolve import check, given_values, resolve, settings_json, settled
@@ -106,9 +106,9 @@ class Job:
     def notes(self) -> list[str]:
         """What the user should know of what a name or `auto` became."""
         notes = []
-        guidance = self.plan.guidance
-        if guidance.guide and guidance.guidance == 1:
-            notes.append("--guide does nothing at --guidance 1, its default; give a weight, as --guidance 2")
+        for name in flags_of(GuidanceOptions) if self.plan.guidance.guidance == 1 else ():
+            if getattr(self.config, name) is not None and name != "guidance":
+                notes.append(f"--{name} does nothing at --guidance 1, its default; give a weight, as --guidance 2")
         if self.compile != self.config.compile:
             notes.append(
                 "--compile auto does not compile this run: it calls the network too rarely to repay the minutes that "

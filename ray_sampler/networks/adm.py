@@ -44,8 +44,9 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     attention = checkpoint.tensors.get("middle_block.1.qkv.weight")
     require(
         attention is None or attention.dim() != 3,
-        f"--model is {checkpoint.shown}; its attention is that of guided-diffusion, whose networks predict the noise "
-        "of a table of alphas; give --model python:module:function, which returns it as a Model of kind eps",
+        f"--model is {checkpoint.shown}; its attention is that of guided-diffusion, whose networks predict eps, the "
+        "noise of a table of alphas, often, and velocity if trained by flow matching; give --model "
+        "python:module:function, which returns it as a Model of that kind",
     )
     settings = {**settings, "label_dropout": label_dropout(checkpoint, settings, given)}
     told = adm_flags(checkpoint.tensors, null_label=settings["label_dropout"] > 0)
@@ -57,6 +58,11 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
         require(not contradiction, f"--model is {checkpoint.shown}; {contradiction}")
         options = described(told, settings, given)
     options.validate()
+    for name in ("num_classes", "label_dropout"):
+        require(
+            options.class_cond or name not in given or not settings[name],
+            f"--{name} is {settings.get(name)}, which an unconditional network cannot use; leave it out",
+        )
     advice = (told and explain_misfit(checkpoint.tensors, asdict(options))) or "it is damaged, or of another network"
     check_fit(without_memory(lambda: UNet(options)), checkpoint.tensors, advice)
     return Opened(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from importlib.resources import as_file, files
 from typing import Any
 
-from ray_sampler.errors import RequestError
+from ray_sampler.errors import RequestError, redact, require
 from ray_sampler.networks.adm import ADM
 from ray_sampler.networks.choose import listed
 from ray_sampler.networks.custom import open_custom
@@ -48,6 +49,7 @@ def open_network(
 
 def opened(model: str, settings: Mapping[str, Any], given: frozenset[str], flag: str) -> Network:
     """As `open_network`; what is wrong is said of --model."""
+    check_passed(model, settings, given, flag)
     if model.startswith(PREFIX):
         return open_custom(model, settings, given)
     checkpoint = read(model, settings.get("weights_key"), flag)
@@ -65,6 +67,28 @@ def opened(model: str, settings: Mapping[str, Any], given: frozenset[str], flag:
         note="; ".join(note for note in (checkpoint.note, opened.note) if note) or None,
         sha256=checkpoint.sha256,
         untold=opened.untold,
+    )
+
+
+def check_passed(model: Any, settings: Mapping[str, Any], given: frozenset[str], flag: str) -> None:
+    """Check what is passed to a function of the user's, or stands for it in the fingerprint.
+
+    Raises:
+        RequestError: the model is no such function, or there is no such file.
+    """
+    weights = settings.get("weights")
+    passed = {
+        "weights" if flag == "--model" else "guide_weights": weights,
+        "tag": settings["tag"] if "tag" in given else None,
+    }
+    for name, value in passed.items():
+        require(
+            value is None or (model.startswith(PREFIX) if isinstance(model, str) else callable(model)),
+            f"--{name} is {redact(value)}, which only a function, {flag} python:module:function, can use; leave it out",
+        )
+    require(
+        weights is None or "://" in weights or os.path.exists(os.path.expanduser(weights)),
+        f"--{next(iter(passed))} is {weights}; there is no such file",
     )
 
 

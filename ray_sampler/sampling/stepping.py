@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from ray_sampler.errors import require
@@ -39,20 +39,15 @@ def check_counts(given: Mapping[str, Any]) -> None:
         )
 
 
-def check_options(sampler: str, given: Mapping[str, Any]) -> None:
-    """Check that the solver has the options that are given.
-
-    Raises:
-        RequestError: it has not.
-    """
-    for name in sorted(own_options() & given.keys() - names_of(sampler)):
-        takers = ", ".join(each for each in SOLVERS if name in names_of(each))
-        require(False, f"--{name} is {given[name]!r}, but --sampler {sampler} has no such option; it is for {takers}")
-
-
-def names_of(sampler: str) -> set[str]:
-    """Names of the options of a solver."""
-    return {f.name for f in fields(SOLVERS[sampler].options)}
+def unused_options(sampler: str, given: Mapping[str, Any]) -> str | None:
+    """One line of warning where options are given that the solver does not use."""
+    known = {name: None for solver in SOLVERS.values() for name in flags_of(solver.options)} | {"steps": None}
+    mine = {*flags_of(SOLVERS[sampler].options), *SOLVERS[sampler].uses}
+    unused = [name for name in known if name in given and name not in mine]
+    if not unused:
+        return None
+    shown = ", ".join(f"--{name} {given[name]}" for name in unused)
+    return f"{shown}: --sampler {sampler} does not use {'this' if len(unused) == 1 else 'these'}"
 
 
 def still_brought(brought: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ IMPORTS = "import torch from torch . nn . functional import silu"
 
 def test_the_hash_is_that_of_the_tokens_one_space_between() -> None:
     (lines,) = statements("@decorated\ndef f( x ):  # of x\n\n    return f'{x}'\n")
-    digest = source_text.hashlib.sha256(b"def f ( x ) : return f'{x}'").hexdigest()
+    digest = hashlib.sha256(b"def f ( x ) : return f'{x}'").hexdigest()
     assert token_hash(lines) == digest[:16]
 
 
