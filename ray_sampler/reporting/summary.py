@@ -1,4 +1,23 @@
-"""What a run did, in figures: the content of summary.json, and the accumulators that it comes from."""
+"""What a run did, in figures: the content of summary.json, and the accumulators that it comes from.
+
+`summary_of` takes, beside what its arguments' names say:
+    fingerprint: 64 hexadecimal digits.
+    settings: every setting under its flag's name, as `settings_json` gives them.
+    identity: all that decides a sample's content.
+    nfe: evaluations of the denoiser for one sample.
+    sigmas: the noise levels that the solver visits.
+    reused, computed: samples that earlier runs left, and that this run computed.
+    seconds: start: from the start of the driver to the first shard; sampling: from there to the last sample; merge:
+        that the archive took; gpu_computing and gpu_idle, of GPUs: that they computed, and that they had nothing to do
+        between two shards.
+    max_actors: actors ready at one time, at most.
+    failures: shards and actors that failed; retries: times that a shard was put back in the queue.
+    rejected: name and reason of every rejected fragment.
+    parts: who computed what, without overlap.
+    archive_members: name, bytes and CRC-32 of each array.
+    labels: samples of each label; None for an unconditional model.
+    weights: by role of a network: url, sha256 of the file, hash of the weights, and key; only where a file was fetched.
+"""
 
 from __future__ import annotations
 
@@ -94,30 +113,7 @@ def summary_of(
     timeline: Timeline | None = None,
     weights: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a run did, the content of summary.json: plain JSON values, finite numbers only.
-
-    Args:
-        fingerprint: 64 hexadecimal digits.
-        settings: every setting under its flag's name, as `settings_json` gives them.
-        identity: all that decides a sample's content.
-        nfe: evaluations of the denoiser for one sample.
-        sigmas: the noise levels that the solver visits.
-        reused: samples that earlier runs left.
-        computed: samples that this run computed.
-        seconds: start: from the start of the driver to the first shard; sampling: from there to the last sample; merge:
-            those that the archive took; gpu_computing and gpu_idle, of GPUs: that they computed, and that they had
-            nothing to do between two shards.
-        max_actors: actors ready at one time, at most.
-        failures: shards and actors that failed.
-        retries: times that a shard was put back in the queue.
-        rejected: name and reason of every rejected fragment.
-        parts: who computed what, without overlap.
-        archive: the archive's name.
-        archive_members: name, bytes and CRC-32 of each array.
-        labels: samples of each label; None for an unconditional model.
-        weights: by role of a network: url, sha256 of the file, hash of the weights, and key; only where a file was
-            fetched.
-    """
+    """The content of summary.json: plain JSON values, finite numbers only."""
     makers = computed_by(parts)
     return {
         "format": SUMMARY_FORMAT,
