@@ -12,7 +12,7 @@ DIGITS = "digits"
 """The bundled reference, and the extractor that goes with it."""
 FUNCTION = "python:"
 
-METRICS = ("fid", "is", "kid", "pr", "sfid")
+METRICS = ("fid", "is", "kid", "pr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,8 @@ class ScoreOptions(FeatureOptions):
 
     score: str | None = option(
         None,
-        "Score the samples against a reference: an npz or pickle of statistics, an archive, a run directory, a folder "
-        "of pictures, or digits (bundled).",
+        "What to compare the pictures with: an npz or pickle of statistics, an archive, a run directory, a folder of "
+        "pictures, or digits (bundled).",
         recorded=False,
     )
     metrics: str = option("fid", f"What to compute, between commas, of {', '.join(METRICS)}.", recorded=False)

@@ -50,6 +50,7 @@ class Pictures:
     """64 hexadecimal digits that change with the content: a run's own, or a SHA-256 over checksums or files."""
     lacking: int = 0
     """Samples of an unfinished run that are not there."""
+    is_run: bool = False
 
 
 def open_pictures(url: str | os.PathLike[str]) -> Pictures:
@@ -60,9 +61,11 @@ def open_pictures(url: str | os.PathLike[str]) -> Pictures:
             differ in size.
     """
     text = path_text(url, "pictures")
+    if "://" not in text:
+        text = os.path.abspath(os.path.expanduser(text))  # actors have working directories of their own
     with refusals_told(text):
         try:
-            files, path = fsspec.core.url_to_fs(os.path.expanduser(text))
+            files, path = fsspec.core.url_to_fs(text)
             is_folder = files.isdir(path)
         except (ValueError, ImportError) as error:
             raise RequestError(f"{redact(text)} cannot be read ({type(error).__name__}); check its URL") from error
@@ -105,7 +108,7 @@ def _of_run(run_dir: RunDir) -> Pictures:
     there = sum(stop - start for start, stop in ranges)
     return Pictures(
         *(run_dir.url, there, tuple(run["image_shape"]), dtype, ranges, read),
-        *(lambda: (read(*bounds) for bounds in ranges), lambda: fingerprint, total - there),
+        *(lambda: (read(*bounds) for bounds in ranges), lambda: fingerprint, total - there, True),
     )
 
 

@@ -34,7 +34,10 @@ RUN_KINDS = {"fingerprint": str, "identity": dict, "num_samples": int, "labelled
 PROBE = ".probe"
 PROBE_SECONDS = 3600.0
 TRIAL_BYTES = b"ray-sampler"
-PICTURES = ("preview.png", "summary.json", "report.html")
+SUMMARY, REPORT, SCORES = "summary.json", "report.html", "scores.json"
+REFERENCES = "references"
+"""Features of the pictures with which a run is compared."""
+OUTCOME = ("preview.png", SUMMARY, REPORT, SCORES, REFERENCES)
 ARCHIVE = re.compile(r"samples_[0-9]+x[0-9]+x[0-9]+x[0-9]+\.npz")
 
 
@@ -247,7 +250,7 @@ class RunDir:
         """
         names = self.deletable()
         # run.json goes last: while it stands, the same request can be made again.
-        for name in [n for n in names if n in (FRAGMENTS, *PRODUCTS, REJECTED, *PICTURES) or ARCHIVE.fullmatch(n)]:
+        for name in [n for n in names if n in (FRAGMENTS, *PRODUCTS, REJECTED, *OUTCOME) or ARCHIVE.fullmatch(n)]:
             self._store.remove(name)
         if RUN in names:
             self._store.clear_abandoned("", seconds=0)
