@@ -6,7 +6,7 @@ ARGS ?=
 PY ?=
 
 # Flags that make another run, as `make sample ARGS="--guidance 3"`, give it a folder of its own, runs/<model>-<fingerprint>.
-SAME := --num_samples% --max_actors% --progress% --shard_size% --overwrite%
+SAME := --num_samples% --max_actors% --progress% --shard_size% --overwrite% --score% --metrics%
 OUTPUT := $(if $(filter-out $(SAME),$(filter --%,$(ARGS))),,--output runs/digits)
 
 .DEFAULT_GOAL := help
@@ -23,8 +23,8 @@ venv: .venv/installed ## .venv, with the packages that constraints.txt pins
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,examples,s3,gcs,azure]"
 	@touch $@
 
-sample: venv ## 1,000 handwritten digits into runs/digits; ARGS="--num_samples 2000" passes flags on
-	$(BIN)/python jobs/sample.py $(OUTPUT) --num_samples 1000 --batch_size 25 $(ARGS)
+sample: venv ## 1,000 handwritten digits into runs/digits, and their score; ARGS="--num_samples 2000" passes flags on
+	$(BIN)/python jobs/sample.py $(OUTPUT) --num_samples 1000 --batch_size 25 --score digits $(ARGS)
 
 test: lint ## linter, type checker and all tests but those of `make accidents`
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "read_archive",
     "read_fragment",
     "run",
+    "score",
 ]
 __version__ = "0.1.0"
 
@@ -45,6 +47,29 @@ def run(config: RunConfig) -> RunResult:
     from ray_sampler.cluster.driver import run as drive
 
     return drive(config)
+
+
+def score(source: str | os.PathLike[str], reference: str, **flags: Any) -> dict[str, Any]:
+    """Compare pictures with a reference.
+
+    Uses Ray as `run` does. Features are kept, and made again only where they are missing.
+
+    Args:
+        source: a run directory, an archive or a folder of pictures: a local path or any fsspec URL.
+        reference: as of --reference.
+        flags: other flags of `ray-sampler score` by name: metrics, features, features_weights, output, ...
+
+    Returns:
+        The content of scores.json.
+
+    Raises:
+        RequestError: the request is wrong; nothing was written.
+        RunError: it failed; features that were made are kept.
+    """
+    from ray_sampler.cluster.scoring import score as measure
+    from ray_sampler.config import ScoreRequest
+
+    return measure(source, ScoreRequest(score=reference, **flags))
 
 
 LATER = {

@@ -1,4 +1,4 @@
-"""The command line: `ray-sampler sample|status|verify|merge|preview|export|inspect|presets`."""
+"""The command line: `ray-sampler sample|status|verify|merge|preview|export|score|inspect|presets`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import ray_sampler
+from ray_sampler.commands import declare_export, declare_score, execute_export, execute_score
 from ray_sampler.errors import RequestError, RunError, debugging, printable, show_traceback
-from ray_sampler.flags import Parser, declare_flags, spelled, unknown_argument, value_of, without_value
+from ray_sampler.flags import Parser, declare_flags, given_values, spelled, unknown_argument, without_value
 from ray_sampler.interrupts import end_now, interruptible
-from ray_sampler.options import flags_of
 from ray_sampler.streams import OutputLost, sturdy_streams
 
 if TYPE_CHECKING:
@@ -220,9 +220,7 @@ def request_of(arguments: argparse.Namespace) -> RunConfig:
     """
     from ray_sampler.config import RunConfig
 
-    flags = flags_of(RunConfig)
-    given = {name: text for name, text in vars(arguments).items() if name in flags and text is not None}
-    return RunConfig(**{name: value_of(flags[name], text) for name, text in given.items()})
+    return RunConfig(**given_values(arguments, RunConfig))
 
 
 def execute_sample(arguments: argparse.Namespace) -> int:
@@ -281,22 +279,6 @@ def execute_preview(arguments: argparse.Namespace) -> int:
     from ray_sampler.run_folder import preview_run
 
     return preview_run(folder_of("preview", arguments))
-
-
-def declare_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url", nargs="?", metavar="RUN|ARCHIVE", help="a run directory or an archive: a path or URL")
-    parser.add_argument("--output", metavar="DIR", help="the folder of the PNGs: a local path or any fsspec URL")
-    parser.add_argument("--subdirs", action="store_true", help="a folder for each thousand, as 001000/001234.png")
-
-
-def execute_export(arguments: argparse.Namespace) -> int:
-    from ray_sampler.storage.export import export
-
-    if arguments.url is None or arguments.output is None:
-        raise RequestError("`ray-sampler export` needs a run directory or an archive, and --output DIR")
-    written, kept = export(arguments.url, arguments.output, arguments.subdirs)
-    print(f"{written} PNGs written, {kept} were there: {arguments.output}")
-    return DONE
 
 
 def declare_inspect(parser: argparse.ArgumentParser) -> None:
@@ -364,6 +346,12 @@ COMMANDS: dict[str, Command] = {
         declare_export,
         execute_export,
         "RUN|ARCHIVE --output DIR [--subdirs]",
+    ),
+    "score": Command(
+        "Compare pictures with a reference: FID, Inception Score, KID, precision and recall.",
+        declare_score,
+        execute_score,
+        "[--FLAG VALUE] ... --reference REFERENCE SOURCE",
     ),
     "inspect": Command(
         "Say what a checkpoint is, and print the command line that samples it.",

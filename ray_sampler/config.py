@@ -25,7 +25,8 @@ from ray_sampler.sampling.options import (
 )
 from ray_sampler.sampling.schedules import ScheduleOptions
 from ray_sampler.sampling.solvers import SolverOptions
-from ray_sampler.storage.output import OutputOptions
+from ray_sampler.scoring.options import ScoreOptions
+from ray_sampler.storage.output import OutputOptions, check_output
 
 __all__ = ["RequestError", "RunConfig", "RunError"]
 
@@ -116,6 +117,7 @@ class RunConfig(
     EngineOptions,
     ArchitectureOptions,
     OutputOptions,
+    ScoreOptions,
     FleetOptions,
     ReportingOptions,
 ):
@@ -128,6 +130,27 @@ class RunConfig(
     """
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreOutputOptions:
+    """Where a score goes."""
+
+    output: str | None = option(
+        None,
+        "Folder for scores.json and features, or a file .json for the score (default: into the run; beside an archive "
+        "or folder).",
+    )
+
+    def check(self) -> None:
+        """Raises RequestError: nothing can be written there."""
+        if self.output is not None:
+            check_output(self.output)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ScoreRequest(Request, ScoreOptions, ScoreOutputOptions, FleetOptions, ReportingOptions):
+    """A score of pictures that are there: every flag of `ray-sampler score`; `score` is its --reference."""
+
+
 HEADINGS: dict[str, tuple[type, ...]] = {
     "model": (ModelOptions,),
     "sample set": (NoiseOptions, ConditionOptions, PlanOptions),
@@ -136,6 +159,7 @@ HEADINGS: dict[str, tuple[type, ...]] = {
     "precision": (PrecisionOptions, EngineOptions),
     "architecture": (ArchitectureOptions,),
     "output": (OutputOptions,),
+    "score": (ScoreOptions,),
     "fleet": (FleetOptions,),
     "reporting": (ReportingOptions,),
 }

@@ -115,6 +115,17 @@ def value_of(flag: Flag, text: Any) -> Any:
         raise RequestError(f"--{flag.name} is {text!r}; it must be {KINDS[flag.kind]}") from None
 
 
+def given_values(arguments: argparse.Namespace, request: type) -> dict[str, Any]:
+    """The options of a request that are among the arguments, by name.
+
+    Raises:
+        RequestError: a value is not of its flag's kind.
+    """
+    flags = flags_of(request)
+    given = {name: text for name, text in vars(arguments).items() if name in flags and text is not None}
+    return {name: value_of(flags[name], text) for name, text in given.items()}
+
+
 SYNONYMS = {
     **dict.fromkeys(("ckpt", "ckpt_path", "checkpoint", "checkpoint_path", "weights_path"), "--model"),
     **dict.fromkeys(("network", "net", "network_pkl"), "--model"),

@@ -129,7 +129,7 @@ def settings_json(config: RunConfig) -> dict[str, Any]:
     result = {
         name: value for name, (flag, value) in values.items() if flag.recorded or value not in (None, flag.default)
     }
-    for url in ("model", "output", "labels", "address", "guide"):
+    for url in ("model", "output", "labels", "address", "guide", "score", "features_weights"):
         if url in result:
             result[url] = redact(result[url])
     return result | {"s_tmax": str(float(result["s_tmax"]))}

@@ -6,11 +6,13 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 
 from ray_sampler.errors import RequestError, RunError, printable
+from ray_sampler.reporting.scores import read_scores
 from ray_sampler.reporting.sheet import PREVIEW, Sheet
 from ray_sampler.reporting.status import FragmentFact, Status, render, status
 from ray_sampler.storage.archive import DamagedPiece, content_of, merge
@@ -84,7 +86,15 @@ def status_of(run_dir: RunDir, run: dict[str, Any]) -> Status:
         for name in fragments
     ]
     archive = run_dir.archive_name(run["num_samples"], tuple(run["image_shape"]))
-    return status(run["fingerprint"], run["num_samples"], facts, archive if run_dir.has(archive) else None, time.time())
+    there = archive if run_dir.has(archive) else None
+    found = status(run["fingerprint"], run["num_samples"], facts, there, time.time())
+    products = {
+        folder: sum(
+            stop - start for start, stop, _ in cover(run_dir.ranges(folder).list().fragments, run["num_samples"])
+        )
+        for folder in run_dir.products()
+    }
+    return replace(found, products=products, scores=read_scores(run_dir))
 
 
 def lost(run_dir: RunDir, fingerprint: str) -> set[FragmentName]:

@@ -23,7 +23,7 @@ LAYERS = (
     {"config"},
     {"resolve", "planning"},
     {"cluster"},
-    {"run_folder", "inspection", "preset_table", "flags", "cli", "compat", "__main__", "__init__"},
+    {"run_folder", "inspection", "preset_table", "flags", "commands", "cli", "compat", "__main__", "__init__"},
 )
 """From the bottom up. A part may import parts of layers below it, or of its own."""
 

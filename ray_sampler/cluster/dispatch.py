@@ -66,9 +66,9 @@ def tasks_of(
                 size = min(shard_size, 2 * size)
 
 
-def samples_in(tasks: Iterable[Task]) -> int:
-    """Samples that are computed by these tasks."""
-    return sum(task.stop - task.start for task in tasks if task.product == IMAGES)
+def samples_in(tasks: Iterable[Task], product: str = IMAGES) -> int:
+    """Samples that are computed by these tasks, or of which they make a product."""
+    return sum(task.stop - task.start for task in tasks if task.product == product)
 
 
 @dataclass
@@ -110,6 +110,7 @@ class Dispatch:
         checks: what `background` waits for at present, as references; where nothing else is to be done, it is called
             when the first of them is there.
         on_ready: called once, when the first actor is ready, before it is given anything.
+        counted: the product whose samples progress counts.
     """
 
     def __init__(
@@ -124,11 +125,12 @@ class Dispatch:
         metrics: DriverMetrics,
         checks: Callable[[], Collection[Any]] = tuple,
         on_ready: Callable[[], None] | None = None,
+        counted: str = IMAGES,
     ) -> None:
-        self.pool = pool
+        self.pool, self.tallies = pool, tallies
         self.queue = deque(tasks)
-        self.tallies = tallies
-        self.left = [samples_in(task for task in self.queue if task.run == run) for run in range(len(tallies))]
+        self.counted, self.stage = counted, "sampling" if counted == IMAGES else f"making {counted}"
+        self.left = [samples_in((t for t in self.queue if t.run == run), counted) for run in range(len(tallies))]
         """Samples of each run that are not there yet."""
         self.rates = tallies[0].rates if len(tallies) == 1 else Rates()
         """Of all runs together."""
@@ -184,7 +186,7 @@ class Dispatch:
                 more_to_come = found is not None
                 self.queue.extend(found or ())
                 for task in found or ():
-                    self.left[task.run] += samples_in([task])
+                    self.left[task.run] += samples_in([task], self.counted)
             if ticks:
                 self._report()
         self._report()
@@ -299,7 +301,7 @@ class Dispatch:
 
     def _count(self, task: Task) -> None:
         """A task was finished for the first time."""
-        samples, now, tally = samples_in([task]), self.now(), self.tallies[task.run]
+        samples, now, tally = samples_in([task], self.counted), self.now(), self.tallies[task.run]
         self.left[task.run] -= samples
         tally.last_sample = now
         tally.rates.add(now, samples)
@@ -386,7 +388,7 @@ class Dispatch:
             actors_starting=len(self.pool.members) - ready - pending,
             actors_pending=pending,
             failures=max(tally.failures for tally in tallies),
-            stage="sampling" if ready else "waiting for capacity" if waiting else "starting",
+            stage=self.stage if ready else "waiting for capacity" if waiting else "starting",
             elapsed_s=rates.elapsed_s(now),
             rate_now=rates.rate_now(now),
             rate=rates.rate(now),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from threading import Event
@@ -13,26 +12,31 @@ from typing import Any, NamedTuple
 
 import ray
 
+from ray_sampler.cluster.actors import actors, own_ray
 from ray_sampler.cluster.dispatch import Dispatch, Tally
 from ray_sampler.cluster.inventory import Inventory, complete
 from ray_sampler.cluster.job import Job, claim, prepare, still_ours
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.outcome import already_done, write_outcome
 from ray_sampler.cluster.pool import Pool, reason_of
-from ray_sampler.cluster.session import Fleet, beside_driver, connect, joined, plan_fleet
+from ray_sampler.cluster.scoring import scored_run, standing_scores
+from ray_sampler.cluster.session import Fleet, beside_driver, joined, plan_fleet
 from ray_sampler.cluster.shipping import Shipped, ship
 from ray_sampler.cluster.tasks import Damage, Merged, merge_task, pack_pieces, show_task
-from ray_sampler.cluster.worker import CONCURRENCY, Loaded, RunSpec, Task, TaskResult, Worker
+from ray_sampler.cluster.worker import Loaded, RunSpec, Task, TaskResult
 from ray_sampler.config import RunConfig
 from ray_sampler.errors import RunError, require, show_traceback
 from ray_sampler.options import of
 from ray_sampler.reporting.options import ReportingOptions
 from ray_sampler.reporting.progress import Reporter, Snapshot, reporter
+from ray_sampler.reporting.scores import described
 from ray_sampler.reporting.sheet import PreviewKeeper, Tile
 from ray_sampler.resolve import given_values, settings_json
 from ray_sampler.sampling.numerics import compiles
 from ray_sampler.sampling.plan import MAIN
 from ray_sampler.sampling.stepping import unused_options
+from ray_sampler.scoring.features import FEATURES
+from ray_sampler.scoring.scores import network_of
 from ray_sampler.storage.record import FragmentName
 
 REPAIR_ROUNDS = 5
@@ -42,6 +46,10 @@ LOOK_S = 0.2
 
 PADDING_SHARE = 0.25
 """Of the samples: so many images may be computed beyond them before the run says so."""
+
+
+Summary = dict[str, Any]
+"""The content of summary.json."""
 
 
 class RunResult(NamedTuple):
@@ -83,13 +91,18 @@ def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> 
     """
     began = time.monotonic() if began is None else began
     results: dict[int, RunResult] = {}
+    done: dict[int, Summary] = {}
     for number, job in enumerate(jobs):
         if not job.overwrite:
             claim(job)
         announce(job, report)
-        if (summary := already_done(job)) is not None and complete(job):
-            report.message("the archive is complete already")
-            results[number] = result_of(job, summary)
+        if (summary := already_done(job)) is not None:
+            done[number] = summary
+            if complete(job) and (job.scoring is None or (scores := standing_scores(job))):
+                report.message("the archive is complete already")
+                if job.scoring and scores:
+                    report.message(described(scores))
+                results[number] = result_of(job, summary)
     groups: dict[Any, list[int]] = {}
     for number, job in enumerate(jobs):
         if number not in results:
@@ -97,7 +110,8 @@ def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> 
     if groups:
         with own_ray(report, jobs[0].local):
             for numbers in groups.values():
-                filled = Filling([jobs[number] for number in numbers], report, began).run()
+                group = [jobs[number] for number in numbers]
+                filled = Filling(group, [done.get(number) for number in numbers], report, began).run()
                 results |= dict(zip(numbers, filled, strict=True))
     return [results[number] for number in range(len(jobs))]
 
@@ -122,19 +136,6 @@ def announce(job: Job, report: Reporter) -> None:
         )
 
 
-@contextmanager
-def own_ray(report: Reporter, local: bool) -> Iterator[None]:
-    """A Ray on this machine, unless a cluster is connected; runs in several threads share it."""
-    connected = ray.is_initialized()
-    if connected and not local:
-        yield
-        return
-    if not connected:
-        report.message("starting Ray on this machine, which takes some seconds")
-    with connect(None):
-        yield
-
-
 def result_of(job: Job, summary: dict[str, Any]) -> RunResult:
     return RunResult(job.run_dir.path_of(summary["archive"]["name"]), summary)
 
@@ -142,8 +143,10 @@ def result_of(job: Job, summary: dict[str, Any]) -> RunResult:
 class Filling:
     """Jobs that share a pool, on their way from what is missing to their archives."""
 
-    def __init__(self, jobs: Sequence[Job], report: Reporter, began: float) -> None:
+    def __init__(self, jobs: Sequence[Job], done: Sequence[Summary | None], report: Reporter, began: float) -> None:
         self.jobs = jobs
+        self.done = done
+        """The summaries of those whose archives stand."""
         self.report = report
         self.began = began
         self.inventories = [Inventory(job, report, run) for run, job in enumerate(jobs)]
@@ -204,11 +207,11 @@ class Filling:
             for preview in self.previews:
                 preview.close()
 
-    def _sample(self, tasks: list[Task], runs: Iterable[int]) -> RunError | None:
+    def _sample(self, tasks: list[Task], runs: Iterable[int], generate: bool = True) -> RunError | None:
         """Carry out tasks, and check the fragments of `runs` meanwhile; returns what could not be done."""
         if not tasks and not any(self.inventories[run].unchecked() for run in runs):
             return None
-        with self._pool(len(tasks) or 1) as pool:
+        with self._pool(len(tasks) or 1, generate) as pool:
             return self._dispatch(pool, tasks)
 
     def _sample_products(self, runs: Iterable[int]) -> RunError | None:
@@ -219,7 +222,7 @@ class Filling:
             if not self.inventories[run].missing()
             for task in self.inventories[run].products_to_make()
         ]
-        return self._sample(tasks, ())
+        return self._sample(tasks, (), generate=False)
 
     def _dispatch(self, pool: Pool, tasks: list[Task]) -> RunError | None:
         def finished(task: Task, result: TaskResult) -> None:
@@ -267,48 +270,42 @@ class Filling:
             "and the same command tries these again"
         )
 
-    @contextmanager
-    def _pool(self, tasks: int) -> Iterator[Pool]:
-        """A pool whose actors share one copy of the networks per node; they end with it, so that nodes can go."""
+    def _pool(self, tasks: int, generate: bool) -> AbstractContextManager[Pool]:
+        """A pool of actors for the runs; without `generate` they load what products need and no more."""
         job = self.jobs[0]
         fleet = plan_fleet(job.config, job.gpus, tasks, local=job.local)
-        # Channels last costs a GPU two copies at every normalisation unless the compiler fuses them away.
-        contiguous = job.gpus > 0 and not compiles(job.compile, gpu=True)
-        self.shipped = self.shipped or {
-            role: ship(network, job.precision, contiguous) for role, network in job.networks.items()
-        }
-        probe = f"driver-{secrets.token_hex(8)}"
-        for each in self.jobs:
-            each.run_dir.prove_rights()
-            each.run_dir.probe_write(probe)
-        pool = Pool(self._starter(fleet, probe), fleet, job.config.shard_timeout)
-        try:
-            yield pool
-        finally:
-            pool.close()
-            for each in self.jobs:
-                each.run_dir.probes_clear(probe)
-
-    def _starter(self, fleet: Fleet, probe: str) -> Callable[[], Any]:
-        job = self.jobs[0]
-        loaded = Loaded(self.shipped, job.precision, job.config.batch_size, job.compile, fleet.cpus, fleet.gpus)
         runs = [
-            RunSpec(each.output, each.fingerprint, each.plan, each.config.fragment_format, probe, each.products)
+            RunSpec(each.output, each.fingerprint, each.plan, each.config.fragment_format, products=each.products)
             for each in self.jobs
         ]
-        actor = ray.remote(Worker).options(
-            num_gpus=fleet.gpus,
-            num_cpus=fleet.cpus,
-            max_restarts=0,
-            max_concurrency=CONCURRENCY,
-            # One node may have room for all CPU actors, and they would share its cores.
-            scheduling_strategy="DEFAULT" if fleet.gpus or fleet.local else "SPREAD",
-        )
-        shared = ray.put(loaded), ray.put(runs)
-        return lambda: actor.remote(*shared)
+        return actors(fleet, lambda: self._loaded(fleet, generate), runs, job.config.shard_timeout)
+
+    def _loaded(self, fleet: Fleet, generate: bool) -> Loaded:
+        """Have the networks in the object store, those that actors need."""
+        job = self.jobs[0]
+        if generate:
+            # Channels last costs a GPU two copies at every normalisation unless the compiler fuses them away.
+            contiguous = job.gpus > 0 and not compiles(job.compile, gpu=True)
+            for role, network in job.networks.items():
+                if role not in self.shipped:
+                    self.shipped[role] = ship(network, job.precision, contiguous)
+        if job.scoring and FEATURES not in self.shipped:
+            self.shipped[FEATURES] = ship(network_of(job.scoring.extractor), "fp32")
+        networks = self.shipped if generate else {role: net for role, net in self.shipped.items() if role == FEATURES}
+        compile = job.compile if generate else "off"
+        return Loaded(networks, job.precision, job.config.batch_size, compile, fleet.cpus, fleet.gpus)
 
     def _finish(self, run: int) -> RunResult | None:
-        """Merge a run's fragments; None where one was damaged, and its range is to be sampled again."""
+        """Merge and score a run; None where a fragment was damaged, and its range is to be sampled again."""
+        job, tally, summary = self.jobs[run], self.tallies[run], self.done[run]
+        if summary is None and (summary := self._merge(run)) is None:
+            return None
+        if job.scoring:
+            summary = summary | {"scores": scored_run(job, self.report)}
+        self.report.update(replace(tally.latest, stage="done"))
+        return result_of(job, summary)
+
+    def _merge(self, run: int) -> Summary | None:
         job, inventory, tally = self.jobs[run], self.inventories[run], self.tallies[run]
         still_ours(job)
         merging = time.monotonic()
@@ -317,9 +314,7 @@ class Filling:
         if isinstance(merged, Damage):
             inventory.repair(merged)
             return None
-        summary = write_outcome(job, tally, inventory, merged, self.previews[run], self.began, self.merge_s[run])
-        self.report.update(replace(tally.latest, stage="done"))
-        return result_of(job, summary)
+        return write_outcome(job, tally, inventory, merged, self.previews[run], self.began, self.merge_s[run])
 
 
 def tiles_of_task(job: Job, closing: Event, wanted: Mapping[FragmentName, Sequence[int]]) -> dict[int, Tile]:

@@ -23,6 +23,9 @@ from ray_sampler.sampling.finish import FINISHERS
 from ray_sampler.sampling.options import Compile, DecoderOptions, GuidanceOptions, guide_of
 from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan
 from ray_sampler.sampling.products import Product
+from ray_sampler.scoring.features import FEATURES
+from ray_sampler.scoring.options import ScoreOptions
+from ray_sampler.scoring.scores import Scoring, open_scoring, product_of
 from ray_sampler.storage.record import fingerprint
 from ray_sampler.storage.run_dir import RunDir
 
@@ -55,6 +58,8 @@ class Job:
     identity: dict[str, Any]
     products: Mapping[str, Product]
     """What is made of the samples beside their fragments, by name."""
+    scoring: Scoring | None = None
+    """What the samples are compared with, if that is asked for."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -100,7 +105,8 @@ class Job:
         networks = tuple(
             (role, net.spec.family, net.weights, str(net.spec.options)) for role, net in self.networks.items()
         )
-        return networks, self.precision, self.config.batch_size, self.compile, self.gpus, self.local
+        features = self.scoring and (self.scoring.extractor.name, self.scoring.extractor.sha256)
+        return networks, features, self.precision, self.config.batch_size, self.compile, self.gpus, self.local
 
     @property
     def notes(self) -> list[str]:
@@ -177,9 +183,25 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
     if not (config.output or config.overwrite):
         there = run_dir.read_run()
-    job = Job(resolved, plan, output, run_dir, there, networks, gpus, local, decided, products or {})
+    scoring = scoring_of(resolved, plan)
+    made = dict(products or {}) | ({FEATURES: product_of(scoring.extractor)} if scoring else {})
+    job = Job(resolved, plan, output, run_dir, there, networks, gpus, local, decided, made, scoring)
     refuse_another(job, there)
     return job
+
+
+def scoring_of(config: RunConfig, plan: SamplePlan) -> Scoring | None:
+    """What the samples are to be compared with. Raises RequestError: that cannot be opened, or does not fit them."""
+    if config.score is None:
+        return None
+    require(
+        plan.columns()["image"].dtype == "uint8",
+        f"--score is {redact(config.score)!r}, but --decoder {config.decoder} writes results of the solver, not "
+        "pictures; leave one of the two out",
+    )
+    scoring = open_scoring(of(ScoreOptions, config), plan.image_shape)
+    scoring.check_count(config.num_samples)
+    return scoring
 
 
 def open_networks(model: str, brought: Mapping[str, Any], config: RunConfig) -> dict[str, Network]:

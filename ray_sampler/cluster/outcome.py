@@ -15,9 +15,7 @@ from ray_sampler.reporting.summary import summary_of
 from ray_sampler.resolve import settings_json
 from ray_sampler.storage.archive import archive_intact
 from ray_sampler.storage.archive_layout import ArchiveLayout
-
-SUMMARY = "summary.json"
-REPORT = "report.html"
+from ray_sampler.storage.run_dir import REPORT, SUMMARY
 
 
 def write_outcome(

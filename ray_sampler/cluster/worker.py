@@ -27,6 +27,7 @@ from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.plan import SamplePlan
 from ray_sampler.sampling.products import Product, checked, derive
 from ray_sampler.storage.fragment import encode
+from ray_sampler.storage.pictures import Pictures as StoredPictures
 from ray_sampler.storage.record import FragmentFormat, FragmentName, Record, Samples
 from ray_sampler.storage.retry import HIDDEN_S
 from ray_sampler.storage.run_dir import FRAGMENTS, RunDir
@@ -71,12 +72,15 @@ class RunSpec:
     output: str
     """Absolute path or URL of the run directory."""
     fingerprint: str
-    plan: SamplePlan
-    fragment_format: FragmentFormat
-    probe: str
+    plan: SamplePlan | None
+    """None where nothing is sampled."""
+    fragment_format: FragmentFormat = "parquet"
+    probe: str = ""
     """Name of the file by which the driver shows that it writes to the same place."""
     products: Mapping[str, Product] = field(default_factory=dict)
     """What is made of the samples beside their fragments, by name."""
+    pictures: StoredPictures | None = None
+    """What products are made of where that is not the run's fragments."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,8 @@ class Worker:
             cores=loaded.cores,
         )
         try:
-            engine.warm_up(self.runs[0].plan)
+            if plan := self.runs[0].plan:
+                engine.warm_up(plan)
         except Exception as error:
             if (why := why_not_compiled(error)) is None:
                 raise
@@ -199,6 +204,7 @@ class Worker:
         """Sample a range, for its fragment and all products, or for a product that only needs the solver again."""
         run, start, stop, wanted = task
         spec = self.runs[run]
+        assert spec.plan is not None
         products = [product for product in spec.products.values() if wanted in (IMAGES, product.name)]
         of_x = {product.name: product.finish for product in products if product.takes == "x"}
         # On a GPU the compute thread only queues a shard; it is awaited here, while the next one is queued.
@@ -208,7 +214,7 @@ class Worker:
         files: list[tuple[str, FragmentFormat, Samples]] = []
         for product in products:
             of_it = pictures.products.get(product.name)
-            made = self._made_of(product, samples) if of_it is None else checked(product, start, of_it)
+            made = self._made_of(product, start, samples.images) if of_it is None else checked(product, start, of_it)
             files.append((product.folder, "parquet", made))
         if wanted == IMAGES:  # a fragment comes last: where it is, its range of the products is, too
             files.append((FRAGMENTS, spec.fragment_format, samples))
@@ -224,14 +230,17 @@ class Worker:
         """Make a product of pictures that are stored."""
         run, start, stop, _ = task
         began = time.perf_counter()
-        samples = self.run_dirs[run].ranges().read_samples(start, stop, self.runs[run].fingerprint)
-        made = self._made_of(product, samples)
+        spec = self.runs[run]
+        if spec.pictures:
+            images = spec.pictures.read(start, stop).images
+        else:
+            images = self.run_dirs[run].ranges().read_samples(start, stop, spec.fingerprint).images
+        made = self._made_of(product, start, images)
         written, _ = self._write(run, made, product.folder, "parquet", self._computed_by(time.perf_counter() - began))
         return TaskResult(written, None, 0.0, 0.0, time.perf_counter() - began)
 
-    def _made_of(self, product: Product, samples: Samples) -> Samples:
-        engine = self.engine
-        arguments = (product, samples.images, samples.start, self.networks, self.device, engine.workers)
+    def _made_of(self, product: Product, start: int, images: np.ndarray) -> Samples:
+        arguments = (product, images, start, self.networks, self.device, self.engine.workers)
         return self.compute.submit(derive, *arguments).result()
 
     def _write(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ray_sampler.errors import printable
 from ray_sampler.reporting.progress import format_rate, format_seconds
+from ray_sampler.reporting.scores import described
 from ray_sampler.storage.ranges import cover, missing
 from ray_sampler.storage.record import FragmentName
 
@@ -64,6 +65,10 @@ class Status:
     fragments: int = 0
     records_read: int = 0
     """Fragments whose records were read, and are whole."""
+    products: Mapping[str, int] = field(default_factory=dict)
+    """Samples that exist of each product beside the pictures, by folder."""
+    scores: Mapping[str, Any] | None = None
+    """The content of scores.json."""
 
     @property
     def state(self) -> str:
@@ -103,6 +108,8 @@ class Status:
             "mixed_numerics": self.mixed_numerics,
             "fragments": self.fragments,
             "records_read": self.records_read,
+            "products": dict(self.products),
+            "scores": self.scores,
         }
 
 
@@ -201,5 +208,8 @@ def _rows(status: Status) -> list[tuple[str, str]]:
     if status.mixed_numerics:
         keys = f"{len(status.numerics_keys)} numerics keys"
         rows.append(("mixed", f"{keys}: pixels may differ by rounding from a run on one kind"))
+    rows += [(folder, f"{samples:,} samples") for folder, samples in status.products.items()]
     rows.append(("archive", status.archive or "not written yet"))
+    if status.scores:
+        rows.append(("score", described(status.scores)))
     return rows
