@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +14,7 @@ from ray_sampler.cluster.job import Job
 from ray_sampler.cluster.pool import reason_of
 from ray_sampler.cluster.session import beside_driver
 from ray_sampler.cluster.shards import cut
-from ray_sampler.cluster.tasks import Checked, Damage, check_task
+from ray_sampler.cluster.tasks import Damage, check_task
 from ray_sampler.cluster.worker import IMAGES, Task
 from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter
@@ -24,7 +22,7 @@ from ray_sampler.reporting.summary import Part
 from ray_sampler.storage.archive import Content, Maker, content_of
 from ray_sampler.storage.ranges import Listing, Piece, RangeSet, cover, missing
 from ray_sampler.storage.record import FragmentName, Record
-from ray_sampler.storage.verify import FOREIGN
+from ray_sampler.storage.verify import FOREIGN, Checked
 
 CHECK_FRAGMENTS = 32
 """Files that one task checks."""
@@ -99,11 +97,10 @@ class Inventory:
         self.rejected: list[tuple[str, str]] = []
         self._shared: dict[Any, Any] = {}
         """One copy of each value that most fragments have in common."""
-        with collector_paused():
-            self.shelves = {IMAGES: Shelf(job.run_dir.ranges(), job.num_samples, job.overwrite)}
-            for name, product in job.products.items():
-                ranges = job.run_dir.ranges(product.folder, product.columns)
-                self.shelves[name] = Shelf(ranges, job.num_samples, job.overwrite)
+        self.shelves = {IMAGES: Shelf(job.run_dir.ranges(), job.num_samples, job.overwrite)}
+        for name, product in job.products.items():
+            ranges = job.run_dir.ranges(product.folder, product.columns)
+            self.shelves[name] = Shelf(ranges, job.num_samples, job.overwrite)
         self.fragments = self.shelves[IMAGES]
         self.checking: dict[ray.ObjectRef[Checked], Shelf] = {}
         self.damage: list[tuple[Shelf, Checked]] = []
@@ -268,18 +265,6 @@ class Inventory:
 
         runs = ((made, list(pieces)) for made, pieces in groupby(self.fragments.cover(), maker))
         return tuple(Part(pieces[0].start, pieces[-1].stop, made.numerics, made.device) for made, pieces in runs)
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Make very many long-lived objects, over which the garbage collector would go again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def complete(job: Job) -> bool:

@@ -16,8 +16,9 @@ from ray_sampler.reporting.sheet import TILES, Tile, read_tiles, tiles_of
 from ray_sampler.storage.archive import Content, DamagedPiece, merge
 from ray_sampler.storage.archive_layout import ArchiveLayout
 from ray_sampler.storage.ranges import Piece
-from ray_sampler.storage.record import Column, DamagedFragment, FragmentName, MissingFragment, Record, Samples
+from ray_sampler.storage.record import Column, FragmentName, MissingFragment, Samples
 from ray_sampler.storage.run_dir import RunDir
+from ray_sampler.storage.verify import Checked, check
 
 PICTURES = 20_000
 PICTURE_BYTES = 128 * 2**20
@@ -25,17 +26,6 @@ PICTURE_BYTES = 128 * 2**20
 
 PACK_PIECES = 4096
 """Pieces that are pickled at once."""
-
-
-@dataclass(frozen=True)
-class Checked:
-    """Files of a folder of ranges that were read and checked."""
-
-    records: dict[FragmentName, Record]
-    damaged: list[tuple[FragmentName, str]]
-    """With the reason."""
-    gone: list[FragmentName]
-    """Those that this node does not see."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ class Damage:
     """Whether the merging node does not see it."""
 
 
-def check(
+def check_fragments(
     output: str,
     fingerprint: str,
     names: Sequence[FragmentName],
@@ -69,18 +59,7 @@ def check(
     holds: Mapping[str, Column | None],
 ) -> Checked:
     """Read and check files of a folder of ranges, one at a time; `holds` as of a RangeSet."""
-    ranges = RunDir(output).ranges(folder, holds)
-    records: dict[FragmentName, Record] = {}
-    damaged: list[tuple[FragmentName, str]] = []
-    gone: list[FragmentName] = []
-    for name in names:
-        try:
-            records[name] = ranges.read(name, fingerprint).record
-        except MissingFragment:
-            gone.append(name)
-        except DamagedFragment as error:
-            damaged.append((name, str(error)))
-    return Checked(records, damaged, gone)
+    return check(RunDir(output).ranges(folder, holds), names, fingerprint)
 
 
 def pack_pieces(pieces: Sequence[Piece], contents: Mapping[FragmentName, Content | None]) -> list[bytes]:
@@ -156,5 +135,5 @@ def show(output: str, fingerprint: str, wanted: Mapping[FragmentName, Sequence[i
 
 
 show_task = ray.remote(num_cpus=0, max_retries=0)(show)
-check_task = ray.remote(num_cpus=0, max_retries=3)(check)
+check_task = ray.remote(num_cpus=0, max_retries=3)(check_fragments)
 merge_task = ray.remote(num_cpus=0, max_retries=3)(merge_fragments)

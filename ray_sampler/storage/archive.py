@@ -31,7 +31,8 @@ FRAGMENT_MEMORY = 128 * 2**20
 COMMITS = 3
 """Times that an archive is written, at most, because a disk or store does not keep it."""
 
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 16 * 2**20
+"""That are read or written at once: of a bucket, by one request."""
 
 
 class DamagedPiece(Exception):

@@ -115,15 +115,6 @@ class AzureStore(BucketStore):
         found: Page = self._request(page)
         return found
 
-    def _request_copy(self, source: str, target: str) -> None:
-        # A copy on the server needs a right of its own on the source; what is moved is a fragment at most.
-        async def copy(container: Any) -> None:
-            data = await self._get(container, source)
-            options = {"overwrite": True, "length": len(data), "max_concurrency": 1, **LIMITS, **ONE_ATTEMPT}
-            await container.get_blob_client(target).upload_blob(data, **options)
-
-        self._request(copy)
-
     def _request_delete(self, key: str) -> None:
         self._request(lambda each: each.get_blob_client(key).delete_blob(**LIMITS, **ONE_ATTEMPT))
 

@@ -7,6 +7,7 @@ requests are; in what order they are made is said once.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 from abc import abstractmethod
@@ -23,6 +24,10 @@ PARTS = 9000
 """S3 takes 10,000 parts of an object; this leaves room."""
 
 PARTS_AT_ONCE = 4
+DELETES_AT_ONCE = 16
+
+KEYS_HELD = 10_000
+"""Deletions that wait at one time."""
 
 
 class Object(NamedTuple):
@@ -73,10 +78,6 @@ class BucketStore(ObjectStore):
     @abstractmethod
     def _request_page(self, prefix: str, by_folder: bool, marker: str | None) -> Page:
         """A page of the keys that begin with `prefix`."""
-
-    @abstractmethod
-    def _request_copy(self, source: str, target: str) -> None:
-        """Copy an object within the bucket."""
 
     @abstractmethod
     def _request_delete(self, key: str) -> None:
@@ -131,21 +132,27 @@ class BucketStore(ObjectStore):
 
     def move(self, source: str, target: str) -> None:
         with self._explained("move", source):
-            old, new = self._key(source), self._key(target)
             for key in self._keys(source):
                 # One that is gone has been moved: by a request whose answer was lost, or by another run.
                 with contextlib.suppress(FileNotFoundError):
-                    self._retry(functools.partial(self._request_copy, key, f"{new}{key[len(old) :]}"))
-                    self._retry(functools.partial(self._request_delete, key))
+                    self._move(key.removeprefix(f"{self.prefix}/"), source, target)
+
+    def _move(self, path: str, source: str, target: str) -> None:
+        """Move one object: it is read and written, as a copy within the store needs rights of its own."""
+        data = self._retry(lambda: self._fetch(path))
+        self._retry(lambda: self._pipe(target + path.removeprefix(source), data))
+        self._retry(lambda: self._request_delete(self._key(path)))
 
     def remove(self, path: str) -> None:
-        with self._explained("delete", path):
-            self._delete(self._keys(path))
-
-    def _delete(self, keys: Sequence[str]) -> None:
-        for key in keys:
+        def delete(key: str) -> None:
             with contextlib.suppress(FileNotFoundError):
-                self._retry(functools.partial(self._request_delete, key))
+                self._retry(lambda: self._request_delete(key))
+
+        # One by one: some stores cannot delete many at once, or answer that they did and did not.
+        with self._explained("delete", path), ThreadPoolExecutor(DELETES_AT_ONCE, "delete") as pool:
+            keys = self._keys(path)
+            for start in range(0, len(keys), KEYS_HELD):
+                collections.deque(pool.map(delete, keys[start : start + KEYS_HELD]), maxlen=0)
 
     def _version(self, key: str) -> Version | None:
         """What stands under a key, None where there is nothing."""
@@ -158,26 +165,22 @@ class BucketStore(ObjectStore):
             found = self._version(key)
         if found is None:
             raise FileNotFoundError(f"{self.url}/{path}")
-        version = found
-        buffer = b""
-        reached = 0
+        version, reached = found, 0
 
-        def whole(key: str, start: int, stop: int, version: Version) -> bytes:
-            data = self._request_read(key, start, stop, version)
-            if len(data) != stop - start:
-                raise ConnectionError(f"{len(data)} bytes came of {stop - start}")
+        def whole(stop: int) -> bytes:
+            data = self._request_read(key, reached, stop, version)
+            if len(data) != stop - reached:
+                raise ConnectionError(f"{len(data)} bytes came of {stop - reached}")
             return data
 
         def read(size: int) -> bytes:
             # What cannot be fetched moves nothing: the position is that of the bytes that were given.
-            nonlocal buffer, reached
+            nonlocal reached
+            stop = min(version.size, reached + size)
             with self._explained("read", path):
-                while len(buffer) < size and reached < version.size:
-                    stop = min(version.size, reached + max(object_store.PART_BYTES, size - len(buffer)))
-                    buffer += self._retry(functools.partial(whole, key, reached, stop, version))
-                    reached = stop
-            given, buffer = buffer[:size], buffer[size:]
-            return given
+                data = self._retry(lambda: whole(stop)) if stop > reached else b""
+            reached = stop
+            return data
 
         yield OpenFile(read)
 

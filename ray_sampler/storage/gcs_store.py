@@ -44,6 +44,7 @@ class Answer(NamedTuple):
 
     status: int
     headers: Mapping[str, str]
+    """By name, in whatever case."""
     body: bytes
 
 
@@ -101,7 +102,7 @@ class GcsStore(BucketStore):
                 headers=filesystem._get_headers(dict(headers or {})),
                 timeout=TIMEOUT,
             ) as response:
-                return Answer(response.status, dict(response.headers), await response.read())
+                return Answer(response.status, response.headers, await response.read())
 
         answer = sync(filesystem.loop, made)
         if answer.status < 300 or answer.status in accept:
@@ -143,7 +144,7 @@ class GcsStore(BucketStore):
 
     def _fetch(self, path: str) -> bytes:
         answer = self._request("GET", self._object(self._key(path)), {"alt": "media"})
-        told(lowered(answer.headers), "x-goog-hash")
+        told(answer.headers, "x-goog-hash")
         return answer.body
 
     def _request_read(self, key: str, start: int, stop: int, version: Version) -> bytes:
@@ -165,22 +166,13 @@ class GcsStore(BucketStore):
         objects = [Object(item["name"], unix_time(item["updated"])) for item in page.get("items", [])]
         return Page(objects, page.get("prefixes", []), page.get("nextPageToken"))
 
-    def _request_copy(self, source: str, target: str) -> None:
-        path = f"{self._object(source)}/rewriteTo{self._object(target).removeprefix('/storage/v1')}"
-        query: dict[str, str] = {}
-        while True:
-            answer = parsed(self._request("POST", path, query))
-            if answer.get("done", True):
-                return
-            query = {"rewriteToken": answer["rewriteToken"]}
-
     def _request_delete(self, key: str) -> None:
         self._request("DELETE", self._object(key))
 
     def _request_upload(self, key: str) -> Upload:
         query = {"uploadType": "resumable", "name": key}
         answer = self._request("POST", f"/upload/storage/v1/b/{self.bucket}/o", query)
-        return Upload(told(lowered(answer.headers), "location"))
+        return Upload(told(answer.headers, "location"))
 
     def _request_part(self, key: str, upload: Upload, number: int, data: bytes) -> None:
         if number > upload.number:
@@ -209,7 +201,7 @@ class GcsStore(BucketStore):
                 told(parsed(answer), "name")
                 upload.held = b""
                 return
-            ranges = lowered(answer.headers).get("range", "")
+            ranges = answer.headers.get("range", "")
             taken = int(ranges.rpartition("-")[2]) + 1 if ranges else 0
             if taken < upload.offset or (last and not upload.held):
                 raise StoreError(503, "UploadLost")
@@ -239,11 +231,6 @@ def parsed(answer: Answer) -> Mapping[str, Any]:
         return dict(json.loads(answer.body))
     except (ValueError, TypeError):
         raise ForeignAnswer("the answer is no JSON") from None
-
-
-def lowered(headers: Mapping[str, str]) -> dict[str, str]:
-    """Headers by their names in lower case, as HTTP ignores case there."""
-    return {name.lower(): value for name, value in headers.items()}
 
 
 def unix_time(text: str) -> float:

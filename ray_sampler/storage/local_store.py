@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import logging
 import os
 import shutil
@@ -95,34 +96,10 @@ class LocalStore:
         return self._inside(folder) / name
 
     def read(self, path: str) -> bytes | None:
-        target = self._file(path)
-
-        def once() -> bytes | None:
-            try:
-                # A link is another file's name: whoever put it there decides what is read.
-                descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            with os.fdopen(descriptor, "rb") as file:
-                if sys.platform == "linux":
-                    with contextlib.suppress(OSError):
-                        # The disk reads all of it at once, not a little ahead of us.
-                        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-                return file.read()
-
-        return self._try("read", path, once)
+        return self._try("read", path, functools.partial(end_of, self._file(path), sys.maxsize))
 
     def read_end(self, path: str, size: int) -> bytes | None:
-        def once() -> bytes | None:
-            try:
-                descriptor = os.open(self._file(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            with os.fdopen(descriptor, "rb") as file:
-                file.seek(max(0, os.fstat(descriptor).st_size - size))
-                return file.read()
-
-        return self._try("read", path, once)
+        return self._try("read", path, functools.partial(end_of, self._file(path), size))
 
     def _temporary(self, target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -235,9 +212,7 @@ class LocalStore:
         target = self._file(path)
         with self._explained("read", path):
             try:
-                descriptor = retried(lambda: os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), str(target))
-            except (FileNotFoundError, NotADirectoryError):
-                descriptor = None
+                descriptor = retried(lambda: opened(target), str(target))
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
@@ -270,6 +245,32 @@ class LocalStore:
                 age = time.time() - os.lstat(name).st_mtime
                 if age > seconds or (age > QUIET_SECONDS and is_unlocked(name)):
                     os.unlink(name)
+
+
+def opened(target: Path) -> int | None:
+    """A descriptor to read a file, None where there is none.
+
+    A link is another file's name: whoever put it there would decide what is read, so it is refused (ELOOP).
+    """
+    try:
+        return os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def end_of(target: Path, size: int) -> bytes | None:
+    """The last `size` bytes of a file, or all of a smaller one; None where there is none."""
+    descriptor = opened(target)
+    if descriptor is None:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        start = max(0, os.fstat(descriptor).st_size - size)
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                # The disk reads all of it at once, not a little ahead of us.
+                os.posix_fadvise(descriptor, start, 0, os.POSIX_FADV_WILLNEED)
+        file.seek(start)
+        return file.read()
 
 
 def is_hidden(name: str) -> bool:

@@ -115,12 +115,7 @@ class ObjectStore:
     def list(self, path: str, times: bool = False) -> list[Entry]:
         folder = self._full(path).rstrip("/")
         with self._explained("list", path):
-            try:
-                found = self._retry(lambda: self.filesystem.ls(folder, detail=True))
-            except FileNotFoundError as error:
-                if code(error) in NO_BUCKET_WORDS:
-                    raise
-                return []
+            found = self._unless_absent(lambda: self.filesystem.ls(folder, detail=True)) or []
         entries = []
         for info in found:
             name = info["name"].rstrip("/")
@@ -165,14 +160,8 @@ class ObjectStore:
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[OpenFile]:
         with self._explained("read", path):
-            try:
-                file = self._retry(
-                    lambda: self.filesystem.open(self._full(path), "rb", block_size=PART_BYTES, cache_type="readahead")
-                )
-            except FileNotFoundError as error:
-                if code(error) in NO_BUCKET_WORDS:
-                    raise
-                file = None
+            options = {"block_size": PART_BYTES, "cache_type": "readahead"}
+            file = self._unless_absent(lambda: self.filesystem.open(self._full(path), "rb", **options))
         if file is None:
             raise FileNotFoundError(f"{self.url}/{path}")
 
@@ -189,13 +178,8 @@ class ObjectStore:
 
 
 def modified(info: Mapping[str, Any]) -> float | None:
-    """When an object was last written, as unix time: S3, GCS, Azure and fsspec's own each have a name for it."""
-    for key in ("LastModified", "updated", "last_modified", "created"):
-        value = info.get(key)
-        if isinstance(value, str):
-            value = datetime.fromisoformat(value.replace("Z", "+00:00"))
-        if isinstance(value, datetime):
-            return value.timestamp()
-        if isinstance(value, float):
-            return value
-    return None
+    """When a file was last written, as unix time, where a listing says so: each filesystem has a name of its own."""
+    found = next((info[key] for key in ("mtime", "last_modified", "LastModified", "created") if key in info), None)
+    if isinstance(found, datetime):
+        return found.timestamp()
+    return found if isinstance(found, float) else None

@@ -8,16 +8,13 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import fsspec
-from botocore.exceptions import ClientError
 from fsspec.asyn import sync
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
-from ray_sampler.storage.failures import ForeignAnswer, code, failure, families, is_passing, status, told
+from ray_sampler.storage.failures import ForeignAnswer, code, failure, families, status, told
 from ray_sampler.storage.object_store import logger
 from ray_sampler.storage.store import ABANDONED_SECONDS
-
-KEYS_PER_DELETE = 1000
 
 CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
 
@@ -29,8 +26,6 @@ class S3Store(BucketStore):
         super().__init__(filesystem, root, url)
         filesystem.retries = 1  # its own, which would multiply with those of this store
         self.bucket, self.prefix, _ = filesystem.split_path(root)
-        self.deletes_many = True
-        """Whether the store is known to delete many objects in one request, or has not been asked yet."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return S3Store, (self.filesystem, self.root, self.url)  # a pickled filesystem forgets its retries
@@ -53,13 +48,14 @@ class S3Store(BucketStore):
         told(self._request("put_object", Key=self._key(path), Body=data, **condition), "ETag")
 
     def _get(self, key: str, **arguments: str) -> bytes:
-        async def get() -> bytes:
-            answer = await self.filesystem._call_s3("get_object", Bucket=self.bucket, Key=key, **arguments)
-            told(answer, "ETag")
-            async with answer["Body"] as body:
-                return await body.read()
+        answer = self._request("get_object", Key=key, **arguments)
+        told(answer, "ETag")
 
-        return bytes(sync(self.filesystem.loop, get))
+        async def content() -> bytes:
+            async with answer["Body"] as body:
+                return bytes(await body.read())
+
+        return bytes(sync(self.filesystem.loop, content))
 
     def _fetch(self, path: str) -> bytes:
         return self._get(self._key(path))
@@ -82,42 +78,8 @@ class S3Store(BucketStore):
             page["NextContinuationToken"] if page.get("IsTruncated") else None,
         )
 
-    def _request_copy(self, source: str, target: str) -> None:
-        self.filesystem.cp_file(f"{self.bucket}/{source}", f"{self.bucket}/{target}")
-
     def _request_delete(self, key: str) -> None:
         self._request("delete_object", Key=key)
-
-    def _delete(self, keys: Sequence[str]) -> None:
-        refused = list(keys)
-        if self.deletes_many:
-            refused = []
-            for i in range(0, len(keys), KEYS_PER_DELETE):
-                refused += self._delete_many(keys[i : i + KEYS_PER_DELETE])
-        super()._delete(refused)
-
-    def _delete_many(self, keys: Sequence[str]) -> Sequence[str]:
-        """Delete in one request; returns the keys that it left."""
-        request = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-
-        def delete() -> Sequence[str]:
-            # The request itself is answered with success though each deletion was refused.
-            errors = self._request("delete_objects", Delete=request).get("Errors") or []
-            passing = [each for each in errors if is_passing(ClientError({"Error": each}, "DeleteObjects"))]
-            if passing:
-                raise ClientError({"Error": passing[0]}, "DeleteObjects")
-            return keys if errors else []
-
-        try:
-            return self._retry(delete)
-        except FileNotFoundError:
-            raise
-        except families() as error:
-            if is_passing(error):
-                raise
-            # Some stores do not have this request, or want another checksum with it than is sent.
-            self.deletes_many = False
-            return keys
 
     def _request_upload(self, key: str) -> str:
         return told(self._request("create_multipart_upload", Key=key), "UploadId")

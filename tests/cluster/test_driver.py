@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ray_sampler.cli import main
 from ray_sampler.cluster import driver, inventory
 from ray_sampler.cluster.driver import run
-from ray_sampler.cluster.tasks import check
+from ray_sampler.cluster.tasks import check_fragments
 from ray_sampler.cluster.worker import Worker, WorkerInfo
 from ray_sampler.errors import RunError
 from ray_sampler.storage.fragment import encode
@@ -286,7 +286,7 @@ def test_fragments_that_another_node_does_not_see_are_left_where_they_are(
     configure, copy, tmp_path, samples, monkeypatch
 ):
     elsewhere = str(tmp_path / "elsewhere")
-    blind: Any = ray.remote(num_cpus=0)(lambda output, *rest: check(elsewhere, *rest))
+    blind: Any = ray.remote(num_cpus=0)(lambda output, *rest: check_fragments(elsewhere, *rest))
     monkeypatch.setattr(inventory, "check_task", blind)
     before = fragments(copy)
     (copy / ARCHIVE).unlink()

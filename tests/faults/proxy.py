@@ -30,7 +30,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
 Kind = Literal[
-    "403", "500", "503", "reset", "reset upload", "lost", "truncated", "stall", "slow", "refused deletions", "answer",
+    "403", "500", "503", "reset", "reset upload", "lost", "truncated", "stall", "slow", "answer",
 ]  # fmt: skip
 """How a request fails:
 
@@ -41,7 +41,6 @@ lost: the server does what was asked, and the connection is reset before the ans
 truncated: the answer ends in the middle, the connection closed as if it were whole.
 stall: the answer halts in the middle, for `seconds`, then the connection is reset.
 slow: the answer is right and comes after `seconds`.
-refused deletions: a request to delete many is answered with success, and a refusal of each; no other request fails.
 
 answer: it is answered with the fault's own status and word, in the form of the store that is meant; the server never
 sees it.
@@ -57,7 +56,6 @@ Request = tuple[str, str, email.message.Message]
 """Method, path with query, and headers."""
 
 WORDS = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
-REFUSED_DELETIONS = b"<DeleteResult><Error><Key>x</Key><Code>AccessDenied</Code></Error></DeleteResult>"
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 
@@ -183,8 +181,8 @@ class FaultProxy:
             self.requests[operation] += 1
             drawn = None
             for i, fault in enumerate(self._faults):
-                operations = ("DeleteObjects",) if fault.kind == "refused deletions" else fault.operations
-                if operations is not None and operation not in operations and request[0] not in operations:
+                wanted = fault.operations
+                if wanted is not None and operation not in wanted and request[0] not in wanted:
                     continue
                 if fault.when is not None and not fault.when(request):
                     continue
@@ -231,8 +229,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(int(fault.kind), [("Content-Type", "application/xml")], text)
             case "answer":
                 self._answer(fault.status, *told(fault.form, fault.status, fault.word))
-            case "refused deletions":
-                self._answer(200, [("Content-Type", "application/xml")], REFUSED_DELETIONS)
             case "lost":
                 self._forward(body)
                 self._reset()

@@ -11,7 +11,7 @@ OPERATIONS = (
     "GetObject",
     "ListObjectsV2",
     "PutObject",
-    "DeleteObjects",
+    "DeleteObject",
     "HeadObject",
     "CreateMultipartUpload",
     "UploadPart",
@@ -32,10 +32,10 @@ def test_a_run_succeeds_though_the_first_request_of_each_operation_fails(sweep: 
 @pytest.mark.slow
 def test_a_run_that_ends_at_a_lasting_error_goes_on_when_it_is_over(sweep: Sweep):
     sweep.lasting(
-        *(Fault("403", 1, operations=[operation]) for operation in OPERATIONS if operation != "DeleteObjects"),
+        *(Fault("403", 1, operations=[operation]) for operation in OPERATIONS if operation != "DeleteObject"),
         *(Fault("403", number, operations=["PutObject"]) for number in (2, 4, 7)),
         *(Fault("403", number, operations=["GetObject"]) for number in (2, 4, 9)),
-        Fault("403", 1, operations=["DeleteObjects", "DeleteObject"]),  # which ends no run
+        Fault("403", 1, operations=["DeleteObject"]),  # which ends no run
     )
     assert set(OPERATIONS) <= set(sweep.swept.failed)
     assert sweep.swept.exits[0] < 3
