@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,14 +24,9 @@ class NoiseSource(Protocol):
 class GlobalGenerator:
     """dummy: torch's global generator."""
 
-    def randn(self, *size: int, **kwargs: Any) -> Tensor:
-        return torch.randn(*size, **kwargs)
-
-    def randn_like(self, tensor: Tensor, **kwargs: Any) -> Tensor:
-        return torch.randn_like(tensor, **kwargs)
-
-    def randint(self, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.randint(*args, **kwargs)
+    randn: Callable[..., Tensor] = staticmethod(torch.randn)
+    randn_like: Callable[..., Tensor] = staticmethod(torch.randn_like)
+    randint: Callable[..., Tensor] = staticmethod(torch.randint)
 
 
 class SeededGenerator:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from math import inf
 from typing import Any
 
@@ -83,8 +82,9 @@ def karras_sample(
         return denoised.clamp(-1, 1) if clip_denoised else denoised
 
     sigmas, noise = solver.levels(schedule, options, torch.float32), in_order(draw_next)
-    with step_bar(steps if progress and sampler in EVALUATIONS else None) as advance, torch.no_grad():
-        reported = reporting(denoise, sampler, sigmas, callback, advance)
+    with Progress(disable=not progress or sampler not in EVALUATIONS) as bar, torch.no_grad():
+        task = bar.add_task("sampling", total=steps)
+        reported = reporting(denoise, sampler, sigmas, callback, lambda: bar.advance(task))
         x_0 = solver.run(reported, noise(0) * sigma_max, sigmas, noise, options).clamp(-1, 1)
     while drawn < 1 + solver.draws(steps, options):
         draw_next()
@@ -131,14 +131,3 @@ def reporting(
         return denoised
 
     return reported
-
-
-@contextmanager
-def step_bar(steps: int | None) -> Iterator[Callable[[], None]]:
-    """A bar of so many steps, moved by calling what this yields; none for None."""
-    if steps is None:
-        yield lambda: None
-        return
-    with Progress() as bar:
-        task = bar.add_task("sampling", total=steps)
-        yield lambda: bar.advance(task)

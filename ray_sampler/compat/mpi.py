@@ -13,19 +13,10 @@ from ray_sampler.compat.ranks import rank, world_size
 class Communicator:
     """All processes of the script."""
 
-    @property
-    def rank(self) -> int:
-        return rank()
-
-    @property
-    def size(self) -> int:
-        return world_size()
-
-    def Get_rank(self) -> int:
-        return rank()
-
-    def Get_size(self) -> int:
-        return world_size()
+    Get_rank = staticmethod(rank)
+    Get_size = staticmethod(world_size)
+    rank = property(lambda self: self.Get_rank())
+    size = property(lambda self: self.Get_size())
 
     def barrier(self) -> None:
         """Return once every rank has called it."""
