@@ -156,7 +156,7 @@ def measured(scoring: Scoring, features: Features, reference: Features | None) -
         elif "fid" in asked:
             moments = reduce_task.options(**here).remote(other, None)
         fid, inception_score = collected([compare_task.options(**here).remote(reduced, moments)])[0]
-        metrics = {"fid": fid, "is": inception_score}
+        metrics = {"fid": fid, "is": inception_score and list(inception_score)}
     if "kid" in asked and reference:
         metrics["kid"] = kid(held, other, kid_subsets(features.count, reference.count))
     if "pr" in asked and reference:

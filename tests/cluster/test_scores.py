@@ -169,6 +169,12 @@ def test_archives_folders_repaired_unfinished_and_grown_runs_have_their_scores(s
     ray_sampler.score(tmp_path / "pngs", str(tmp_path / "reference.npz"), output=output, **COMMON)
     assert output.read_bytes() == whole
 
+    # The bundled extractor and reference serve every metric.
+    every = {"metrics": "fid,is,kid,pr", "gpus_per_actor": 0.0, "max_actors": 1}
+    of_digits = ray_sampler.score(run, "digits", output=tmp_path / "digits.json", **every)["metrics"]
+    assert of_digits.keys() == {"fid", "is", "kid", "precision", "recall"}
+    assert json.loads((tmp_path / "digits.json").read_text())["metrics"] == of_digits
+
     # An unfinished run is scored as far as it is.
     for name in ("fragments", f"features/{folder.name}"):
         (run / name / second.name).unlink()
