@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ray_sampler.config import RunConfig
@@ -53,7 +54,13 @@ def given_values(config: RunConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in config.given}
 
 
-def resolve(config: RunConfig, model: str, brought: Mapping[str, Any], spec: NetworkSpec | None) -> RunConfig:
+def resolve(
+    config: RunConfig,
+    model: str,
+    brought: Mapping[str, Any],
+    spec: NetworkSpec | None,
+    earlier: Mapping[str, Any] = MappingProxyType({}),
+) -> RunConfig:
     """The request with nothing left None, but what stands for none, and what waits for the fleet.
 
     Args:
@@ -61,13 +68,14 @@ def resolve(config: RunConfig, model: str, brought: Mapping[str, Any], spec: Net
         model: a bundled model's name, or a path or URL.
         brought: settings that the named model or preset brings, by flag name.
         spec: of the network; None where no file is opened: what only that can tell stays None.
+        earlier: the identity of a run that was begun in the same place; empty where there is none.
 
     Raises:
         RequestError: a value is wrong beside another.
     """
     given = given_values(config)
     settings = {name: flag.default for name, flag in flags_of(type(config)).items()}
-    settings |= spec.brought if spec else told_by_flags({**brought, **given})
+    settings |= spec.brought | range_of(spec, earlier) if spec else told_by_flags({**brought, **given})
     settings |= still_brought(brought, given) | given
     if spec:
         settings |= dict.fromkeys(ARCHITECTURE) | spec.architecture
@@ -82,6 +90,23 @@ def resolve(config: RunConfig, model: str, brought: Mapping[str, Any], spec: Net
     if None not in (resolved.steps, resolved.sigma_min, resolved.sigma_max):
         check_steps(resolved, schedule_of(resolved), resolved.state)
     return resolved
+
+
+def range_of(spec: NetworkSpec, earlier: Mapping[str, Any]) -> dict[str, float]:
+    """The range of levels that is sampled by default: the network's own, else that of its kind.
+
+    Where it comes from the kind, and a run was begun with the one that every network had first, it stays.
+    """
+    from ray_sampler.sampling.parameterisation import LEVELS
+    from ray_sampler.sampling.plan import parameterisation_of
+
+    own = {"sigma_min": spec.sigma_min, "sigma_max": spec.sigma_max}
+    kinds = getattr(parameterisation_of(spec, LEVELS[0]), "levels", LEVELS) if None in own.values() else LEVELS
+    every = zip(own.items(), kinds, LEVELS, strict=True)
+    return {
+        name: value if value is not None else first if earlier.get(name) == first else kind
+        for (name, value), kind, first in every
+    }
 
 
 def without_file(config: RunConfig) -> RunConfig:

@@ -44,6 +44,18 @@ RECORD_KEYS = {
 }
 
 
+FIRST_RANGE = {"sigma_min": 0.002, "sigma_max": 80.0}
+OPEN = tuple(f"python:own:{name}" for name in ("eps", "v", "x0", "x0_of_a_path", "velocity", "velocity_from_noise"))
+"""Models that leave the range of levels open: it was `FIRST_RANGE`, and is that of the kind."""
+LAST_BIT = {"ancestral", "shifted", "own x0 of a path", "own velocity", "own velocity from noise"}
+"""Pictures whose last bit may differ: their coefficients were rounded twice."""
+
+
+def as_then(flags: dict[str, Any]) -> dict[str, Any]:
+    """A request that says what it meant to version 2."""
+    return (FIRST_RANGE if flags.get("model") in OPEN else {}) | flags
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory where every pinned request can be made."""
@@ -66,14 +78,14 @@ def test_every_request_is_in_the_tables() -> None:
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_request_means_and_samples_what_it_did(name: str) -> None:
     entry = TABLE[name]
-    run = adapter.run_json_of(PICTURES[name])
+    run = adapter.run_json_of(as_then(PICTURES[name]))
     assert run["identity"] == entry["identity"]
     assert run["fingerprint"] == entry["fingerprint"]
-    x, images, labels = adapter.samples_of(PICTURES[name], COUNT)
+    x, images, labels = adapter.samples_of(as_then(PICTURES[name]), COUNT)
     assert (None if labels is None else labels.tolist()) == entry["labels"]
     with np.load(HERE / "floats.npz") as pinned:
         assert x.dtype == pinned[name].dtype
-        if same_kind_of_machine(HERE):
+        if same_kind_of_machine(HERE) and name not in LAST_BIT:
             assert np.array_equal(x[:1], pinned[name])
             assert digest(images) == entry["images"]
         else:

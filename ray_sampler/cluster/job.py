@@ -21,6 +21,7 @@ from ray_sampler.presets import BUNDLED, check_bundled, model_of
 from ray_sampler.resolve import check, given_values, resolve, settings_json, settled
 from ray_sampler.sampling.finish import FINISHERS
 from ray_sampler.sampling.options import Compile, DecoderOptions, GuidanceOptions, guide_of
+from ray_sampler.sampling.parameterisation import LEVELS
 from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan
 from ray_sampler.sampling.products import Product
 from ray_sampler.scoring.features import FEATURES
@@ -174,10 +175,12 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     there = run_dir.read_run() if run_dir and not config.overwrite else None
     earlier = there.get("identity", {}) if there else {}
     networks = open_networks(model, brought, config)
-    specs = {role: network.spec for role, network in networks.items()}
-    resolved = settled(resolve(config, model, brought, specs[MAIN]), gpus, earlier)
-    plan = plan_of(resolved, specs)
-    decided = identity(resolved, plan, specs, {role: hash_of(role, network) for role, network in networks.items()})
+    resolved, plan, decided = settle(config, model, brought, networks, gpus, earlier)
+    spec = networks[MAIN].spec
+    if not (config.output or config.overwrite) and None in (spec.sigma_min, spec.sigma_max):
+        first = settle(config, model, brought, networks, gpus, {"sigma_min": LEVELS[0], "sigma_max": LEVELS[1]})
+        if os.path.isdir(default_output(model, fingerprint(first[2]))):  # begun before kinds had ranges of their own
+            resolved, plan, decided = first
     output = config.output or default_output(model, fingerprint(decided))
     run_dir = run_dir or RunDir(output)
     output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
@@ -202,6 +205,22 @@ def scoring_of(config: RunConfig, plan: SamplePlan) -> Scoring | None:
     scoring = open_scoring(of(ScoreOptions, config), plan.image_shape)
     scoring.check_count(config.num_samples)
     return scoring
+
+
+def settle(
+    config: RunConfig,
+    model: str,
+    brought: Mapping[str, Any],
+    networks: Mapping[str, Network],
+    gpus: float,
+    earlier: Mapping[str, Any],
+) -> tuple[RunConfig, SamplePlan, dict[str, Any]]:
+    """The request resolved against its networks, its plan and its identity; `earlier` is that of a run to resume."""
+    specs = {role: network.spec for role, network in networks.items()}
+    resolved = settled(resolve(config, model, brought, specs[MAIN], earlier), gpus, earlier)
+    plan = plan_of(resolved, specs)
+    hashes = {role: hash_of(role, network) for role, network in networks.items()}
+    return resolved, plan, identity(resolved, plan, specs, hashes)
 
 
 def open_networks(model: str, brought: Mapping[str, Any], config: RunConfig) -> dict[str, Network]:

@@ -35,7 +35,8 @@ class Model:
         shape: (C, H, W) of x.
         num_classes: 0 for an unconditional network.
         null_label: the label that stands for none, for guidance; None where the network knows none.
-        sigma_min, sigma_max: the range of noise levels that is sampled by default.
+        sigma_min, sigma_max: the range of noise levels that is sampled by default; None: the ends of an alphas table,
+            0.002 to 10,000 for flows (t from 0.0001 beside noise), else 0.002 to 80.
         decoder: None where x is a picture in [-1, 1]; "sd" or "edm2" where it is a latent of that rule.
         options: of the kind: c_noise ("log/4", "250log" or a function of sigma), alphas (a table), data_at (0 or 1),
             and one_hot (True where y is wanted as float rows, (B, num_classes), zero for the null label).
@@ -51,8 +52,8 @@ class Model:
         shape: tuple[int, int, int],
         num_classes: int = 0,
         null_label: int | None = None,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
         decoder: str | None = None,
         **options: Any,
     ) -> None:
@@ -71,7 +72,8 @@ class Model:
             f"Model's null_label is {null_label!r} with num_classes {num_classes}; it must be a label of a network "
             "with classes, or None",
         )
-        levels = all(isinstance(s, (int, float)) for s in (sigma_min, sigma_max)) and 0 < sigma_min < sigma_max < 1e30
+        low, high = 1e-30 if sigma_min is None else sigma_min, 1e29 if sigma_max is None else sigma_max
+        levels = all(isinstance(s, (int, float)) for s in (low, high)) and 0 < low < high < 1e30
         require(
             levels,
             f"Model's sigma_min is {sigma_min!r} and sigma_max {sigma_max!r}; they must satisfy "
@@ -88,8 +90,8 @@ class Model:
         self.shape = (shape[0], shape[1], shape[2])
         self.num_classes = num_classes
         self.null_label = null_label
-        self.sigma_min = float(sigma_min)
-        self.sigma_max = float(sigma_max)
+        self.sigma_min = None if sigma_min is None else float(sigma_min)
+        self.sigma_max = None if sigma_max is None else float(sigma_max)
         self.decoder = decoder
         self.one_hot = bool(options.pop("one_hot", False))
         self.options = options

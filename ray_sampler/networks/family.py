@@ -48,9 +48,9 @@ class NetworkSpec:
     """0: unconditional."""
     null_label: int | None = None
     """The label that stands for none; None where the network knows none."""
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    """The range of levels that is sampled by default."""
+    sigma_min: float | None = 0.002
+    sigma_max: float | None = 80.0
+    """The range of levels that is sampled by default; None: its kind's."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Settings that the family or the file brings, by flag name."""
     flags: Mapping[str, Any] = field(default_factory=dict)
@@ -76,8 +76,8 @@ class NetworkSpec:
 
     @property
     def brought(self) -> dict[str, Any]:
-        """The defaults that its family or file brings, by flag name."""
-        return {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max} | dict(self.defaults)
+        """The defaults that its family or file brings, by flag name, beside the range of levels."""
+        return dict(self.defaults)
 
     def identity(self, weights: str) -> dict[str, Any]:
         """What decides the network's function, flat; `weights` is its hash."""

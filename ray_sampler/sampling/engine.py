@@ -23,12 +23,19 @@ __all__ = ["Engine", "NonFiniteError", "OutOfDeviceMemoryError", "Pictures", "co
 
 Key = tuple[str, str]
 """A product and one of its columns; the first is OWN for a run's own columns."""
-OWN, FINITE = "", ("", "")
-"""FINITE: whether all values of each sample were finite."""
+OWN, FAULT = "", ("", "")
+"""FAULT: whose the first value of each sample was that is not finite, a place in FAULTS; 0 where all are finite."""
+FAULTS = (
+    "",
+    "the network gave non-finite values for {}",
+    "solver {solver} made non-finite values of the network's finite ones for {}; give other levels, or --state fp64",
+    "the finisher made non-finite values of the solver's finite results for {}",
+)
+NETWORK, SOLVER, FINISHER = 1, 2, 3
 
 
 class NonFiniteError(RuntimeError):
-    """The network gave infinities or NaN for some samples."""
+    """Some samples have infinities or NaN; says whether the network made them, the solver, or the finisher."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +134,11 @@ class Engine:
         def finish() -> Pictures:
             first = start // size * size
             arrays = {key: array[start - first : stop - first] for key, array in arrive().items()}
-            if not (finite := arrays.pop(FINITE)).all():
-                wrong = start + np.flatnonzero(~finite)
+            if (fault := arrays.pop(FAULT)).any():
+                wrong = start + np.flatnonzero(fault)
                 shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
-                raise NonFiniteError(
-                    f"the network gave non-finite values for {len(wrong)} of the samples {start} to {stop - 1}: {shown}"
-                )
+                samples = f"{len(wrong)} of the samples {start} to {stop - 1}: {shown}"
+                raise NonFiniteError(FAULTS[fault[fault > 0].min()].format(samples, solver=plan.sampler))
             made: dict[str, dict[str, np.ndarray]] = {name: {} for name in (OWN, *(products or ()))}
             for (product, column), array in arrays.items():
                 made[product][column] = array
@@ -189,9 +195,14 @@ class Engine:
 
     @torch.inference_mode()
     def _block(self, plan: SamplePlan, products: Mapping[str, Finish], block: int) -> dict[Key, Tensor]:
-        """All columns of one block, each (B, ...), and whether all values were finite, (B,)."""
+        """All columns of one block, each (B, ...), and whose fault values are that are not finite, (B,)."""
         indices = torch.arange(block * self.batch_size, (block + 1) * self.batch_size)
-        finite = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+        fault = torch.zeros(self.batch_size, dtype=torch.uint8, device=self.device)
+
+        def blame(whose: int, values: Tensor, sound: Tensor | None = None) -> None:
+            """For the first values of a sample that are not finite, where `sound`, which they are made of, are."""
+            bad = ~finite(values, len(fault)) & (fault == 0)
+            fault.masked_fill_(bad if sound is None else bad & finite(sound, len(fault)), whose)
 
         def watched(network: Network) -> Network:
             def watch(x: Tensor, times: Tensor, y: Tensor | None) -> Tensor:
@@ -200,8 +211,8 @@ class Engine:
                 if self.graphs:
                     output = output.clone()
                 self.evaluations += 1
-                # A doubled batch, for guidance, holds every sample twice.
-                finite.logical_and_(output.isfinite().flatten(1).all(dim=1).view(-1, len(finite)).all(dim=0))
+                blame(NETWORK, output, x)
+                blame(SOLVER, output)
                 return output
 
             return watch
@@ -209,15 +220,20 @@ class Engine:
         x, y = sample_block(
             {role: watched(network) for role, network in self.asked.items()}, plan, indices, self.device
         )
-        finite.logical_and_(x.isfinite().flatten(1).all(dim=1))
+        blame(SOLVER, x)
         stored = plan.condition.stored(y) if plan.condition and y is not None else {}
         made: dict[str, Mapping[str, Tensor]] = {OWN: {**plan.finisher.finish(x, self.networks), **stored}}
         made |= {name: finish(x, self.networks) for name, finish in products.items()}
         tensors = {(name, column): t for name, columns in made.items() for column, t in columns.items()}
         for tensor in tensors.values():
             if tensor.is_floating_point():
-                finite.logical_and_(tensor.isfinite().reshape(len(finite), -1).all(dim=1))
-        return tensors | {FINITE: finite}
+                blame(FINISHER, tensor)
+        return tensors | {FAULT: fault}
+
+
+def finite(values: Tensor, count: int) -> Tensor:
+    """Whether all values of each of `count` samples are finite, (count,); a doubled batch holds every sample twice."""
+    return values.isfinite().reshape(len(values), -1).all(dim=1).view(-1, count).all(dim=0)
 
 
 Mark = float | torch.cuda.Event

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -79,8 +78,8 @@ def ve_scalings(sigma: Tensor) -> Scalings:
 
 def velocity_scalings(sigma: Tensor, data_at: int) -> Scalings:
     """Of dx_t/dt on the straight path, for the t that holds data (Lipman et al. 2023); c_skip is of the input."""
-    noisy = sigma / (1 + sigma)
-    return torch.ones_like(sigma), noisy if data_at else -noisy, 1 - noisy
+    clean = 1 / (1 + sigma)
+    return torch.ones_like(sigma), sigma * clean if data_at else -sigma * clean, clean
 
 
 def vp_time(sigma: Tensor) -> Tensor:
@@ -98,6 +97,12 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
 """c_noise, the time that a network is conditioned on, by name: of consistency-models checkpoints, EDM, VE and VP."""
 
 
+LEVELS = (0.002, 80.0)
+"""The range of levels that is sampled by default, where a kind has no other."""
+FLOW_LEVELS = (0.002, 1e4)
+"""Of flows: the first t is 1e-4 from noise, where Euler's result differs from that of a start at noise by as much."""
+
+
 @dataclass(frozen=True)
 class Preconditioned:
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise(sigma), y), in float32 (Karras et al. 2022, eq. 7)."""
@@ -110,15 +115,20 @@ class Preconditioned:
     """What c_skip multiplies: x, or c_in x, which the network gets; None: D is F itself."""
     shared_time: bool = False
     """Whether the network takes one time for all, (1,), as in EDM's own scripts: it embeds it once."""
+    levels: tuple[float, float] = LEVELS
+    """The lowest and the highest level that are sampled by default."""
+    exact: bool = False
+    """Whether scalings and time are computed in float64, and rounded once."""
     at_sigma_min: Callable[[float], Preconditioned] | None = field(default=None, kw_only=True)
     """The same for a run that ends at a level, where it depends on that and was given none."""
 
     def denoiser(self, network: Network, y: Tensor | None) -> Denoiser:
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            whole, level = x.float(), sigma.float()
-            time = self.c_noise(level)
+            whole, level = x.float(), sigma.double() if self.exact else sigma.float()
+            time = self.c_noise(level).float()
             times = time if time.ndim else whole.new_full((1 if self.shared_time else len(whole),), time.item())
-            c_skip, c_out, c_in = self.scalings(level if level.ndim == 0 else level[:, None, None, None])
+            scalings = self.scalings(level if level.ndim == 0 else level[:, None, None, None])
+            c_skip, c_out, c_in = (each.float() for each in scalings)
             inputs = c_in * whole
             output = network(inputs, times, y)
             if self.skip:
@@ -161,12 +171,14 @@ LINEAR_ALPHAS = tuple(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)).tolist())
 """Cumulative alphas of the linear schedule, betas from 1e-4 to 0.02 (Ho et al. 2020, section 4)."""
 
 
-def of_table(kind: str, scalings: Callable[[Tensor], Scalings], skip: Skip, alphas: Any = None) -> Preconditioned:
+def of_table(
+    kind: str, scalings: Callable[[Tensor], Scalings], skip: Skip, alphas: Any = None, rounded_index: bool = False
+) -> Preconditioned:
     """A network of a variance-preserving path with a table of alphas, cumulative, falling, in (0, 1); DDPM's if None.
 
     x_t = sqrt(alpha_j) x_0 + sqrt(1 - alpha_j) noise (Ho et al. 2020, eq. 4). The network gets x_t and the time j, an
     index into the table. Between two levels of the table j is interpolated linearly in ln sigma, so it may have a
-    fraction; beyond the table's ends it is the end's.
+    fraction unless `rounded_index`; beyond the table's ends it is the end's. The ends are the default range.
 
     Raises:
         RequestError: alphas is no such table.
@@ -176,18 +188,30 @@ def of_table(kind: str, scalings: Callable[[Tensor], Scalings], skip: Skip, alph
         table = tuple(float(alpha) for alpha in (LINEAR_ALPHAS if alphas is None else alphas))  # arrays and tensors too
     except (TypeError, ValueError, RuntimeError):
         raise RequestError(f"alphas is a {type(alphas).__name__} that holds no list of numbers; {wanted}") from None
-    falling = all(1 > a > b > 0 for a, b in pairwise(table))
-    require(len(table) >= 2 and falling, f"alphas has {len(table)} values; {wanted}")
+    require(len(table) >= 2, f"alphas has {len(table)} values; {wanted}")
+    bounds = (1.0, *table, 0.0)
+    for i, alpha in enumerate(table):
+        remedy = {
+            0.0: f"which is all noise; give alphas[:{i - len(table)}]",
+            1.0: "which has no noise; give alphas[1:]",
+        }
+        falls = bounds[i] > alpha > bounds[i + 2]
+        require(falls, f"alphas has {alpha!r} at index {i}{', ' + remedy[alpha] if alpha in remedy else '; ' + wanted}")
     levels = torch.tensor([0.5 * math.log((1 - a) / a) for a in table], dtype=torch.float64)
 
     def time(sigma: Tensor) -> Tensor:
         log = sigma.double().log().cpu()
         above = torch.searchsorted(levels, log.reshape(-1)).clamp(1, len(levels) - 1).reshape(log.shape)
-        share = (log - levels[above - 1]) / (levels[above] - levels[above - 1])
-        return (above - 1 + share.clamp(0, 1)).float().to(sigma.device)
+        index = above - 1 + ((log - levels[above - 1]) / (levels[above] - levels[above - 1])).clamp(0, 1)
+        return (index.round() if rounded_index else index).float().to(sigma.device)
 
-    digest = hashlib.sha256(np.array(table, "<f8").tobytes()).hexdigest()
-    return Preconditioned({"preconditioning": kind, "alphas": digest[:16]}, scalings, time, skip)
+    said: dict[str, Any] = {
+        "preconditioning": kind,
+        "alphas": hashlib.sha256(np.array(table, "<f8").tobytes()).hexdigest()[:16],
+    }
+    said |= {"rounded_index": True} if rounded_index else {}
+    ends = math.sqrt((1 - table[0]) / table[0]), math.sqrt((1 - table[-1]) / table[-1])
+    return Preconditioned(said, scalings, time, skip, levels=ends)
 
 
 def of_flow(kind: str, skip: Skip, data_at: int | None = None) -> Preconditioned:
@@ -206,18 +230,18 @@ def of_flow(kind: str, skip: Skip, data_at: int | None = None) -> Preconditioned
         raise RequestError(f"data_at is {data_at!r}; it must be the t that holds data, 0 or 1")
 
     def time(sigma: Tensor) -> Tensor:
-        noisy = sigma / (1 + sigma)
-        return 1 - noisy if data_at else noisy
+        return (1 if data_at else sigma) / (1 + sigma)
 
     said = {"preconditioning": kind, "data_at": data_at}
-    return Preconditioned(said, lambda sigma: velocity_scalings(sigma, data_at), time, skip)
+    scalings = partial(velocity_scalings, data_at=data_at)
+    return Preconditioned(said, scalings, time, skip, levels=FLOW_LEVELS, exact=True)
 
 
-def x0(alphas: Any = None, data_at: int | None = None) -> Preconditioned:
+def x0(alphas: Any = None, data_at: int | None = None, rounded_index: bool = False) -> Preconditioned:
     """x-prediction, of the straight path where `data_at` is given, else of a table of alphas."""
     if data_at is None:
-        return of_table("x0", eps_scalings, None, alphas)
-    require(alphas is None, "alphas and data_at name two paths; give one of the two")
+        return of_table("x0", eps_scalings, None, alphas, rounded_index)
+    require(alphas is None and not rounded_index, "alphas and data_at name two paths; give one of the two")
     return of_flow("x0", None, data_at)
 
 

@@ -234,10 +234,10 @@ def dpm(denoise: SteppedDenoiser, x: Tensor, sigmas: Tensor, noise: Noise, churn
 
 def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: object) -> Tensor:
     """Euler steps down past the next level, then fresh noise up to it (Song et al. 2021, as ancestral sampling)."""
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        sigma_up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
-        sigma_down = (sigma_next**2 - sigma_up**2) ** 0.5
-        d = (x - denoise(x, sigma)) / sigma
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        sigma_down = sigma_next * (sigma_next / sigma)
+        sigma_up = sigma_next * ((1 - sigma_next / sigma) * (1 + sigma_next / sigma)) ** 0.5
+        d = (x - denoise(x, sigmas[i])) / sigma
         x = x + d * (sigma_down - sigma)
         if sigma_up > 0:
             x = x + noise(1 + i) * sigma_up

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from ray_sampler.networks.adm_options import AdmOptions, TrainingMode
 from ray_sampler.networks.adm_unet import UNet
@@ -19,7 +21,7 @@ from ray_sampler.sampling.engine import (
     NonFiniteError,
     Pictures,
 )
-from ray_sampler.sampling.finish import to_uint8
+from ray_sampler.sampling.finish import UNDECODED, to_uint8
 from ray_sampler.sampling.noise import make_draws
 from ray_sampler.sampling.numerics import numerics_key
 from ray_sampler.sampling.options import NoiseOptions
@@ -228,6 +230,26 @@ def test_samples_that_are_not_finite_are_named_and_no_others(generator: str) -> 
     with pytest.raises(NonFiniteError) as failed:
         one.sample(planned(RULE_WITH_7, generator=generator), 3, 13)()
     assert str(failed.value) == "the network gave non-finite values for 3 of the samples 3 to 12: 5, 8, 11"
+
+
+def test_values_that_the_solver_or_the_finisher_spoils_are_not_said_of_the_network() -> None:
+    def spoiled(denoise: Any, x: Tensor, sigmas: Tensor, noise: Any, options: Any) -> Tensor:
+        x = denoise(x, sigmas[0])
+        x[1] = torch.nan
+        return denoise(x, sigmas[1])  # of which the network makes NaN
+
+    plan = planned(clip_denoised=False)
+    with pytest.raises(NonFiniteError) as failed:
+        engine().sample(replace(plan, solver=plan.solver._replace(run=spoiled)), 0, 4)()
+    assert str(failed.value) == (
+        "solver heun made non-finite values of the network's finite ones for 1 of the samples 0 to 3: 1; give other "
+        "levels, or --state fp64"
+    )
+    finisher = UNDECODED._replace(finish=lambda x, networks: {"image": (x / 0).permute(0, 2, 3, 1)})
+    with pytest.raises(
+        NonFiniteError, match=r"^the finisher made non-finite values of the solver's finite results for 4"
+    ):
+        engine().sample(replace(plan, finisher=finisher), 0, 4)()
 
 
 def test_infinities_that_clipping_hides_are_found() -> None:
