@@ -131,6 +131,8 @@ SYNONYMS = {
     **dict.fromkeys(("network", "net", "network_pkl"), "--model"),
     **dict.fromkeys(("outdir", "out_dir", "output_dir", "out", "sample_dir", "save_dir", "logdir"), "--output"),
     **dict.fromkeys(("num_sampling_steps", "num_steps", "num_inference_steps", "sampling_steps"), "--steps"),
+    "timestep_respacing": "--steps",
+    "use_ddim": "--sampler euler, which is DDIM without noise",
     **dict.fromkeys(("cfg_scale", "cfg", "guidance_scale", "w"), "--guidance"),
     **dict.fromkeys(("class", "class_idx", "class_labels", "class_label", "classes"), "--labels"),
     **dict.fromkeys(("num", "n", "num_fid_samples", "n_samples", "number", "samples"), "--num_samples"),

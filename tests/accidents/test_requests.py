@@ -39,6 +39,8 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("--network", "--model"),
         ("--num-sampling-steps", "--steps"),
         ("--cfg-scale", "--guidance"),
+        ("--timestep_respacing", "--steps"),
+        ("--use_ddim", "--sampler euler"),
         ("--class", "--labels"),
         ("--seeds", "--generator edm --seed FIRST --num_samples COUNT"),
     ],
@@ -50,7 +52,7 @@ def test_flags_of_other_scripts_are_known(flag: str, meant: str, capsys):
         assert f"{name} is not a flag of sample; use {meant}" in said
 
 
-@pytest.mark.parametrize("flag", ["--disc", "--scaling", "--tf32", "--use_ddim", "--use_kl", "--ema_rate", "--resume"])
+@pytest.mark.parametrize("flag", ["--disc", "--scaling", "--tf32", "--use_kl", "--ema_rate", "--resume"])
 def test_a_flag_that_is_like_none_of_ours_gets_no_suggestion(flag: str, capsys):
     assert refusal(["sample", flag], capsys).endswith("of sample; `ray-sampler sample --help` lists the flags")
 

@@ -53,7 +53,7 @@ def test_what_the_model_leaves_open_is_the_kinds(
 ) -> None:
     module = write(SOURCE.format(kind, options))
     schedule = job(module).plan.schedule
-    assert (schedule.sigma_min, schedule.sigma_max) == (pytest.approx(low, rel=1e-3), pytest.approx(high, rel=1e-3))
+    assert [schedule.sigma_min, schedule.sigma_max] == pytest.approx([low, high], rel=1e-3)
     found = inspect(RunConfig(model=f"python:{module}:make"))
     assert (found["sigma_min"], found["sigma_max"]) == (schedule.sigma_min, schedule.sigma_max)
     assert job(module, sigma_max=3.0).plan.schedule.sigma_max == 3.0
