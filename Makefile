@@ -10,10 +10,10 @@ SAME := --num_samples% --max_actors% --progress% --shard_size% --overwrite% --sc
 OUTPUT := $(if $(filter-out $(SAME),$(filter --%,$(ARGS))),,--output runs/digits)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv sample test accidents chaos bench gpu lint system chromium azurite fuse clean
+.PHONY: help venv sample test accidents chaos bench gpu check-inception lint system chromium azurite fuse clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: .venv/installed ## .venv, with the packages that constraints.txt pins
 
@@ -40,6 +40,10 @@ bench: venv ## every benchmark, with results in benchmarks/README.md; ARGS="engi
 
 gpu: $(if $(PY),,venv) ## what a GPU must show, in nine minutes; PY=python3 takes that interpreter as it is; without a GPU a rehearsal
 	$(or $(PY),$(BIN)/python) benchmarks/gpu.py --rehearse $(ARGS)
+
+check-inception: venv ## WEIGHTS=FILE: features and scores with the published Inception weights against torch-fidelity's own
+	@test -f "$(WEIGHTS)" || { echo "make check-inception needs WEIGHTS=FILE, the file weights-inception-2015-12-05-6726825d.pth"; exit 2; }
+	INCEPTION_WEIGHTS="$(abspath $(WEIGHTS))" $(BIN)/python -m pytest -v -s -k "inception or same" tests/scoring/test_extractors.py tests/scoring/test_fidelity.py $(ARGS)
 
 lint: venv ## linter, formatter (as a check) and type checker
 	$(BIN)/ruff check .

@@ -68,6 +68,7 @@ STEPS = (
     Step("price of determinism", case("price"), 150, 40, figures=True),
     Step("a whole run", case("job"), 80, 30, figures=True),
     Step("lsun256", case("lsun256"), 150, 40, figures=True),
+    Step("inception", (str(HERE / "inception.py"),), 60, 20, figures=True),
     Step("layouts", case("layouts"), 60, 20, figures=True),
     Step("small networks", case("small"), 110, 30, figures=True),
     Step("batch sizes", case("batches"), 90, 20, figures=True),

@@ -1,4 +1,4 @@
-"""The command line: `ray-sampler sample|status|verify|merge|preview|export|score|inspect|presets`."""
+"""The command line: `ray-sampler sample|status|verify|merge|preview|export|score|reference|inspect|presets`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import ray_sampler
-from ray_sampler.commands import declare_export, declare_score, execute_export, execute_score
+from ray_sampler.commands import (
+    declare_export,
+    declare_reference,
+    declare_score,
+    execute_export,
+    execute_reference,
+    execute_score,
+)
 from ray_sampler.errors import RequestError, RunError, debugging, printable, show_traceback
 from ray_sampler.flags import Parser, declare_flags, given_values, spelled, unknown_argument, without_value
 from ray_sampler.interrupts import end_now, interruptible
@@ -352,6 +359,12 @@ COMMANDS: dict[str, Command] = {
         declare_score,
         execute_score,
         "[--FLAG VALUE] ... --reference REFERENCE SOURCE",
+    ),
+    "reference": Command(
+        "Make a reference of one's own pictures: mu, sigma and the first 10,000 of them, as evaluators read it.",
+        declare_reference,
+        execute_reference,
+        "IMAGES --output FILE.npz [--features EXTRACTOR]",
     ),
     "inspect": Command(
         "Say what a checkpoint is, and print the command line that samples it.",

@@ -46,3 +46,22 @@ def execute_score(arguments: argparse.Namespace) -> int:
 
     print(json.dumps(score(arguments.url, request), indent=1), flush=True)
     return 0
+
+
+def declare_reference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", nargs="?", metavar="IMAGES", help="a folder of pictures, an archive or a run directory")
+    parser.add_argument("--output", metavar="FILE.npz", help="the file to write: a local path or any fsspec URL")
+    from ray_sampler.scoring.options import FeatureOptions
+
+    declare_flags(parser, FeatureOptions)
+
+
+def execute_reference(arguments: argparse.Namespace) -> int:
+    if arguments.url is None or arguments.output is None:
+        raise RequestError("`ray-sampler reference` needs pictures, and --output FILE.npz")
+    from ray_sampler.scoring.making import make_reference
+    from ray_sampler.scoring.options import FeatureOptions
+
+    options = FeatureOptions(**given_values(arguments, FeatureOptions))
+    print(f"statistics of {make_reference(arguments.url, options, arguments.output)} pictures: {arguments.output}")
+    return 0

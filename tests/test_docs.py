@@ -34,7 +34,8 @@ FOREIGN = {
     "--metrics-export-port": "ray start",
 }
 """Flags of Ray's commands that the pages name."""
-OTHERS = {"--json", "--watch", "--cache", "--help", "--subdirs"} | {f"--{name.replace('_', '-')}" for name in SYNONYMS}
+OTHERS = {"--json", "--watch", "--cache", "--help", "--subdirs", "--reference"}
+OTHERS |= {f"--{name.replace('_', '-')}" for name in SYNONYMS}
 """Flags of our other commands, of examples/digits/evaluate.py, and of other programs."""
 
 

@@ -18,20 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import Digits, load_digits
+from evaluate import BATCH, EPOCHS, PEAK_LEARNING_RATE, shifted
 from ray_sampler.scoring.digits_network import DigitsNetwork
 from recipe import recipe_of
-
-PEAK_LEARNING_RATE = 3e-3
-LARGEST_SHIFT = 2
-"""Pixels."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     out: Path = Path("ray_sampler/scoring/digits")
     """Folder of the weights and the reference."""
-    epochs: int = 24
-    batch: int = 50
+    epochs: int = EPOCHS
+    batch: int = BATCH
     seed: int = 0
 
 
@@ -43,14 +40,6 @@ def grey(digits: Digits) -> Tensor:
 def pictures(digits: Digits) -> Tensor:
     """(N, 32, 32, 3) uint8."""
     return torch.from_numpy(np.rint((digits.images + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1).copy())
-
-
-def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image (B, 1, 32, 32) moved by up to LARGEST_SHIFT pixels along both axes, with background moved in."""
-    padded = F.pad(images, (LARGEST_SHIFT,) * 4, value=-1.0)
-    size = images.shape[-1]
-    offsets = torch.randint(2 * LARGEST_SHIFT + 1, (len(images), 2), generator=generator).tolist()
-    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, offsets, strict=True)])
 
 
 def train_extractor(digits: Digits, recipe: Recipe) -> DigitsNetwork:

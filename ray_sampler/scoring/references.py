@@ -169,7 +169,12 @@ def _check(reference: Reference, extractor: Extractor, shown: str) -> None:
             finite = bool(np.isfinite(array).all())
             require(finite, f"{shown}, whose {what} has values that are not finite; make it anew of finite features")
     require((reference.mu is None) == (reference.sigma is None), f"{shown}, which has mu and no sigma; give both")
-    if (images := reference.images) is not None:
-        require(images.dtype == "uint8", f"{shown}, which holds {images.dtype} results of a solver; give pictures")
-        require(images.num_samples > 1, f"{shown}, which holds {images.num_samples} pictures; two are needed at least")
-        require(not images.lacking, f"{shown}, a run that lacks {images.lacking} samples; run its command again first")
+    if reference.images is not None:
+        check_pictures(reference.images, shown)
+
+
+def check_pictures(pictures: Pictures, shown: str) -> None:
+    """Raises RequestError: no reference can be made of them."""
+    require(pictures.dtype == "uint8", f"{shown}, which holds {pictures.dtype} results of a solver; give pictures")
+    require(pictures.num_samples > 1, f"{shown}, which holds {pictures.num_samples} pictures; two are needed at least")
+    require(not pictures.lacking, f"{shown}, a run that lacks {pictures.lacking} samples; run its command again first")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ import torch
 from ray_sampler.scoring import inception
 from ray_sampler.scoring.extractors import Extractor, open_extractor
 from ray_sampler.scoring.options import FeatureOptions
+from tests.scoring.random_inception import write_weights
 
 
 @pytest.fixture(scope="session")
@@ -34,28 +35,20 @@ def torchvision() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def inception_file(torchvision: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of the real architecture, as torch.save writes them; activations keep their scale with depth."""
-    base: Any = importlib.import_module("torch_fidelity.feature_extractor_base").FeatureExtractorBase
-    module: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    network = module.FeatureExtractorInceptionV3.__new__(module.FeatureExtractorInceptionV3)
-    base.__init__(network, "random", ["2048"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "load", lambda *_, **__: network.state_dict())
-        torch.manual_seed(0)
-        network.__init__("random", ["2048"], feature_extractor_weights_path="none")
-    for name, tensor in network.state_dict().items():
-        if name.endswith("conv.weight"):
-            torch.nn.init.kaiming_normal_(tensor, generator=torch.Generator().manual_seed(len(name)))
+    """Random weights of the real architecture; the published ones where INCEPTION_WEIGHTS names their file."""
+    if given := os.environ.get("INCEPTION_WEIGHTS"):
+        return Path(given)
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(network.state_dict(), path)
+    write_weights(path)
     return path
 
 
 @pytest.fixture(scope="session")
 def random_inception(inception_file: Path) -> Extractor:
-    """The extractor of those weights, whose hash is not the published one's."""
+    """The extractor of those weights; the hash of random ones is not the published one's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inception, "PUBLISHED", "")
+        if "INCEPTION_WEIGHTS" not in os.environ:
+            patch.setattr(inception, "PUBLISHED", "")
         return open_extractor(FeatureOptions(features="inception", features_weights=str(inception_file)))
 
 

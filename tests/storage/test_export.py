@@ -11,6 +11,7 @@ from ray import cloudpickle
 
 from ray_sampler.cli import main
 from ray_sampler.storage import export as module
+from ray_sampler.storage.connect import open_store
 from ray_sampler.storage.export import export
 from ray_sampler.storage.pictures import open_pictures
 from ray_sampler.storage.record import Samples
@@ -162,3 +163,13 @@ def test_a_fingerprint_is_that_of_the_content(run: Path, archive: Path, tmp_path
     images = open_pictures(archive).read(0, 40).images
     savez(archive, images[::-1].copy())
     assert open_pictures(archive).fingerprint() != before[1]
+
+
+def test_an_export_into_a_bucket_resumes(archive: Path, moto: str) -> None:
+    output = "s3://samples/export/png"
+    assert export(str(archive), output, subdirs=True) == (40, 0)
+    store = open_store(output)
+    store.remove("000000/000007.png")
+    assert export(str(archive), output, subdirs=True) == (1, 39)
+    assert len(store.list("000000")) == 40
+    assert (store.read("labels.csv") or b"").startswith(b"file,label\n000000/000000.png,")
