@@ -97,27 +97,28 @@ def bucket_store(protocol: str, url: str, shown: str) -> ObjectStore:
     if protocol in ("s3", "s3a"):
         from ray_sampler.storage.s3_store import S3Store
 
-        return S3Store(connected(url, s3_options()), path_of(url), shown)
+        return S3Store(connected(url, s3_options())[0], path_of(url), shown)
     if protocol in ("gs", "gcs"):
         from ray_sampler.storage.gcs_store import GcsStore, credential_option
 
         # A name may hold "#", which gcsfs would take for the number of a version.
-        return GcsStore(connected(url.partition("#")[0], credential_option()), path_of(url), shown)
+        return GcsStore(connected(url.partition("#")[0], credential_option())[0], path_of(url), shown)
     if protocol in ("abfs", "abfss", "az"):
         from ray_sampler.storage.azure_store import AzureStore
 
         head, tail = split_tail(url)
-        filesystem = connected(head, {})
-        return AzureStore(filesystem, (filesystem._strip_protocol(head) + tail).rstrip("/"), shown)
+        filesystem, root = connected(head, {})
+        return AzureStore(filesystem, (root + tail).rstrip("/"), shown)
     filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return ObjectStore(filesystem, root.rstrip("/"), shown)
 
 
-def connected(url: str, options: dict[str, Any]) -> fsspec.AbstractFileSystem:
+def connected(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of a URL, and the path in it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # gcsfs's of a project, which only making a bucket needs
-        filesystem, _ = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
-    return filesystem
+        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+    return filesystem, path
 
 
 def s3_options() -> dict[str, Any]:

@@ -92,14 +92,18 @@ class GcsStore(BucketStore):
             await filesystem._set_session()
             # Of a connection that was used before, aiohttp sends a request twice by itself, and a part must not be.
             filesystem.session._retry_connection = False
-            address = path if path.startswith("http") else f"{filesystem._location}{path}"
-            parameters = urllib.parse.urlencode(filesystem._get_params(dict(query or {})))
+            address = path if path.startswith("http") else filesystem.base.removesuffix("/storage/v1/") + path
+            payer = filesystem.requester_pays
+            pays = {"userProject": payer if isinstance(payer, str) else filesystem.project} if payer else {}
+            parameters = urllib.parse.urlencode({**(query or {}), **pays})
+            signed = dict(headers or {})
+            filesystem.credentials.apply(signed)
             joined = f"{address}{'&' if '?' in address else '?'}{parameters}" if parameters else address
             async with filesystem.session.request(
                 method,
                 yarl.URL(joined, encoded=True),
                 data=data,
-                headers=filesystem._get_headers(dict(headers or {})),
+                headers=signed,
                 timeout=TIMEOUT,
             ) as response:
                 return Answer(response.status, response.headers, await response.read())
