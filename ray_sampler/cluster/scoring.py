@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,8 @@ def scored(extraction: Extraction, scoring: Scoring, pictures: Pictures, output:
         features = extraction.features_of(pictures, output, folder)
         try:
             reference = reference_features(extraction, scoring, output, folder)
-            metrics = measured(scoring, features, reference)
+            spatial = spatial_features(extraction, scoring, pictures, output)
+            metrics = measured(scoring, features, reference, spatial)
         except DamagedFeaturesError as damage:
             report.message(f"set aside {damage.name.filename}: {damage.reason}", "warning")
             damage.ranges.reject(damage.name.filename, damage.reason)
@@ -132,13 +134,22 @@ def reference_features(extraction: Extraction, scoring: Scoring, output: str, fo
     reference = scoring.reference
     if reference.features is not None:
         return Held(reference.features)
-    if reference.images is None or scoring.asked == ("is",):
+    if reference.images is None or set(scoring.asked) <= {"is", "sfid"}:
         return None
     kept = f"{REFERENCES}/{os.path.basename(folder)}-{reference.sha256[:8]}"
     return extraction.features_of(reference.images, output, kept)
 
 
-def measured(scoring: Scoring, features: Features, reference: Features | None) -> dict[str, Any]:
+def spatial_features(extraction: Extraction, scoring: Scoring, pictures: Pictures, output: str) -> Features | None:
+    """The features of sFID, where that is asked for."""
+    if scoring.spatial is None:
+        return None
+    return replace(extraction, extractor=scoring.spatial).features_of(pictures, output, folder_of(scoring.spatial))
+
+
+def measured(
+    scoring: Scoring, features: Features, reference: Features | None, spatial: Features | None = None
+) -> dict[str, Any]:
     """The metrics by their names in scores.json.
 
     Raises:
@@ -147,8 +158,8 @@ def measured(scoring: Scoring, features: Features, reference: Features | None) -
     """
     asked, given, metrics = scoring.asked, scoring.reference, {}
     held, other = ray.put(features), ray.put(reference)
+    here = {"scheduling_strategy": beside_driver()}
     if {"fid", "is"} & set(asked):
-        here = {"scheduling_strategy": beside_driver()}
         reduced = reduce_task.options(**here).remote(held, scoring.extractor.head if "is" in asked else None)
         moments: Any = None
         if given.mu is not None and given.sigma is not None:
@@ -157,6 +168,9 @@ def measured(scoring: Scoring, features: Features, reference: Features | None) -
             moments = reduce_task.options(**here).remote(other, None)
         fid, inception_score = collected([compare_task.options(**here).remote(reduced, moments)])[0]
         metrics = {"fid": fid, "is": inception_score and list(inception_score)}
+    if spatial and given.spatial:
+        sums = reduce_task.options(**here).remote(spatial, None)
+        metrics["sfid"] = collected([compare_task.options(**here).remote(sums, Moments(*given.spatial))])[0][0]
     if "kid" in asked and reference:
         metrics["kid"] = kid(held, other, kid_subsets(features.count, reference.count))
     if "pr" in asked and reference:

@@ -20,7 +20,8 @@ def named(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
     metrics = scores["metrics"]
     fid = "FID-50k" if scores["num_samples"] == CUSTOMARY else "FID"
     shown = []
-    for key, name in (("fid", fid), ("is", "IS"), ("kid", "KID"), ("precision", "precision"), ("recall", "recall")):
+    names = {"fid": fid, "sfid": "sFID", "is": "IS", "kid": "KID", "precision": "precision", "recall": "recall"}
+    for key, name in names.items():
         if key in metrics:
             value = metrics[key]
             mean, *deviation = value if isinstance(value, list) else (value,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -72,8 +73,8 @@ def fidelity(module: str) -> Any:
         ) from error
 
 
-def open_inception(weights: str | None, spatial: bool = False) -> Extractor:
-    """The extractor of FID, KID, precision and recall, and the Inception Score; with `spatial`, that of sFID.
+def open_inception(weights: str | None) -> Extractor:
+    """The extractor of FID, KID, precision and recall, and the Inception Score.
 
     Args:
         weights: path or URL of the published file; it is fetched where None.
@@ -90,11 +91,15 @@ def open_inception(weights: str | None, spatial: bool = False) -> Extractor:
         f"{PUBLISHED}; give that file, or --features python:module:function for another network",
     )
     network = made("inception", [str(FEATURES)], feature_extractor_weights_path=as_saved(checkpoint))
-    shape = "bilinear as in TensorFlow 1, to 299x299"
-    if spatial:
-        return Extractor("inception-spatial", sha256, SpatialInception(network), SPATIAL * 17 * 17, shape)
     head = partial(logits, network.fc.weight.detach().numpy())
-    return Extractor("inception", sha256, Inception(network), FEATURES, shape, head)
+    resize = "bilinear as in TensorFlow 1, to 299x299"
+    return Extractor("inception", sha256, Inception(network), FEATURES, resize, head)
+
+
+def spatial_of(extractor: Extractor) -> Extractor:
+    """The extractor of sFID, of the same network as that of FID."""
+    network = SpatialInception(extractor.network.network)
+    return replace(extractor, name="inception-spatial", network=network, dims=SPATIAL * 17 * 17, head=None)
 
 
 def as_saved(checkpoint: Checkpoint) -> io.BytesIO:

@@ -17,7 +17,7 @@ from ray_sampler.sampling.numerics import pin
 from ray_sampler.sampling.products import derive
 from ray_sampler.scoring.extractors import Extractor, open_extractor
 from ray_sampler.scoring.features import FEATURES, in_blocks
-from ray_sampler.scoring.inception import open_inception
+from ray_sampler.scoring.inception import spatial_of
 from ray_sampler.scoring.moments import reduce
 from ray_sampler.scoring.options import FeatureOptions
 from ray_sampler.scoring.references import check_pictures
@@ -71,7 +71,7 @@ def make_reference(source: str, options: FeatureOptions, output: str) -> int:
     pin(device, "off")
     arrays = statistics(Computed(pictures, extractor, device), "")
     if extractor.name == "inception":
-        arrays |= statistics(Computed(pictures, open_inception(options.features_weights, spatial=True), device), "_s")
+        arrays |= statistics(Computed(pictures, spatial_of(extractor), device), "_s")
     arrays |= {"extractor": np.array(extractor.name), "sha256": np.array(extractor.sha256)}
     folder, _, name = output.rpartition("/")
     size = min(KEPT, pictures.num_samples) * int(np.prod(pictures.shape)) + sum(each.nbytes for each in arrays.values())

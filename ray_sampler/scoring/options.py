@@ -12,7 +12,7 @@ DIGITS = "digits"
 """The bundled reference, and the extractor that goes with it."""
 FUNCTION = "python:"
 
-METRICS = ("fid", "is", "kid", "pr")
+METRICS = ("fid", "is", "kid", "pr", "sfid")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from ray_sampler.networks.family import Network, NetworkSpec, as_it_is
 from ray_sampler.sampling.products import Product
 from ray_sampler.scoring.extractors import Extractor, open_extractor
 from ray_sampler.scoring.features import FEATURES
+from ray_sampler.scoring.inception import spatial_of
 from ray_sampler.scoring.metrics import NEIGHBOUR, kid_subset_size
 from ray_sampler.scoring.moments import SPLITS
 from ray_sampler.scoring.options import FUNCTION, ScoreOptions
@@ -21,7 +22,7 @@ from ray_sampler.scoring.references import Reference, open_reference
 from ray_sampler.storage.record import Column
 from ray_sampler.storage.run_dir import FEATURES as FEATURES_FOLDER
 
-FEWEST = {"fid": 2, "kid": 2, "pr": NEIGHBOUR + 1, "is": SPLITS}
+FEWEST = {"fid": 2, "kid": 2, "pr": NEIGHBOUR + 1, "is": SPLITS, "sfid": 2}
 """Samples that a metric needs."""
 
 
@@ -33,6 +34,8 @@ class Scoring:
     """Metrics."""
     extractor: Extractor
     reference: Reference
+    spatial: Extractor | None = None
+    """Of sFID, where that is asked for."""
 
     def check_count(self, count: int) -> None:
         """Raises RequestError: there are too few samples, or pictures of the reference, for what is asked for."""
@@ -42,7 +45,7 @@ class Scoring:
             fewest = FEWEST[metric]
             require(count >= fewest, f"--metrics {metric} needs {fewest} samples, and there are {count}")
             require(
-                metric == "is" or there is None or there >= fewest,
+                metric in ("is", "sfid") or there is None or there >= fewest,
                 f"--metrics {metric} needs {fewest} pictures of a reference, and {self.reference.name} has {there}",
             )
 
@@ -86,7 +89,7 @@ class Scoring:
         return scores.items() >= self.identity(count).items() and scores.get("metrics", {}).keys() == wanted
 
 
-KEYS = {"fid": ("fid",), "is": ("is",), "kid": ("kid",), "pr": ("precision", "recall")}
+KEYS = {"fid": ("fid",), "is": ("is",), "kid": ("kid",), "pr": ("precision", "recall"), "sfid": ("sfid",)}
 """Under which scores.json has a metric."""
 
 
@@ -114,7 +117,13 @@ def open_scoring(options: ScoreOptions, shape: tuple[int, ...], flag: str = "--s
             f"--metrics is needs the logits of a classifier, which {extractor.name} does not give; leave it out, or "
             "give --features inception or digits",
         )
-    return Scoring(options.asked, extractor, reference)
+        require(
+            metric != "sfid" or (extractor.name == "inception" and reference.spatial is not None),
+            "--metrics sfid needs --features inception and a reference with mu_s and sigma_s, and these are "
+            f"{extractor.name} and {reference.name}; give guided-diffusion's VIRTUAL file, or one of `reference` with "
+            "inception",
+        )
+    return Scoring(options.asked, extractor, reference, spatial_of(extractor) if "sfid" in options.asked else None)
 
 
 def folder_of(extractor: Extractor) -> str:

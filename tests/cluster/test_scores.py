@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from ray_sampler.cluster.shipping import Shipped, ship
 from ray_sampler.config import RunConfig
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.networks.family import Network
+from ray_sampler.scoring import scores as module
+from ray_sampler.scoring.extractors import Extractor
+from ray_sampler.scoring.moments import Moments, frechet
 from ray_sampler.storage.fragment import read_fragment
 from tests.cluster.test_walls import driven, expected, registered, request_for  # noqa: F401  # fixtures
 
@@ -54,6 +59,10 @@ class Broken(Small):
         features = super().forward(images)
         features[3:4] = torch.nan
         return features
+
+class Colours(nn.Module):
+    def forward(self, images):
+        return images.float().mean((1, 2)) / 255
 
 def broken(fatal):
     return Broken(fatal)
@@ -217,3 +226,26 @@ def test_features_that_are_not_finite_cost_the_score_and_no_picture(scored: Requ
         driven([job])
     assert (tmp_path / "run" / "samples_20x8x8x3.npz").exists()
     assert "scores" not in json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+def test_sfid_compares_spatial_features_with_the_statistics_of_a_reference(
+    scored: Request, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    toys = importlib.import_module("toyfeatures")
+    extractor = Extractor("inception", "0" * 64, toys.Small(None), 6, "none", by_value=("toyfeatures",))
+    spatial = replace(extractor, name="inception-spatial", network=toys.Colours(), dims=3)
+    monkeypatch.setattr(module, "open_extractor", lambda options, shape: extractor)
+    monkeypatch.setattr(module, "spatial_of", lambda extractor: spatial)
+    pictures = np.random.default_rng(1).integers(0, 256, (40, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "pictures.npz", pictures)
+    mu_s, sigma_s = np.full(3, 0.4), np.diag([0.1, 0.2, 0.3])
+    np.savez(tmp_path / "virtual.npz", mu=np.zeros(6), sigma=np.eye(6), mu_s=mu_s, sigma_s=sigma_s)
+    flags = ["--gpus_per_actor", "0", "--max_actors", "1", "--features", "inception", "--metrics"]
+    assert main(["score", "pictures.npz", "--reference", "virtual.npz", *flags, "sfid"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    means = pictures.mean((1, 2)) / 255
+    wanted = frechet(Moments(means.mean(0), np.cov(means, rowvar=False)), Moments(mu_s, sigma_s))
+    assert found["metrics"] == {"sfid": pytest.approx(wanted, rel=1e-5)}
+    np.savez(tmp_path / "plain.npz", mu=np.zeros(6), sigma=np.eye(6))
+    assert main(["score", "pictures.npz", "--reference", "plain.npz", *flags, "sfid"]) == 2
+    assert "a reference with mu_s and sigma_s, and these are inception and plain.npz" in capsys.readouterr().err

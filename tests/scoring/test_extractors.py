@@ -55,15 +55,15 @@ def test_inception_computes_what_torch_fidelity_does(
 
 
 def test_the_spatial_features_are_seven_channels_before_the_seventh_block(
-    inception_file: Path, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    random_inception: Extractor, pictures: np.ndarray
 ) -> None:
-    monkeypatch.setattr(inception, "PUBLISHED", "")
-    extractor = inception.open_inception(str(inception_file), spatial=True)
+    extractor = inception.spatial_of(random_inception)
     seen: list[torch.Tensor] = []
     network: Any = extractor.network
-    network.network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    hook = network.network.Mixed_6d.branch1x1.register_forward_hook(lambda _, inputs, output: seen.append(output))
     batch = torch.from_numpy(pictures[:1])
     network.network(rgb(batch))
+    hook.remove()
     features = extractor.network(batch)
     assert features.shape == (1, extractor.dims) == (1, 2023)
     torch.testing.assert_close(features.reshape(17, 17, 7)[3, 5], seen[0][0, :7, 3, 5])
