@@ -23,7 +23,12 @@ SHOWN = ("sampler", "steps", "clip_denoised", "rounding", "state", "precision")
 
 
 def inspect(config: RunConfig) -> dict[str, Any]:
-    """What a model is; what neither the file nor a flag tells is None.
+    """What a model is; what neither the file nor a flag tells is None. Errors are those of `inspected`."""
+    return inspected(config)[0]
+
+
+def inspected(config: RunConfig) -> tuple[dict[str, Any], str | None]:
+    """What a model is, and what the user should know of how its file was read.
 
     Args:
         config: with options of the model and its architecture.
@@ -38,7 +43,7 @@ def inspect(config: RunConfig) -> dict[str, Any]:
     spec = network.spec
     resolved = resolve(config, model, brought, spec)
     parameterisation_of(spec, resolved.sigma_min)
-    return {
+    found = {
         "family": spec.family,
         "parameters": network.parameters,
         "shape": [spec.shape[0], None, None] if "image_size" in network.untold else list(spec.shape),
@@ -51,6 +56,7 @@ def inspect(config: RunConfig) -> dict[str, Any]:
         "defaults": {name: getattr(resolved, name) for name in SHOWN},
         "command": command(model, config, network),
     }
+    return found, network.note
 
 
 def command(model: str, config: RunConfig, network: Network) -> str:
@@ -68,9 +74,11 @@ def command(model: str, config: RunConfig, network: Network) -> str:
 
 def print_inspection(config: RunConfig, as_json: bool) -> int:
     """Print what a model is, as JSON or for people."""
-    found = inspect(config)
+    found, note = inspected(config)
     if as_json:
         print(json.dumps(found, indent=2))
+        if note:
+            print(f"ray-sampler: {note}", file=sys.stderr)
         return 0
     table = Table(show_header=False, box=None, pad_edge=False)
     shape = " x ".join("?" if n is None else str(n) for n in found["shape"])
@@ -86,6 +94,7 @@ def print_inspection(config: RunConfig, as_json: bool) -> int:
         + (f" under {printable(found['weights_key'])}" if found["weights_key"] else ""),
         "defaults": ", ".join(f"{name} {value}" for name, value in found["defaults"].items()),
     }
+    rows |= {"note": printable(note, None)} if note else {}
     for name, value in rows.items():
         table.add_row(name, value)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)

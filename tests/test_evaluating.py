@@ -115,36 +115,62 @@ def torchvision() -> Iterator[None]:
         yield
 
 
-def darker(samples: Samples) -> np.ndarray:
-    """The images of `samples`, each value less by 16, or 0."""
-    return (np.clip(samples.images, 16, 255) - 16).astype(np.uint8)
+@pytest.fixture(params=[3, 1], ids=["colour", "grey"])
+def pictures(request: pytest.FixtureRequest, samples: Samples, tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """An archive in colour, merged from fragments, or a grey one, and its pictures."""
+    if request.param == 3:
+        path: Path = request.getfixturevalue("archive")
+        return path, samples.images
+    images = samples.images[..., :1]
+    np.savez(tmp_path / "grey.npz", arr_0=images)
+    return tmp_path / "grey.npz", images
+
+
+def darker(images: np.ndarray) -> np.ndarray:
+    """The pictures, each value less by 16, or 0."""
+    return (np.clip(images, 16, 255) - 16).astype(np.uint8)
 
 
 @pytest.fixture
-def reals(archive: Path, samples: Samples) -> Path:
+def reals(pictures: tuple[Path, np.ndarray]) -> Path:
     """A folder of the same pictures, darker."""
-    folder = archive.parent / "reals"
+    folder = pictures[0].parent / "reals"
     folder.mkdir()
-    for index, image in enumerate(darker(samples)):
-        Image.fromarray(image).save(folder / f"{index}.png")
+    for index, image in enumerate(darker(pictures[1])):
+        Image.fromarray(image.squeeze()).save(folder / f"{index}.png")
     return folder
 
 
-def test_the_documented_dataset_gives_what_torch_fidelity_asks_for(archive: Path, samples: Samples) -> None:
+def test_the_documented_dataset_gives_what_torch_fidelity_asks_for(pictures: tuple[Path, np.ndarray]) -> None:
+    path, images = pictures
     code = re.sub(r"^(from torch_fidelity.*|print\((.|\n)*)", "", documented("torch_fidelity"), flags=re.MULTILINE)
     names: dict[str, Any] = {}
     exec(code, names)
-    dataset = names["Archive"](str(archive))
+    dataset = names["Archive"](str(path))
     assert len(dataset) == 40
     loaded = torch.cat(list(torch.utils.data.DataLoader(dataset, batch_size=16)))
     assert (loaded.dtype, loaded.shape) == (torch.uint8, (40, 3, 8, 8))
-    np.testing.assert_array_equal(loaded.permute(0, 2, 3, 1).numpy(), samples.images)
+    np.testing.assert_array_equal(loaded.permute(0, 2, 3, 1).numpy(), in_colour(images))
+
+
+def test_the_documented_conversion_makes_three_equal_channels(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("grey.npz", arr_0=samples.images[..., :1])
+    exec(replaced(documented("numpy"), ("runs/grey/samples_50000x64x64x1.npz", "grey.npz")), {})
+    with np.load("colour.npz") as made:
+        np.testing.assert_array_equal(made["arr_0"], in_colour(samples.images[..., :1]))
+
+
+def in_colour(images: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(images, (*images.shape[:3], 3))
 
 
 def moments(images: torch.Tensor) -> torch.Tensor:
-    """Stand-in for Inception, whose weights would be downloaded: mean and deviation of each channel, (N, 6)."""
-    pixels = images.flatten(2).double()
-    return torch.cat([pixels.mean(2), pixels.std(2)], 1)
+    """Stand-in for Inception, whose weights would be downloaded: mean and deviation of each third, (N, 6)."""
+    thirds = [part.flatten(1) for part in images.double().mean(1).tensor_split(3, dim=1)]
+    return torch.stack([f for part in thirds for f in (part.mean(1), part.std(1))], 1)
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
@@ -155,13 +181,14 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def features(images: np.ndarray) -> np.ndarray:
-    return moments(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    return moments(torch.from_numpy(in_colour(images).transpose(0, 3, 1, 2).copy())).numpy()
 
 
 @pytest.mark.usefixtures("torchvision")
 def test_torch_fidelity_reads_the_archive_as_documented(
-    archive: Path, reals: Path, samples: Samples, capsys: pytest.CaptureFixture[str]
+    pictures: tuple[Path, np.ndarray], reals: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    archive, images = pictures
     base: Any = importlib.import_module("torch_fidelity.feature_extractor_base").FeatureExtractorBase
 
     class Moments(base):  # type: ignore[misc]
@@ -184,7 +211,9 @@ def test_torch_fidelity_reads_the_archive_as_documented(
             assert images.dtype == torch.uint8
             return (moments(images),)
 
-    importlib.import_module("torch_fidelity.registry").register_feature_extractor("moments", Moments)
+    registry = importlib.import_module("torch_fidelity.registry")
+    registry.FEATURE_EXTRACTORS_REGISTRY.pop("moments", None)
+    registry.register_feature_extractor("moments", Moments)
     measured = 'fid=True, feature_extractor="moments", cuda=False, cache=False, save_cpu_ram=True, verbose=False'
     code = documented("torch_fidelity")
     code = replaced(
@@ -192,13 +221,14 @@ def test_torch_fidelity_reads_the_archive_as_documented(
     )
     exec(code, {})
     (value,) = re.findall(r"'frechet_inception_distance': (?:np\.float64\()?([\d.e+-]+)", capsys.readouterr().out)
-    assert float(value) == pytest.approx(frechet(features(samples.images), features(darker(samples))), rel=1e-3)
+    assert float(value) == pytest.approx(frechet(features(images), features(darker(images))), rel=1e-3)
 
 
 @pytest.mark.usefixtures("torchvision")
 def test_clean_fid_reads_the_archive_as_documented(
-    archive: Path, reals: Path, samples: Samples, capsys: pytest.CaptureFixture[str]
+    pictures: tuple[Path, np.ndarray], reals: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    archive, images = pictures
     how = "custom_feat_extractor=moments, custom_fn_resize=lambda x: x, num_workers=0, device='cpu', verbose=False"
     code = replaced(
         documented("cleanfid"),
@@ -208,4 +238,34 @@ def test_clean_fid_reads_the_archive_as_documented(
     assert main(["export", str(archive), "--output", str(archive.parent / "png")]) == 0
     exec(code, {"moments": moments})
     value = float(capsys.readouterr().out.split()[-1])
-    assert value == pytest.approx(frechet(features(samples.images), features(darker(samples))), rel=1e-3)
+    assert value == pytest.approx(frechet(features(images), features(darker(images))), rel=1e-3)
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_pytorch_fid_reads_the_exported_pictures_as_documented(
+    pictures: tuple[Path, np.ndarray], reals: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive, images = pictures
+    seen: list[torch.Tensor] = []
+
+    class Inception(torch.nn.Module):
+        BLOCK_INDEX_BY_DIM = importlib.import_module("pytorch_fid.inception").InceptionV3.BLOCK_INDEX_BY_DIM
+
+        def __init__(self, blocks: list[int]) -> None:
+            super().__init__()
+
+        def forward(self, batch: torch.Tensor) -> list[torch.Tensor]:
+            seen.append(batch)
+            return [torch.randn(len(batch), 64, 1, 1, generator=torch.Generator().manual_seed(len(seen)))]
+
+    module: Any = importlib.import_module("pytorch_fid.fid_score")
+    monkeypatch.setattr(module, "InceptionV3", Inception)
+    (line,) = re.findall(r"^python -m (pytorch_fid .*)$", (ROOT / "docs" / "evaluating.md").read_text(), re.MULTILINE)
+    folder = archive.parent / "png"
+    line = replaced(line, ("runs/edm64-png", str(folder)), ("path/to/real/images", str(reals)))
+    monkeypatch.setattr("sys.argv", [*line.split(), "--dims", "64", "--num-workers", "0"])
+    assert main(["export", str(archive), "--output", str(folder)]) == 0
+    module.main()
+    assert "FID:" in capsys.readouterr().out
+    pixels = (seen[0] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(pixels, in_colour(images))

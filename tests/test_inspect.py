@@ -267,3 +267,16 @@ def test_what_is_wrong_is_one_sentence(arguments: list[str], part: str, capsys: 
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert part in said
+
+
+def test_it_lists_the_other_weights_of_the_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    averaged = {"n_averaged": torch.tensor(3)} | {f"module.{k}": v + 1 for k, v in random_weights().items()}
+    torch.save({"model": random_weights(), "swa_model": averaged}, here / "swa.pt")
+    said = "took the weights under 'swa_model'; the file also has 'model'; --weights_key chooses"
+    flags = [word for name, value in ADM.items() for word in (f"--{name}", str(value))]
+    assert main(["inspect", str(here / "swa.pt"), *flags]) == 0
+    assert said in capsys.readouterr().out
+    assert main(["inspect", str(here / "swa.pt"), *flags, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["weights_key"] == "swa_model"
+    assert said in shown.err

@@ -17,8 +17,9 @@ PLAIN = ("state_dict", "model", "module", "model_state_dict", "net", "network", 
 STATES = ("callbacks", "optimizer_states")
 """Keys of Lightning's checkpoints that hold the states of its callbacks and of optimizers, in which averages can be."""
 
-AVERAGE = re.compile(r"(?<![a-z])emas?(?![a-z])|EMA")
-"""In the other names that people give to an average: net_ema, ema_weights, ema_0.9999, EMA."""
+AVERAGE = re.compile(r"(?<![a-z])(emas?|averaged?|avg|swa|polyak)(?![a-z])|EMA|^shadow_params$")
+"""In the other names that people give to an average: net_ema, ema_0.9999, EMA, averaged_model, swa_model. The last is
+the one under which diffusers' EMAModel keeps it."""
 
 EMA_PARTS = ("ema", "model_ema", "ema_model")
 MODEL_PARTS = ("state_dict", "model", "module", "_orig_mod")
@@ -202,10 +203,9 @@ def _in_states(
     named = enumerate(states) if isinstance(states, list) else (_mapping(states) or {}).items()
     for key, value in named:
         state = _mapping(value) or {}
-        for average in (*_averages(state), SHADOW):
-            if average in state:
-                inside = f"{path}.{name}.{key}" if path else f"{name}.{key}"
-                yield from _under({**beside, average: state[average]}, average, inside, depth + 2, seen)
+        for average in _averages(state):
+            inside = f"{path}.{name}.{key}" if path else f"{name}.{key}"
+            yield from _under({**beside, average: state[average]}, average, inside, depth + 2, seen)
 
 
 def _under(items: dict[Any, Any], name: str, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensors]]:
@@ -225,7 +225,9 @@ def _under(items: dict[Any, Any], name: str, path: str, depth: int, seen: set[in
 
 def _shadow(averages: Sequence[Entry], items: dict[Any, Any], key: str) -> Tensors:
     """Averages without names, in the order of the model's parameters, by the names of the state dict beside them."""
-    there, beside = next((c for name in PLAIN if name in items for c in _candidates({name: items[name]})), ("", {}))
+    others = [name for name in items if isinstance(name, str) and _is_network(name, items[name])]
+    names = [name for name in (*PLAIN, *others) if name in items and not AVERAGE.search(name)]
+    there, beside = next((c for name in names for c in _candidates({name: items[name]})), ("", {}))
     every = len(averages) == len(beside)  # buffers among them, as some callbacks of Lightning keep them
     model = {n: t for n, t in beside.items() if isinstance(t, Stored) and (every or not n.endswith(BUFFERS))}
     shapes = [t.like.shape if isinstance(t, Stored) else () for t in averages]
@@ -234,7 +236,8 @@ def _shadow(averages: Sequence[Entry], items: dict[Any, Any], key: str) -> Tenso
     last = _in_order(list(model)[::-1], [t.like.shape for t in model.values()][::-1], shapes[::-1])
     if not model:
         raise Refused(
-            f"it has averaged weights under {key!r} as a list without names, and no state dict beside it to name them"
+            f"it has averaged weights under {key!r} as a list without names, and no state dict beside it to name them; "
+            "load them into your model and save its state dict"
         )
     if first is None or last is None or first != last[::-1]:
         raise Refused(
@@ -341,6 +344,7 @@ def _heads_of_parts(tensors: Iterable[str], heads: set[str]) -> list[str]:
     """
     networks = [name.removesuffix(f".{first}") for name in tensors for first in FIRST if name.endswith(f".{first}")]
     averages = [head for head in networks if AVERAGE.search(head)]
+    averages += [head for head in sorted(heads) if AVERAGE.search(head) and heads & {*MODEL_PARTS}]
     ordered = (
         *(head for head in EMA_PARTS if head in heads),
         *averages,

@@ -62,7 +62,27 @@ EXTRAS = {
     "step": torch.tensor(3),
 }
 
+TRAINED = STATE | {name: OTHER[name] for name in PARAMETERS}
+"""Weights of which the average is `STATE`; buffers are in no average."""
+AVERAGED = {"n_averaged": torch.tensor(3), **{f"module.{name}": tensor for name, tensor in STATE.items()}}
+"""As torch's AveragedModel saves itself."""
+EMA_MODEL = {
+    **{"decay": 0.9999, "min_decay": 0.0, "optimization_step": 7, "update_after_step": 0, "use_ema_warmup": False},
+    **{"inv_gamma": 1.0, "power": 2 / 3, "shadow_params": [STATE[name] for name in PARAMETERS]},
+}
+"""As EMAModel of diffusers does."""
+
 LAYOUTS: dict[str, tuple[Any, str]] = {
+    "EMAModel": ({"model": TRAINED, "ema": EMA_MODEL}, "ema"),
+    "EMAModel beside": ({"model": TRAINED, **EMA_MODEL}, "shadow_params"),
+    "EMAModel of a named network": ({"unet": TRAINED, "unet_ema": EMA_MODEL}, "unet_ema"),
+    "averaged_model": ({"model": OTHER, "averaged_model": AVERAGED}, "averaged_model"),
+    "swa_model": ({"model": OTHER, "swa_model": AVERAGED, "epoch": 3}, "swa_model"),
+    "average": ({"state_dict": OTHER, "moving_average": STATE}, "moving_average"),
+    "swa inside": (
+        {"state_dict": {**prefixed(OTHER, "model."), **prefixed(STATE, "swa_model.")}},
+        "state_dict.swa_model",
+    ),
     "alone": (STATE, ""),
     "ordered": (OrderedDict(STATE), ""),
     "of a module": (Net().state_dict() | STATE, ""),

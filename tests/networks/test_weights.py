@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from ray_sampler.errors import RequestError
 from ray_sampler.networks.weights import read_checkpoint, weights_hash
 from tests.networks.layouts import (
+    EMA_MODEL,
     EXTRAS,
     FLOATS,
     LAYOUTS,
@@ -124,7 +125,7 @@ def test_weights_of_other_names_are_told(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.save({"model": STATE, "averaged_model": OTHER, "statistics": {"a": torch.ones(1), "b": torch.ones(1)}}, path)
     note = read_checkpoint(str(path)).note
-    assert note == "took the weights under 'model'; the file also has 'averaged_model'; --weights_key chooses"
+    assert note == "took the weights under 'averaged_model'; the file also has 'model'; --weights_key chooses"
     others = {name: OTHER[name] for name in FLOATS}
     assert weights_hash(read_checkpoint(str(path), "averaged_model").tensors) == weights_hash(others)
 
@@ -228,3 +229,8 @@ def test_an_index_names_files_beside_it(file: str, tmp_path: Path) -> None:
 def test_a_damaged_index_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "m.index.json").write_text(content)
     assert "its index" in refusal(tmp_path)
+
+
+def test_the_state_of_diffusers_emamodel_alone_is_a_list_without_names(tmp_path: Path) -> None:
+    torch.save(EMA_MODEL, tmp_path / "ema.pt")
+    assert "averaged weights under 'shadow_params' as a list without names" in refusal(tmp_path / "ema.pt")
