@@ -35,7 +35,7 @@ FOREIGN = {
 }
 """Flags of Ray's commands that the pages name."""
 OTHERS = {"--json", "--watch", "--cache", "--help", "--subdirs", "--reference"}
-OTHERS |= {f"--{name.replace('_', '-')}" for name in SYNONYMS}
+OTHERS |= {f"--{spelled}" for name in SYNONYMS for spelled in (name, name.replace("_", "-"))}
 """Flags of our other commands, of examples/digits/evaluate.py, and of other programs."""
 
 
