@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-import psutil
-
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set in a submitted Ray job, whose driver is killed three seconds after it was asked to stop."""
 
@@ -108,28 +106,5 @@ def is_ours(byte: bytes) -> bool:
 
 
 def end_now(code: int) -> NoReturn:
-    """End this process and all that it started, a local Ray's among it."""
-    kill_trees(psutil.Process().children())
+    """End this process at once; a local Ray ends with it."""
     os._exit(code)
-
-
-def kill_trees(roots: list[psutil.Process]) -> list[psutil.Process]:
-    """Kill processes and all below them; returns those that were found.
-
-    They are stopped first: one that dies leaves its children to somebody else, those that it just starts among them.
-    """
-    found: dict[int, psutil.Process] = {}
-    news = roots
-    while news:
-        for process in news:
-            found[process.pid] = process
-            with suppress(psutil.Error):
-                process.suspend()
-        news = []
-        for root in roots:
-            with suppress(psutil.Error):
-                news += [each for each in root.children(recursive=True) if each.pid not in found]
-    for process in found.values():
-        with suppress(psutil.Error):
-            process.kill()
-    return list(found.values())

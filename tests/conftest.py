@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,20 +33,20 @@ def aws_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def local_ray(aws_config: Path) -> Iterator[None]:
-    """A Ray of two CPUs, reachable from this machine only, that all tests share."""
-    import ray
-
-    from ray_sampler.cluster.own_ray import on_loopback
+    """A Ray of two CPUs, started as a run does, that all tests share."""
+    from ray_sampler.cluster import own_ray
 
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    with on_loopback(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_CONFIG_FILE", str(aws_config))
         patch.setenv("PYTHONPATH", str(ROOT))  # for the workers of whoever joins it from another folder
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        head, address = own_ray.up(2, threading.Event())
+        own_ray.join_head(head, address)
     for each, handler in handlers.items():
         signal.signal(each, handler)
     yield
-    ray.shutdown()
+    own_ray.leave()
+    own_ray.end(head)
 
 
 @pytest.fixture(scope="session")

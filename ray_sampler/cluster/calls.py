@@ -10,8 +10,9 @@ from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
 import ray
-from ray._private.state import state as cluster_state
 from ray.exceptions import RayError
+
+from ray_sampler.cluster.private import cluster_state
 
 GET_S = 0.1
 """Seconds in which a result is here that Ray says is here; one whose node is gone never comes."""
@@ -44,10 +45,14 @@ class Calls(Protocol):
     def kill(self, handle: Any) -> None:
         """End an actor."""
 
-    def places(self, handles: Collection[Any]) -> list[str | None]:
-        """For each actor the id of the node on which it has a process, None where it waits for one."""
+    def places(self, hellos: Collection[Any]) -> list[str | None]:
+        """For each actor the id of the node on which it has a process, None where it waits for one.
 
-    def place(self, handle: Any) -> str | None:
+        Args:
+            hellos: a reference to a result of each, as Ray gives no handle's id.
+        """
+
+    def place(self, hello: Any) -> str | None:
         """Where an actor has or had a process; None where it never had one."""
 
     def draining(self) -> set[str]:
@@ -80,19 +85,18 @@ class RayCalls:
         with suppress(RayError):  # one whose creation was cancelled is gone already
             ray.kill(handle)
 
-    def places(self, handles: Collection[Any]) -> list[str | None]:
-        """Two questions for all of them; private in Ray 2.60."""
+    def places(self, hellos: Collection[Any]) -> list[str | None]:
+        """Two questions for all of them."""
         job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
         actors: dict[str, Any] = {}
         for living in LIVING:
             actors |= cluster_state.actor_table(None, job, living)
-        return [place_in(actors.get(handle._actor_id.hex())) for handle in handles]
+        return [place_in(actors.get(actor_of(hello))) for hello in hellos]
 
-    def place(self, handle: Any) -> str | None:
-        return place_in(cluster_state.actor_table(handle._actor_id.hex()))
+    def place(self, hello: Any) -> str | None:
+        return place_in(cluster_state.actor_table(actor_of(hello)))
 
     def draining(self) -> set[str]:
-        """Private in Ray 2.60, and used nowhere else."""
         return set(cluster_state.get_draining_nodes())
 
     def dead(self, nodes: Collection[str]) -> set[str]:
@@ -103,6 +107,11 @@ class RayCalls:
         alive = {name: node for name, node in found.items() if node["Alive"]}
         ports = {name: (node["NodeManagerAddress"], node["NodeManagerPort"]) for name, node in alive.items()}
         return found.keys() - listening(ports)
+
+
+def actor_of(ref: Any) -> str:
+    """The id of the actor whose result a reference is."""
+    return str(ref.task_id().actor_id().hex())
 
 
 def place_in(actor: Mapping[str, Any] | None) -> str | None:

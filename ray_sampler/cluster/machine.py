@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import os
 import resource
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from ray_sampler.errors import RequestError, RunError
+import psutil
+
+from ray_sampler.errors import RequestError, RunError, printable
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -19,6 +23,14 @@ LEAST_MEMORY = 600 * 2**20
 
 LEAST_PROCESSES = 220
 """Threads, which the system counts as processes, that they start between them, about."""
+
+SOCKET_PATH = 64
+"""Characters that Ray needs for a socket's path below its folder, of the 107 that the system allows."""
+
+LONGEST_SOCKET = 107
+
+STORE_SHARE = 0.3
+"""Of the memory: what Ray's object store takes as one file, unless /dev/shm is smaller."""
 
 KNOCK_S = 15.0
 """Seconds in which this machine must accept a connection from itself."""
@@ -114,33 +126,28 @@ def threads_of(user: int) -> int:
     return count
 
 
-def check_room(folder: str) -> None:
-    """Check what Ray needs of this machine and would not name.
+def ray_folder() -> str:
+    """Where a Ray of our own keeps its sockets and logs, by Ray's rule. Absolute: its processes work in other ones."""
+    return os.path.abspath(os.path.join(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")), "ray"))
 
-    Args:
-        folder: where Ray keeps its sockets and logs.
+
+def check_machine() -> None:
+    """Check what a Ray of our own needs of this machine, where Ray would fail late or without a word.
 
     Raises:
-        RequestError: the folder cannot be written.
-        RunError: loopback, memory or processes are missing.
+        RequestError: its folder cannot be written.
+        RunError: something else is missing.
     """
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            socket.create_connection(server.getsockname(), KNOCK_S).close()
-    except OSError as error:
+    check_folder(ray_folder())
+    check_loopback()
+    limit, store = file_limit(), STORE_SHARE * psutil.virtual_memory().available
+    with suppress(OSError):
+        store = min(store, shutil.disk_usage("/dev/shm").total)
+    if limit < store:
         raise RunError(
-            f"Ray cannot start: 127.0.0.1 cannot be reached ({error.strerror or error}), where its processes talk to "
-            "each other; bring the loopback interface up (ip link set lo up)"
-        ) from error
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise RequestError(
-            f"Ray cannot start: {folder} cannot be written ({error.strerror or error}); "
-            "set RAY_TMPDIR to a folder that you may write, with a short path"
-        ) from error
+            f"this process may write files of {limit:,.0f} bytes at most (`ulimit -f`), and Ray's object store is a "
+            f"file of about {store:,.0f}; raise the limit with `ulimit -f unlimited`"
+        )
     memory, processes = memory_limit(), processes_left()
     if memory < LEAST_MEMORY:
         raise RunError(
@@ -152,3 +159,52 @@ def check_room(folder: str) -> None:
             f"Ray cannot start: {processes:.0f} more processes and threads may be started here, and a run needs about "
             f"{LEAST_PROCESSES}; raise the limit (docker run --pids-limit, TasksMax, ulimit -u)"
         )
+
+
+def check_folder(folder: str) -> None:
+    """Check where Ray keeps sockets and logs, and the working directory, which it names to its workers.
+
+    Raises:
+        RequestError: the folder cannot be written.
+        RunError: a name is too long for sockets, or is not UTF-8.
+    """
+    for what, path in (("the working directory", os.getcwd()), ("Ray's folder", folder)):
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise RunError(
+                f"{what} is {printable(path)}, whose name is no UTF-8, and Ray cannot tell its workers about it; "
+                "start from another folder with another RAY_TMPDIR, or rename it"
+            ) from None
+    if len(folder.encode()) + SOCKET_PATH > LONGEST_SOCKET:
+        raise RunError(
+            f"Ray's folder is {printable(folder)}, whose path is too long for sockets in it; set RAY_TMPDIR to a short "
+            "one, as in RAY_TMPDIR=/tmp"
+        )
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RequestError(
+            f"Ray cannot start: {folder} cannot be written ({error.strerror or error}); "
+            "set RAY_TMPDIR to a folder of your own, with a short path"
+        ) from error
+
+
+def check_loopback() -> None:
+    """Raises RunError: this machine cannot reach itself."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), KNOCK_S).close()
+    except OSError as error:
+        raise RunError(
+            f"Ray cannot start: 127.0.0.1 cannot be reached ({error.strerror or error}), where its processes talk to "
+            "each other; bring the loopback interface up (ip link set lo up)"
+        ) from error
+
+
+def file_limit() -> float:
+    """Bytes that a file of this process may have; infinite without a limit."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit

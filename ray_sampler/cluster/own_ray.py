@@ -1,36 +1,38 @@
-"""A thread that connects this process to Ray, keeps it connected while runs need it, and ends what it started.
+"""A Ray of our own is a child process (`head.py`), which a thread starts, joins and ends; it joins clusters too.
 
-It is a thread of its own for four reasons. Ray puts its own answers to signals in place on the main thread only. What
-it starts inherits from it that SIGTERM is blocked, so that a signal to all processes of a job reaches the driver and
-leaves Ray for the driver to end. The processes of a local Ray die with the thread that started them, which must not be
-the thread of one of several runs. And whoever waits for it can stop waiting.
+A thread does it, as Ray puts its own answers to signals in place on the main thread, as half a connection cannot be
+undone, and as whoever waits for a thread can stop waiting. What it starts inherits from it that signals are blocked:
+one to all processes of a job reaches the driver and leaves Ray for the driver to end.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import glob
+import logging
 import os
 import re
 import secrets
+import select
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import ray
-from ray._private import ray_constants, worker
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without types
 
-from ray_sampler.cluster.machine import address_space, check_room, cpus
-from ray_sampler.cluster.reaching import cannot_start, check_machine, entrypoint_in_text, ray_folder
+from ray_sampler import streams
+from ray_sampler.cluster.machine import address_space, check_machine, cpus, ray_folder
+from ray_sampler.cluster.private import read_settings_again, without_uv
+from ray_sampler.cluster.reaching import given_token
 from ray_sampler.errors import RunError, printable
-from ray_sampler.interrupts import kill_trees
+
+logger = logging.getLogger(__name__)
 
 START_S = 120.0
 """Seconds that a local Ray may take to start: about 3 on an idle machine, 40 and more on a slow one that is busy."""
@@ -38,11 +40,17 @@ START_S = 120.0
 END_S = 45.0
 """Seconds in which Ray's processes end: at most one where the machine is not busy."""
 
-SIGACTION_BYTES = 512
-"""Room for the system's struct sigaction, whatever its size."""
+LOOK_S = 0.1
+"""How often the thread looks whether its Ray is still wanted while that starts."""
 
-LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Where this is off, Ray 2.60 takes 127.0.0.1 for the node's address and listens there only."""
+PROGRAM = Path(__file__).with_name("head.py")
+
+ADDRESS = re.compile(rb"ray is at 127\.0\.0\.1:(\d+)\n")
+FAILURE = re.compile(rb"ray failed: (.*)")
+"""What the program says."""
+
+TOKEN = secrets.token_hex(32)
+"""What our own Rays ask for where the user has no token; written nowhere. Ray remembers the first that it used."""
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
 
@@ -54,6 +62,14 @@ COMPLAINT = re.compile(
 )
 """What a line says that complains; one of a stack does not."""
 
+VITAL = ("raylet", "gcs_server")
+AGENT = re.compile(r"/(dashboard|runtime_env)/agent\b|ray::(DashboardAgent|RuntimeEnvAgent)")
+"""Processes of Ray without which a run cannot continue: a raylet ends when an agent of it does."""
+
+LOST = (
+    "the local Ray ended unexpectedly ({name} is gone: killed, or out of memory); what was finished is kept: "
+    "run the same command again to go on"
+)
 
 latest: Keeper | None = None
 """The connection to Ray that this process made last."""
@@ -69,6 +85,8 @@ class Keeper:
     def __init__(self, address: str | None) -> None:
         self.address = address
         self.users = 1
+        self.head: subprocess.Popen[bytes] | None = None
+        """The process of our own Ray."""
         self.failure: BaseException | None = None
         self.ready = threading.Event()
         """Connected, or failed."""
@@ -83,104 +101,134 @@ class Keeper:
         """Connect, and return once that is done.
 
         Raises:
-            RunError: no Ray starts on this machine.
+            RequestError, RunError: no Ray starts on this machine.
             OSError, ValueError, RuntimeError: by Ray, of a cluster.
         """
         global latest
         if self.address is None:
-            check_room(ray_folder())
             check_machine()
-        if latest is not None:  # a run that was interrupted again and again leaves one that still starts
-            latest.gone.wait(START_S + END_S)
+        if latest is not None:  # a run that was interrupted again and again leaves one that still ends
+            latest.gone.wait(END_S)
         self.thread.start()
         latest = self
-        ours = self.address is None
-        if not self.ready.wait(START_S if ours else None):
-            self.failure = TimeoutError(f"it timed out after {START_S:.0f} s")
-        if self.failure is None:
-            return
-        if not ours:
+        self.ready.wait()
+        if self.failure is not None:
             raise self.failure
-        if isinstance(self.failure, OSError) and self.failure.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise cannot_start(self.failure) from self.failure
-        raise RunError(f"Ray did not start on this machine: {reason_for(self.failure)}") from self.failure
 
     def stop(self) -> None:
-        """Disconnect, and end a Ray of our own; one that still starts is ended when it is up."""
+        """Disconnect, and end a Ray of our own."""
         self.done.set()
-        if self.thread.ident is not None and self.failure is None:
-            self.gone.wait(END_S if self.ready.is_set() else START_S + END_S)
+        if self.thread.ident is not None:
+            self.gone.wait(END_S)
 
     def _keep(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-        with ExitStack() as stack:
-            stack.callback(self.gone.set)
-            try:
-                with handlers_kept(), entrypoint_in_text():
-                    if self.address is None:
-                        stack.enter_context(own_token())
-                        with settings_of_our_own():
-                            ray.init(
-                                address="local",
-                                include_dashboard=False,
-                                num_cpus=cpus(),
-                                _temp_dir=ray_folder(),
-                                **QUIET,
-                            )
-                    else:
-                        ray.init(address=self.address, **QUIET)
-            except BaseException as error:  # Ray raises SystemExit too; whoever waits hears of it
-                self.failure = error
-                shut_down(ours=self.address is None)
-                return
-            finally:
-                self.ready.set()
-            self.done.wait()
-            shut_down(ours=self.address is None)
-
-
-@contextmanager
-def handlers_kept() -> Iterator[None]:
-    """Keep this process's own answers to signals, which Python lets the main thread alone set.
-
-    Ray's C++ part answers SIGTERM by a stack trace, the earlier handler, and an alarm that aborts after three seconds.
-    """
-    library = ctypes.CDLL(None, use_errno=True)
-    earlier = {each: ctypes.create_string_buffer(SIGACTION_BYTES) for each in (signal.SIGINT, signal.SIGTERM)}
-    for each, action in earlier.items():
-        library.sigaction(each, None, action)
-    try:
-        yield
-    finally:
-        for each, action in earlier.items():
-            library.sigaction(each, action, None)
-
-
-@contextmanager
-def settings_of_our_own() -> Iterator[None]:
-    """Let a Ray that starts here be reachable from this machine only, and run its workers by this interpreter.
-
-    Ray would copy the working folder and start them by `uv run` where this process was started so.
-    """
-    uv = getattr(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False)
-    with on_loopback(), environment(RAY_gcs_server_port_wait_time_s=f"{START_S:.0f}"):
-        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
         try:
-            yield
+            if self.address is None:
+                self.head, address = up(cpus(), self.done)
+                join_head(self.head, address)
+            else:
+                ray.init(address=self.address, **QUIET)
+            self.ready.set()
+            self.done.wait()
+        except BaseException as error:  # Ray raises SystemExit too; whoever waits hears of it
+            self.failure = error
         finally:
-            ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = uv
+            leave()
+            if self.head:
+                end(self.head)
+            self.gone.set()
+            self.ready.set()
 
 
-@contextmanager
-def on_loopback() -> Iterator[None]:
-    """Let a Ray that starts here be reachable from this machine only."""
-    earlier = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
+def start_head(num_cpus: int) -> subprocess.Popen[bytes]:
+    """Start a Ray of our own, in a process group of its own."""
+    variables = os.environ | own_token()
+    variables |= {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray takes 127.0.0.1 for the node's address and listens there only
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_TMPDIR": os.path.dirname(ray_folder()),
+        "RAY_gcs_server_port_wait_time_s": f"{START_S:.0f}",
+        "RAY_agent_register_timeout_ms": f"{1000 * START_S:.0f}",
+    }
+    variables.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        [sys.executable, "-P", PROGRAM, str(num_cpus)],
+        env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
+    )  # fmt: skip
+
+
+def up(num_cpus: int, unwanted: threading.Event) -> tuple[subprocess.Popen[bytes], str]:
+    """Start a Ray of our own, and wait until it is up; returns its process and address.
+
+    Parts of Ray wait 30 s for each other, which may not do on a busy machine: then it is started again.
+
+    Raises:
+        RunError: it does not start, or is not wanted any more.
+    """
+    deadline = time.monotonic() + START_S
+    while True:
+        head = start_head(num_cpus)
+        try:
+            return head, address_of(head, unwanted, deadline)
+        except BaseException as error:
+            end(head)
+            if "imed out" not in str(error) or time.monotonic() > deadline:
+                raise
+
+
+def address_of(head: subprocess.Popen[bytes], unwanted: threading.Event, deadline: float) -> str:
+    said = b""
+    answers = pipe(head.stdout)
+    while not (found := ADDRESS.search(said)):
+        if unwanted.is_set():
+            raise RunError("the run was ended while Ray started")
+        if time.monotonic() > deadline:
+            raise RunError(why_not_started(f"it timed out after {START_S:.0f} s", head))
+        if select.select([answers], [], [], LOOK_S)[0]:
+            more = os.read(answers.fileno(), 2**16)
+            if not more:
+                failure = FAILURE.search(said)
+                raise RunError(why_not_started(failure[1].decode() if failure else "its process ended", head))
+            said += more
+    # Ray would take 127.0.0.1 for this machine's address on its network, where a Ray of our own does not listen.
+    return f"0.0.0.0:{found[1].decode()}"
+
+
+def pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None
+    return stream
+
+
+def join_head(head: subprocess.Popen[bytes], address: str) -> None:
+    """Connect this process to a Ray of our own.
+
+    Raises:
+        RunError: Ray cannot.
+    """
     try:
-        with environment(**{LOOPBACK_VARIABLE: "0"}):
-            yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = earlier
+        with environment(**own_token()), without_uv():
+            read_settings_again()
+            ray.init(address=address, **QUIET)
+    except (Exception, SystemExit) as error:
+        raise RunError(why_not_started(str(error).strip().partition("\n")[0], head)) from error
+
+
+def leave() -> None:
+    """Disconnect this process from Ray; the next one may ask for another token, or for none."""
+    with suppress(Exception):  # a Ray that broke has nothing left to disconnect from
+        ray.shutdown()
+    read_settings_again()
+
+
+def own_token() -> dict[str, str]:
+    """Variables that let our own Ray ask for a token: the user's if there is one, as Ray remembers the first it used.
+
+    Ray would make one and keep it under HOME, which a container may not have.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return {}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": given_token() or TOKEN}
 
 
 @contextmanager
@@ -198,63 +246,37 @@ def environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-@contextmanager
-def own_token() -> Iterator[None]:
-    """Give our own Ray a token of its own, which is written nowhere.
+def end(head: subprocess.Popen[bytes]) -> None:
+    """Kill all processes of our own Ray, and wait until they have ended.
 
-    Ray would make one and keep it under HOME, which a container may not have. It remembers the token and the mode in
-    the process, so both are forgotten at the end: a later run may join another cluster.
+    They are stopped first: one that dies leaves its children to somebody else, those that it just starts among them.
     """
-    mode = os.environ.get("RAY_AUTH_MODE")
-    if mode is not None and mode.lower() != "token":
-        yield
-        return
-    with environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)):
-        forget_token()
-        yield
-    forget_token()
-
-
-def forget_token() -> None:
-    # First the mode: a thread of Ray that still ends would look for a token and abort without one.
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
-
-
-def shut_down(ours: bool) -> None:
-    """Disconnect from Ray. Processes of our own are killed: they do not hear SIGTERM."""
-    node = worker._global_node
-    if ours and node is not None:
-        reap = node.kill_all_processes
-
-        def kill_all(**_: Any) -> None:
-            end_processes()
-            reap(check_alive=False, allow_graceful=False)
-
-        node.kill_all_processes = kill_all
-    with suppress(Exception):  # a Ray that broke has nothing left to disconnect from
-        ray.shutdown()
-    if ours:
-        end_processes()
-
-
-def our_roots() -> list[psutil.Process]:
-    """The children of this process that run our own Ray."""
-    found = []
-    for child in psutil.Process().children():
+    found: dict[int, psutil.Process] = {}
+    news = [psutil.Process(head.pid), *below(head)]
+    while news:
+        for process in news:
+            found[process.pid] = process
+            with suppress(psutil.Error):
+                process.suspend()
+        news = [each for each in below(head) if each.pid not in found]
+    for process in found.values():
         with suppress(psutil.Error):
-            if "/ray/" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
-
-
-def end_processes() -> None:
-    """Kill all processes of our own Ray, and wait until they have ended."""
-    killed = kill_trees(our_roots())
+            process.kill()
+    with suppress(ProcessLookupError):  # what is left of a head that died before
+        os.killpg(head.pid, signal.SIGKILL)
+    head.wait()
     deadline = time.monotonic() + END_S
-    while any(map(lives, killed)) and time.monotonic() < deadline:
+    while any(map(lives, found.values())) and time.monotonic() < deadline:
         time.sleep(0.01)
-    psutil.wait_procs(killed, timeout=0)  # reaps our own children
+    pipe(head.stdin).close()
+    pipe(head.stdout).close()
+
+
+def below(head: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes of our own Ray but the first."""
+    with suppress(psutil.Error):
+        return list(psutil.Process(head.pid).children(recursive=True))
+    return []
 
 
 def lives(process: psutil.Process) -> bool:
@@ -264,10 +286,19 @@ def lives(process: psutil.Process) -> bool:
     return False
 
 
-def session_logs() -> Path | None:
-    """Where the Ray that this process started last keeps its logs."""
-    found = glob.glob(f"{glob.escape(ray_folder())}/session_*_{os.getpid()}/logs")
-    return Path(max(found, key=os.path.getmtime)) if found else None
+def worker_starting(head: subprocess.Popen[bytes]) -> bool:
+    """Whether a worker process of our own Ray is on its way to the point at which Ray counts it."""
+    for process in below(head):
+        with suppress(psutil.Error):
+            if "default_worker.py" in " ".join(process.cmdline()):  # it is renamed once it is there
+                return True
+    return False
+
+
+def session_logs(head: subprocess.Popen[bytes]) -> Path | None:
+    """Where a Ray of our own keeps its logs."""
+    found = glob.glob(f"{glob.escape(ray_folder())}/session_*_{head.pid}/logs")
+    return Path(found[0]) if found else None
 
 
 def log_says(folder: Path, names: tuple[str, ...] = LOG_FILES) -> str | None:
@@ -281,19 +312,84 @@ def log_says(folder: Path, names: tuple[str, ...] = LOG_FILES) -> str | None:
     return None
 
 
-def reason_for(failure: BaseException) -> str:
-    """Why our own Ray did not start, in one sentence, and where its log lies."""
-    said = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    cause = printable(said[0] if said else type(failure).__name__)
-    if "timed out" in cause:
+def why_not_started(said: str, head: subprocess.Popen[bytes]) -> str:
+    """Why our own Ray did not start, in one sentence, and where its log lies.
+
+    Args:
+        said: by it.
+    """
+    folder = session_logs(head)
+    log = log_says(folder) if folder else None
+    cause = printable(said)
+    if "imed out" in f"{said} {log}":
         cause += "; the machine may be busy, so run the command again"
+    if "No space left" in cause or "quota exceeded" in cause:
+        cause += "; the disk is full: make room, or set RAY_TMPDIR to another folder"
+    if "AF_UNIX" in cause:
+        cause += "; set RAY_TMPDIR to a folder with a shorter path"
     if (space := address_space()) is not None:
         allowed = f"ulimit -v allows {space / 2**20:.0f} MiB of addresses"
         cause += f" ({allowed}, and Ray reserves many times the memory that it uses: raise it)"
-    folder = session_logs()
-    if "AF_UNIX" in cause:
-        return f"{cause}; set RAY_TMPDIR to a folder with a shorter path"
-    if folder is None:
-        return f"{cause}; RAY_TMPDIR chooses the folder in which it keeps its sockets and logs"
-    log = log_says(folder)
-    return f"{cause}{f'; it says: {log}' if log else ''}; its logs lie in {folder}"
+    where = folder or f"{ray_folder()}, which RAY_TMPDIR chooses"
+    return f"Ray did not start on this machine: {cause}{f'; it says: {log}' if log else ''}; its logs lie in {where}"
+
+
+@contextmanager
+def watched(head: subprocess.Popen[bytes]) -> Iterator[None]:
+    """While a Ray of our own is used: where it dies, a command ends with one sentence and exit code 1.
+
+    Ray 2.60 ends this process then, without a word of what to do. From Python the sentence is logged; what Ray raises,
+    or its end of the process, follows.
+    """
+    over, stop = os.pipe()
+    watcher = threading.Thread(target=watch, args=(vital(head), over), name="watch-ray", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        os.close(stop)
+        watcher.join()
+        os.close(over)
+
+
+def vital(head: subprocess.Popen[bytes]) -> dict[int, str]:
+    """The names of the processes with which our own Ray ends, by process id."""
+    found = {head.pid: "its first process"}
+    for process in below(head):
+        with suppress(psutil.Error):
+            if process.name() in VITAL:
+                found[process.pid] = process.name()
+            elif AGENT.search(" ".join(process.cmdline())):
+                found[process.pid] = "an agent"
+    return found
+
+
+def watch(pids: dict[int, str], over: int) -> None:
+    """Wait for one of the processes to end, or for the other end of the pipe `over` to be closed."""
+    poll = select.poll()
+    poll.register(over, select.POLLIN | select.POLLHUP)
+    names: dict[int, str] = {}
+    for pid, name in pids.items():
+        with suppress(OSError, AttributeError):  # it is gone already, or this system tells of no process's end
+            descriptor = os.pidfd_open(pid)
+            names[descriptor] = name
+            poll.register(descriptor, select.POLLIN)
+    ready = [descriptor for descriptor, _ in poll.poll()]
+    for descriptor in names:
+        os.close(descriptor)
+    if over not in ready:
+        give_up(LOST.format(name=names[ready[0]]))
+
+
+def give_up(sentence: str) -> None:
+    """Say a sentence, and end the process of a command: what is left of Ray ends with it."""
+    if not streams.of_command():
+        logger.error(sentence)
+        return
+    cursor = "\033[?25h" if sys.stderr.isatty() else ""  # which a progress bar hides
+    with suppress(OSError):
+        os.write(2, f"{cursor}ray-sampler: {sentence}\n".encode())
+        null = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):  # Ray is about to say pages
+            os.dup2(null, descriptor)
+    os._exit(1)

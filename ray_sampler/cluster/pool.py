@@ -147,7 +147,7 @@ class Pool:
         """Learn where actors are and which nodes are about to go; actors with nothing to do leave those."""
         self.draining = self.calls.draining()
         starting = [member for member in self.members if not member.info]
-        places = self.calls.places([member.handle for member in starting]) if starting else []
+        places = self.calls.places([member.hello for member in starting]) if starting else []
         for member, node_id in zip(starting, places, strict=True):
             if node_id != member.node_id:
                 member.node_id = node_id
@@ -316,7 +316,7 @@ class Pool:
     def _bury(self, dead: dict[Member, RayError]) -> list[Event]:
         """Actors are gone: some by themselves, others with their nodes, which are asked all at once."""
         for member in dead:
-            member.node_id = member.node_id or self.calls.place(member.handle)
+            member.node_id = member.node_id or self.calls.place(member.hello)
         nodes = self.calls.dead({member.node_id for member in dead if member.node_id is not None})
         events: list[Event] = []
         for member, error in dead.items():

@@ -1,27 +1,20 @@
-"""Why a Ray cannot be joined or started, in one sentence each: Ray itself says it in pages, and after long waits."""
+"""Why a cluster cannot be joined, in one sentence: Ray itself says it in pages, and after long waits."""
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import resource
-import shutil
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import ray
-from ray._common.utils import get_default_ray_temp_dir
-from ray._private import services, utils
-from ray._private.authentication.grpc_authentication_client_interceptor import _get_authentication_metadata_tuple
 from ray.core.generated import gcs_service_pb2
 
-from ray_sampler.errors import RequestError, RunError, printable
+from ray_sampler.errors import RequestError, printable
 
 KNOCK_S = 10.0
 """Seconds that a cluster may take to accept a connection, and to answer."""
@@ -29,13 +22,7 @@ KNOCK_S = 10.0
 CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """What a cluster's head answers without being joined."""
 
-SOCKET_PATH = 64
-"""Characters that Ray needs for a socket's path below its folder, of the 107 that the system allows."""
-
-LONGEST_SOCKET = 107
-
-STORE_SHARE = 0.3
-"""Of the memory: what Ray's object store takes as one file, unless /dev/shm is smaller."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def address_given(address: str | None) -> tuple[str, str] | None:
@@ -62,11 +49,14 @@ def knock(address: str) -> None:
         OSError: no cluster's head is there; says what is.
         RequestError: its Ray has another version, or wants another token.
     """
-    found = services.canonicalize_bootstrap_address(address)
-    if not found:
+    host, _, port = address.rpartition(":")
+    if not host:  # "auto", which Ray looks up
         return
-    host, _, port = found.rpartition(":")
-    with socket.create_connection((host.strip("[]"), int(port)), KNOCK_S) as connection:
+    host = host.strip("[]")
+    if host in LOOPBACK:  # as Ray does: a cluster listens at this machine's address on its network
+        host = ray.util.get_node_ip_address()
+    found = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    with socket.create_connection((host, int(port)), KNOCK_S) as connection:
         if speaks_http(connection):
             raise OSError(
                 f"port {port} is a web server's, perhaps the dashboard's, which is what `ray job submit` takes; a "
@@ -87,8 +77,9 @@ def check_head(found: str) -> None:
             response_deserializer=messages.CheckAliveReply.FromString,
         )
         try:
-            token = _get_authentication_metadata_tuple()
-            version = call(messages.CheckAliveRequest(), timeout=KNOCK_S, metadata=token).ray_version
+            token = given_token() if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else None
+            metadata = [("authorization", f"Bearer {token}")] if token else []
+            version = call(messages.CheckAliveRequest(), timeout=KNOCK_S, metadata=metadata).ray_version
         except grpc.RpcError as error:
             code = error.code()
             if code == grpc.StatusCode.UNAUTHENTICATED:
@@ -104,6 +95,28 @@ def check_head(found: str) -> None:
             raise OSError(f"what listens on port {port} does not answer as Ray does ({code.name})") from error
     if version and version != ray.__version__:
         raise RequestError(other_version(version, ray.__version__, "ray", version))
+
+
+def given_token() -> str | None:
+    """The token that the user has for clusters, where Ray looks for it."""
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    with suppress(OSError):
+        return Path(path).read_text().strip() or None
+    return None
+
+
+def check_command_line() -> None:
+    """Raises RequestError: an argument is no text, and Ray tells a cluster's dashboard about the command line."""
+    for argument in sys.argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise RequestError(
+                f"{printable(argument)} in the command line is not UTF-8, which Ray needs; rename the file or folder, "
+                "or set PYTHONUTF8=1 where this Python uses another encoding"
+            ) from None
 
 
 def speaks_http(connection: socket.socket) -> bool:
@@ -135,81 +148,3 @@ def cannot_join(error: BaseException, given: str) -> RequestError:
         f"{given}, where no Ray cluster answers ({reason}); give the address of a running one, or leave out both "
         "--address and RAY_ADDRESS to start a local Ray"
     )
-
-
-def ray_folder() -> str:
-    """Where a Ray of our own keeps its sockets and logs. Absolute: its processes work in other ones."""
-    return os.path.abspath(get_default_ray_temp_dir())
-
-
-def check_machine() -> None:
-    """Check what a Ray of our own needs of this machine, where Ray would fail late or without a word.
-
-    Raises:
-        RunError: something is missing; says what to do about it.
-    """
-    folder = ray_folder()
-    if len(os.fsencode(folder)) + SOCKET_PATH > LONGEST_SOCKET:
-        raise RunError(
-            f"Ray's folder is {printable(folder)}, whose path is too long for sockets in it; set RAY_TMPDIR to a short "
-            "one, as in RAY_TMPDIR=/tmp"
-        )
-    if not writable(Path(folder)):
-        raise RunError(
-            f"Ray's folder is {printable(folder)}, where this user may not write; set RAY_TMPDIR to a folder of your "
-            "own"
-        )
-    limit, store = file_limit(), STORE_SHARE * psutil.virtual_memory().available
-    with suppress(OSError):
-        store = min(store, shutil.disk_usage("/dev/shm").total)
-    if limit is not None and limit < store:
-        raise RunError(
-            f"this process may write files of {limit:,} bytes at most (`ulimit -f`), and Ray's object store is a file "
-            f"of about {store:,.0f}; raise the limit with `ulimit -f unlimited`"
-        )
-    for what, path in (("the working directory", os.getcwd()), ("Ray's folder", folder)):
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise RunError(
-                f"{what} is {printable(path)}, whose name is no UTF-8, and Ray cannot tell its workers about it; "
-                "start from another folder with another RAY_TMPDIR, or rename it"
-            ) from None
-
-
-def file_limit() -> int | None:
-    """Bytes that a file of this process may have; None for any number."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
-
-
-def writable(folder: Path) -> bool:
-    """Whether a folder, or the nearest one above it that there is, takes files of ours."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-
-
-def cannot_start(error: BaseException) -> RunError:
-    """Why a local Ray did not start."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(
-            f"a local Ray could not be started in {ray_folder()}: the disk is full; make room, or set RAY_TMPDIR"
-        )
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
-    return RunError(
-        f"a local Ray could not be started ({printable(reason)}); its logs are in {ray_folder()}/session_latest/logs, "
-        "and RAY_TMPDIR=FOLDER lets it use another folder"
-    )
-
-
-@contextmanager
-def entrypoint_in_text() -> Iterator[None]:
-    """Let a command line reach Ray that holds bytes which are no UTF-8: Ray 2.60 tells its dashboard about it."""
-    original: Callable[[], str] = utils.get_entrypoint_name
-    utils.get_entrypoint_name = lambda: printable(original(), None)
-    try:
-        yield
-    finally:
-        utils.get_entrypoint_name = original

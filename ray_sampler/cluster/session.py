@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import ray
 import torch
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_sampler.cluster.lost_ray import watched
+from ray_sampler.cluster import own_ray
 from ray_sampler.cluster.machine import cpus, killed_for_memory, memory_limit
-from ray_sampler.cluster.own_ray import Keeper, log_says, our_roots, session_logs
-from ray_sampler.cluster.reaching import address_given, cannot_join, knock, refuse_client_address
+from ray_sampler.cluster.own_ray import Keeper, log_says, session_logs, watched
+from ray_sampler.cluster.reaching import address_given, cannot_join, check_command_line, knock, refuse_client_address
 from ray_sampler.config import FleetOptions
 from ray_sampler.errors import RequestError, require
+from ray_sampler.interrupts import JOB_VARIABLE
 from ray_sampler.reporting.progress import count
 
 LOCAL_ACTORS = 8
@@ -87,7 +87,7 @@ def joined(address: str | None) -> Iterator[None]:
 
 def check_submitted(output: str | None) -> None:
     """Raises RequestError: the output of a submitted job would lie in its working directory, which is temporary."""
-    if RAY_JOB_CONFIG_JSON_ENV_VAR not in os.environ:
+    if JOB_VARIABLE not in os.environ:
         return
     require(
         output is not None,
@@ -119,7 +119,7 @@ def connect(address: str | None) -> Iterator[None]:
         with LOCK:
             if not ray.is_initialized() or HELD:
                 keeper = hold(address_given(address))
-        with watched() if keeper and keeper.address is None else nullcontext():
+        with watched(keeper.head) if keeper and keeper.head else nullcontext():
             yield
     finally:
         if keeper:
@@ -132,6 +132,7 @@ def hold(found: tuple[str, str] | None) -> Keeper:
     Args:
         found: a cluster's address, and where it was given; None for a Ray of our own.
     """
+    check_command_line()
     address, given = found or (None, "--address is not given")
     if HELD:
         (keeper,) = HELD
@@ -183,6 +184,17 @@ def join(address: str, given: str, keeper: Keeper) -> None:
         raise cannot_join(error, given) from error
 
 
+def own_head() -> subprocess.Popen[bytes] | None:
+    """The process of our own Ray, if there is one."""
+    return next((keeper.head for keeper in HELD), None)
+
+
+def worker_starting() -> bool:
+    """Whether a worker process of our own Ray is on its way to the point at which Ray counts it."""
+    head = own_head()
+    return head is not None and own_ray.worker_starting(head)
+
+
 def shared() -> bool:
     """Whether another run of this process uses its Ray too, and may have its CPUs."""
     return any(keeper.users > 1 for keeper in HELD)
@@ -191,6 +203,8 @@ def shared() -> bool:
 def after_fork() -> None:
     global copied
     copied = copied or ray.is_initialized() or used
+    if (head := own_head()) and head.stdin:  # else our own Ray would live as long as the copy
+        head.stdin.close()
 
 
 def refuse_copy() -> None:
@@ -275,7 +289,8 @@ def why_unplaced(fleet: Fleet) -> str:
     if not fleet.local:
         free = ray.available_resources()
         return f"{asked}; the whole cluster has {shown(free.get('CPU', 0), free.get('GPU', 0))} free"
-    folder = session_logs()
+    head = own_head()
+    folder = session_logs(head) if head else None
     said = log_says(folder, ("raylet.err", "raylet.out")) if folder else None
     return f"{asked}; {f'Ray says: {said}' if said else 'Ray says nothing of it'}; its logs lie in {folder}"
 
@@ -287,13 +302,3 @@ def start_failure(reason: str, fleet: Fleet) -> str:
         return reason
     allowed = f", of which it may have {memory_limit() / 2**20:.0f} MiB" if math.isfinite(memory_limit()) else ""
     return f"{reason} (the system has killed {killed} processes of this container or job for lack of memory{allowed})"
-
-
-def worker_starting() -> bool:
-    """Whether a worker process of our own Ray is on its way to the point at which Ray counts it."""
-    for root in our_roots():
-        with suppress(psutil.Error):
-            for process in root.children(recursive=True):
-                if "default_worker.py" in " ".join(process.cmdline()):  # it is renamed once it is there
-                    return True
-    return False

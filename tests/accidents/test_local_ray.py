@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ray_sampler.cluster.own_ray import log_says, reason_for
-from ray_sampler.cluster.reaching import cannot_start, check_machine, ray_folder
-from ray_sampler.errors import RunError
+from ray_sampler.cluster.machine import check_machine, ray_folder
+from ray_sampler.cluster.own_ray import log_says, why_not_started
+from ray_sampler.errors import RequestError, RunError
 from tests.cluster.processes import PATIENCE_S, PROMPT_S, started, wait_for, written
 from tests.cluster.runs import ARCHIVE, LONGER, flags_of, savez
 from tests.conftest import ROOT, Configure
@@ -38,7 +38,9 @@ def test_a_long_folder_for_sockets_is_explained(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_folder_of_somebody_else_is_explained(monkeypatch: pytest.MonkeyPatch):
     """To root every folder is its own, so a place that takes no folder stands for one."""
-    assert "set RAY_TMPDIR to a folder of your own" in sentence(monkeypatch, RAY_TMPDIR="/dev/null")
+    monkeypatch.setenv("RAY_TMPDIR", "/dev/null")
+    with pytest.raises(RequestError, match="set RAY_TMPDIR to a folder of your own"):
+        check_machine()
 
 
 def test_a_limit_on_files_is_explained(monkeypatch: pytest.MonkeyPatch):
@@ -63,16 +65,29 @@ def test_rays_folder_does_not_depend_on_where_its_processes_work(variables, monk
     assert ray_folder() == str(Path.cwd() / variables["RAY_TMPDIR"] / "ray")
 
 
+def why(said: str) -> str:
+    """The sentence on a Ray whose process said something and has no logs."""
+    with subprocess.Popen(["true"]) as ended:
+        return why_not_started(said, ended)
+
+
 def test_a_limit_on_addresses_is_named_where_ray_did_not_start(monkeypatch: pytest.MonkeyPatch):
-    assert "ulimit -v" not in reason_for(TimeoutError("it was not up"))
+    assert "ulimit -v" not in why("its process ended")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (2**31, resource.RLIM_INFINITY))
-    assert "ulimit -v allows 2048 MiB" in reason_for(TimeoutError("it was not up"))
+    assert "ulimit -v allows 2048 MiB" in why("its process ended")
 
 
 @pytest.mark.parametrize("said", ["it timed out after 120 s", "The current node timed out during startup."])
 def test_a_ray_that_was_too_slow_is_to_be_started_again(said: str):
     """The first sentence is ours and the second Ray's, whose own limits are shorter."""
-    assert "run the command again" in reason_for(TimeoutError(said))
+    assert "run the command again" in why(said)
+
+
+def test_whatever_else_ray_says_at_its_start_becomes_one_sentence_with_the_place_of_its_logs():
+    said = why("[Errno 28] No space left on device\x1b[2J")
+    assert "the disk is full" in said
+    assert "RAY_TMPDIR" in said
+    assert "\x1b" not in said
 
 
 def test_a_stack_is_no_reason(tmp_path: Path):
@@ -80,13 +95,6 @@ def test_a_stack_is_no_reason(tmp_path: Path):
     frame = "[2026-01-01 00:00:00,000 E 1 2] (raylet) logging.cc:474:     @     0x7ff792066d10  (unknown)"
     (tmp_path / "raylet.out").write_text(f"{complaint}\n{frame}\n")
     assert log_says(tmp_path) == complaint
-
-
-def test_whatever_else_ray_says_at_its_start_becomes_one_sentence_with_the_place_of_its_logs():
-    said = str(cannot_start(Exception("The current node timed out\n\nduring startup\x1b[2J")))
-    assert "could not be started (The current node timed out)" in said
-    assert "RAY_TMPDIR" in said
-    assert "the disk is full" in str(cannot_start(OSError(28, "No space left on device")))
 
 
 def command(configure: Configure, folder: Path, limit: Callable[[], None] | None = None, **variables: str):

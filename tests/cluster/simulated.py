@@ -29,6 +29,7 @@ class Ref:
     at: float = NEVER
     value: Any = None
     error: BaseException | None = None
+    actor: Actor | None = None
 
 
 @dataclass(eq=False)
@@ -44,6 +45,7 @@ class Actor:
     hello: Ref = field(default_factory=Ref)
 
     def __post_init__(self) -> None:
+        self.hello.actor = self
         self.start = SimpleNamespace(remote=lambda *patience: self.hello)
         self.work = SimpleNamespace(remote=self._work)
         self.evaluations = SimpleNamespace(remote=lambda: Ref(self.cluster.clock, 0))
@@ -181,12 +183,12 @@ class Simulated:
             self.waiting.remove(actor)
         self._place()
 
-    def places(self, actors: Collection[Actor]) -> list[str | None]:
+    def places(self, hellos: Collection[Ref]) -> list[str | None]:
         self.place_calls += 1
-        return [actor.node for actor in actors]
+        return [self.place(hello) for hello in hellos]
 
-    def place(self, actor: Actor) -> str | None:
-        return actor.node
+    def place(self, hello: Ref) -> str | None:
+        return hello.actor.node if hello.actor else None
 
     def draining(self) -> set[str]:
         return self.leaving
