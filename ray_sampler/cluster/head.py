@@ -26,7 +26,7 @@ def hold(num_cpus: int) -> None:
     waiting.start()
     import ray  # after the thread: it takes a second
 
-    ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, log_to_driver=False, logging_level="error")
+    ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, log_to_driver=False, logging_level=40)
     print(f"ray is at {ray.get_runtime_context().gcs_address}", flush=True)
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):  # which nobody reads any more

@@ -40,8 +40,8 @@ START_S = 120.0
 END_S = 45.0
 """Seconds in which Ray's processes end: at most one where the machine is not busy."""
 
-LOOK_S = 0.1
-"""How often the thread looks whether its Ray is still wanted while that starts."""
+LOOK_S = 0.5
+"""How often the thread looks, while its Ray starts, whether that is still wanted and Ray's control process lives."""
 
 PROGRAM = Path(__file__).with_name("head.py")
 
@@ -149,7 +149,6 @@ def start_head(num_cpus: int) -> subprocess.Popen[bytes]:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_TMPDIR": os.path.dirname(ray_folder()),
         "RAY_gcs_server_port_wait_time_s": f"{START_S:.0f}",
-        "RAY_agent_register_timeout_ms": f"{1000 * START_S:.0f}",
     }
     variables.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
@@ -161,7 +160,7 @@ def start_head(num_cpus: int) -> subprocess.Popen[bytes]:
 def up(num_cpus: int, unwanted: threading.Event) -> tuple[subprocess.Popen[bytes], str]:
     """Start a Ray of our own, and wait until it is up; returns its process and address.
 
-    Parts of Ray wait 30 s for each other, which may not do on a busy machine: then it is started again.
+    Parts of Ray 2.60 wait 15 or 30 s for each other, which may not do on a busy machine: then it is started again.
 
     Raises:
         RunError: it does not start, or is not wanted any more.
@@ -185,6 +184,8 @@ def address_of(head: subprocess.Popen[bytes], unwanted: threading.Event, deadlin
             raise RunError("the run was ended while Ray started")
         if time.monotonic() > deadline:
             raise RunError(why_not_started(f"it timed out after {START_S:.0f} s", head))
+        if any(lost(process) for process in below(head)):  # which Ray would wait for all the same
+            raise RunError(why_not_started("its control process ended", head))
         if select.select([answers], [], [], LOOK_S)[0]:
             more = os.read(answers.fileno(), 2**16)
             if not more:
@@ -283,6 +284,13 @@ def lives(process: psutil.Process) -> bool:
     """Whether a process still runs. An orphan that has ended stays a zombie until init reaps it, perhaps late."""
     with suppress(psutil.NoSuchProcess):
         return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def lost(process: psutil.Process) -> bool:
+    """Whether a process is Ray's control process and has ended."""
+    with suppress(psutil.Error):
+        return bool(process.name() == "gcs_server" and process.status() == psutil.STATUS_ZOMBIE)
     return False
 
 

@@ -102,16 +102,13 @@ def test_a_user_without_home_or_name_samples(home: str | None, tmp_path: Path, c
     assert (folder / "run" / ARCHIVE).read_bytes() == savez(samples)
 
 
-def test_no_token_is_written_home_nor_left_in_the_process(tmp_path: Path, checkpoint: Path):
-    """A later run may join another cluster, whose token lies in that home."""
+def test_no_token_is_written_home_nor_left_in_the_environment(tmp_path: Path, checkpoint: Path):
     script = f"""
 import os
 from ray_sampler import RunConfig, run
 before = {{name: value for name, value in os.environ.items() if "AUTH" in name}}
 run(RunConfig(output="run", model={str(checkpoint)!r}, **{TINY | SMALL}))
 assert {{name: value for name, value in os.environ.items() if "AUTH" in name}} == before
-from ray._raylet import AuthenticationTokenLoader
-assert not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
 """
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -206,35 +203,28 @@ def test_a_ray_that_does_not_start_says_why_and_where_its_logs_lie(tmp_path: Pat
 
 # Where actors have no place.
 
-OCCUPIED = """
-import sys, time, ray
-from ray_sampler.cluster import dispatch, own_ray
+IMPATIENT = """
+import sys
+from ray_sampler.cluster import dispatch
 dispatch.PLACE_S = 5.0
-{change}
 from ray_sampler.cli import entry
 entry(sys.argv[1:])
 """
 
+NO_WORKERS = """
+import os, sys
+if any(argument.endswith("default_worker.py") for argument in sys.orig_argv):
+    os._exit(3)
+"""
+"""What each Python does at its start: one that Ray starts as a worker ends."""
+
 
 def test_an_actor_that_is_not_placed_on_our_own_ray_ends_the_run(tmp_path: Path, checkpoint: Path):
-    """Ray's workers cannot start: its interpreter is another program."""
-    broken = tmp_path / "python"
-    broken.write_text("#!/bin/sh\nsleep 1; exit 3\n")
-    broken.chmod(0o755)
-    script = OCCUPIED.format(
-        change="from ray._private import services\n"
-        "build = services.build_java_worker_command\n"
-        "real = services.start_raylet\n"
-        "import inspect\n"
-        "def start_raylet(*a, **k):\n"
-        "    here, sys.executable = sys.executable, "
-        + repr(str(broken))
-        + "\n    try: return real(*a, **k)\n    finally: sys.executable = here\n"
-        "services.start_raylet = start_raylet\n"
-    )
+    (tmp_path / "sitecustomize.py").write_text(NO_WORKERS)
     done = subprocess.run(
-        [sys.executable, "-c", script, "sample", "--model", str(checkpoint), *FLAGS, "--output", str(tmp_path / "run")],
-        env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S,
+        [sys.executable, "-c", IMPATIENT, "sample", "--model", str(checkpoint), *FLAGS, "--output", str(tmp_path / "o")],
+        env=environment(PYTHONPATH=f"{tmp_path}:{ROOT}"), cwd=tmp_path, capture_output=True, text=True,
+        timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("ray-sampler: ")]
@@ -279,6 +269,44 @@ def test_a_sigterm_ends_a_run_within_seconds_and_leaves_nothing(whole_group, mom
         assert session_is_gone(process.pid)
     assert [line for line in out.splitlines() if line.startswith("ray-sampler: ")] == [SENTENCE]
     assert "Traceback" not in out
+
+
+def test_of_two_runs_on_a_machine_one_is_killed_and_leaves_nothing_and_the_other_finishes(
+    tmp_path, checkpoint, samples
+):
+    (tmp_path / "killed").mkdir()
+    with (
+        running(tmp_path / "killed", checkpoint, "--num_samples", "40000", "--steps", "18") as killed,
+        running(tmp_path, checkpoint) as other,
+    ):
+        wait_for(lambda: len(whole(tmp_path / "killed" / "run")) > 1, killed)
+        killed.kill()
+        assert session_is_gone(killed.pid)
+        out, _ = other.communicate(timeout=PATIENCE_S)
+    assert other.returncode == 0, out
+    assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)
+
+
+BESIDE = """
+import os, subprocess, sys
+from ray_sampler import RunConfig, run
+
+others = [subprocess.Popen([sys.executable, "-c", "input()", "/home/ray/anything"], stdin=subprocess.PIPE)]
+others.append(subprocess.Popen(["/tmp/ray/sleep", "600"], executable="/bin/sleep"))
+run(RunConfig(output="run", model={model!r}, **{flags}))
+print([each.poll() for each in others])
+for each in others:
+    each.kill()
+"""
+
+
+def test_processes_that_ray_did_not_start_live_on(tmp_path: Path, checkpoint: Path):
+    """Whatever their command lines hold: in an image whose home is /home/ray all programs have that in theirs."""
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE.format(model=str(checkpoint), flags=TINY | SMALL)],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert done.stdout == "[None, None]\n", done.stderr
 
 
 @pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
