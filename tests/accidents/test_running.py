@@ -206,7 +206,7 @@ def test_a_ray_that_does_not_start_says_why_and_where_its_logs_lie(tmp_path: Pat
 IMPATIENT = """
 import sys
 from ray_sampler.cluster import dispatch
-dispatch.PLACE_S = 5.0
+dispatch.PLACE_S = dispatch.WORKER_START_S = 5.0
 from ray_sampler.cli import entry
 entry(sys.argv[1:])
 """
@@ -222,7 +222,7 @@ if any(argument.endswith("default_worker.py") for argument in sys.orig_argv):
 def test_an_actor_that_is_not_placed_on_our_own_ray_ends_the_run(tmp_path: Path, checkpoint: Path):
     (tmp_path / "sitecustomize.py").write_text(NO_WORKERS)
     done = subprocess.run(
-        [sys.executable, "-c", IMPATIENT, "sample", "--model", str(checkpoint), *FLAGS, "--output", str(tmp_path / "o")],
+        [sys.executable, "-c", IMPATIENT, "sample", "--model", str(checkpoint), *FLAGS, "--output", "run"],
         env=environment(PYTHONPATH=f"{tmp_path}:{ROOT}"), cwd=tmp_path, capture_output=True, text=True,
         timeout=PATIENCE_S,
     )  # fmt: skip
@@ -271,9 +271,7 @@ def test_a_sigterm_ends_a_run_within_seconds_and_leaves_nothing(whole_group, mom
     assert "Traceback" not in out
 
 
-def test_of_two_runs_on_a_machine_one_is_killed_and_leaves_nothing_and_the_other_finishes(
-    tmp_path, checkpoint, samples
-):
+def test_of_two_runs_on_a_machine_one_is_killed_and_the_other_finishes(tmp_path, checkpoint, samples):
     (tmp_path / "killed").mkdir()
     with (
         running(tmp_path / "killed", checkpoint, "--num_samples", "40000", "--steps", "18") as killed,
