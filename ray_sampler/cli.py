@@ -26,7 +26,7 @@ from ray_sampler.commands import (
     execute_score,
 )
 from ray_sampler.errors import RequestError, RunError, debugging, printable, show_traceback
-from ray_sampler.flags import Parser, declare_flags, given_values, spelled, unknown_argument, without_value
+from ray_sampler.flags import Parser, flags_among, given_values, spelled, unknown_argument, without_value
 from ray_sampler.interrupts import end_now, interruptible
 from ray_sampler.streams import OutputLost, sturdy_streams
 
@@ -43,7 +43,7 @@ class Command(NamedTuple):
     """One command of `ray-sampler`."""
 
     help: str
-    declare: Callable[[argparse.ArgumentParser], None]
+    declare: Callable[[Parser], None]
     """Adds its arguments."""
     execute: Callable[[argparse.Namespace], int]
     """Returns the exit code."""
@@ -210,13 +210,11 @@ def overview() -> str:
     )
 
 
-def declare_sample(parser: argparse.ArgumentParser) -> None:
+def declare_sample(parser: Parser) -> None:
     from ray_sampler.config import HEADINGS
 
     for title, components in HEADINGS.items():
-        section = parser.add_argument_group(title)
-        for component in components:
-            declare_flags(section, component)
+        parser.declare(title, flags_among(components))
 
 
 def request_of(arguments: argparse.Namespace) -> RunConfig:
@@ -246,11 +244,11 @@ def execute_sample(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def declare_folder(parser: argparse.ArgumentParser) -> None:
+def declare_folder(parser: Parser) -> None:
     parser.add_argument("url", nargs="?", metavar="URL", help="the run directory: a local path or any fsspec URL")
 
 
-def declare_status(parser: argparse.ArgumentParser) -> None:
+def declare_status(parser: Parser) -> None:
     declare_folder(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--watch", action="store_true", help="print again every 10 seconds, until the run is complete")
@@ -288,7 +286,7 @@ def execute_preview(arguments: argparse.Namespace) -> int:
     return preview_run(folder_of("preview", arguments))
 
 
-def declare_inspect(parser: argparse.ArgumentParser) -> None:
+def declare_inspect(parser: Parser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="a bundled model, a checkpoint or python:module:function"
     )
@@ -296,8 +294,8 @@ def declare_inspect(parser: argparse.ArgumentParser) -> None:
     from ray_sampler.networks.families import ArchitectureOptions
     from ray_sampler.presets import ModelOptions
 
-    for component in (ModelOptions, ArchitectureOptions):
-        declare_flags(parser, component, leave_out=("model", "model_path"))
+    components = ModelOptions, ArchitectureOptions
+    parser.declare("model and architecture", flags_among(components, leave_out=("model", "model_path")))
 
 
 def execute_inspect(arguments: argparse.Namespace) -> int:

@@ -7,11 +7,11 @@ import json
 from dataclasses import replace
 
 from ray_sampler.errors import RequestError
-from ray_sampler.flags import declare_flag, declare_flags, given_values
+from ray_sampler.flags import Parser, flags_among, given_values
 from ray_sampler.options import flags_of
 
 
-def declare_export(parser: argparse.ArgumentParser) -> None:
+def declare_export(parser: Parser) -> None:
     parser.add_argument("url", nargs="?", metavar="RUN|ARCHIVE", help="a run directory or an archive: a path or URL")
     parser.add_argument("--output", metavar="DIR", help="the folder of the PNGs: a local path or any fsspec URL")
     parser.add_argument("--subdirs", action="store_true", help="a folder for each thousand, as 001000/001234.png")
@@ -27,12 +27,12 @@ def execute_export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def declare_score(parser: argparse.ArgumentParser) -> None:
+def declare_score(parser: Parser) -> None:
     parser.add_argument("url", nargs="?", metavar="SOURCE", help="a run directory, an archive or a folder of pictures")
     from ray_sampler.config import ScoreRequest
 
-    declare_flag(parser, replace(flags_of(ScoreRequest)["score"], name="reference"))
-    declare_flags(parser, ScoreRequest, leave_out=("score", "dry_run"))
+    reference = replace(flags_of(ScoreRequest)["score"], name="reference")
+    parser.declare("score", [reference, *flags_among((ScoreRequest,), leave_out=("score", "dry_run"))])
 
 
 def execute_score(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from ray_sampler.errors import RequestError
@@ -29,9 +29,14 @@ SIMILAR = 0.7
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says in one sentence what is wrong."""
+    """A parser that says in one sentence what is wrong.
+
+    Attributes:
+        declared: its flags.
+    """
 
     def __init__(self, command: str, usage: str, description: str) -> None:
+        self.declared: list[argparse.Action] = []
         super().__init__(
             prog=f"ray-sampler {command}",
             usage=f"ray-sampler {command} {usage}".rstrip(),
@@ -41,11 +46,27 @@ class Parser(argparse.ArgumentParser):
             exit_on_error=False,
         )
 
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        action = super().add_argument(*args, **kwargs)
+        self.declared.append(action)
+        return action
+
+    def declare(self, title: str, flags: Iterable[Flag]) -> None:
+        """Add flags of options, under a title."""
+        section = self.add_argument_group(title)
+        self.declared += [section.add_argument(f"--{flag.name}", type=str, **details_of(flag)) for flag in flags]
+
     def error(self, message: str) -> NoReturn:
         raise RequestError(message)
 
 
-def spelled(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+def flags_among(components: Iterable[type], leave_out: Sequence[str] = ()) -> list[Flag]:
+    """The flags of options classes."""
+    flags = {name: flag for component in components for name, flag in flags_of(component).items()}
+    return [flag for name, flag in flags.items() if name not in leave_out]
+
+
+def spelled(arguments: Sequence[str], parser: Parser) -> list[str]:
     """The arguments as argparse reads them.
 
     Flags get underscores in their names, where they may have hyphens, and values that begin with a minus, as lists of
@@ -54,8 +75,8 @@ def spelled(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[s
     Raises:
         RequestError: a dash that is not a hyphen stands before a flag's name.
     """
-    known = {name for action in parser._actions for name in action.option_strings}
-    valued = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
+    known = {name for action in parser.declared for name in action.option_strings}
+    valued = {name for action in parser.declared if action.nargs is None for name in action.option_strings}
     result: list[str] = []
     for argument in arguments:
         if argument.startswith("--"):
@@ -71,9 +92,9 @@ def spelled(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[s
     return result
 
 
-def without_value(error: argparse.ArgumentError, parser: argparse.ArgumentParser) -> str:
+def without_value(error: argparse.ArgumentError, parser: Parser) -> str:
     """What is wrong with a flag that has no value and needs one, or has one and takes none."""
-    action = next((a for a in parser._actions if error.argument_name in a.option_strings), None)
+    action = next((a for a in parser.declared if error.argument_name in a.option_strings), None)
     if action is None:
         return str(error)
     if action.nargs == 0:
@@ -83,15 +104,8 @@ def without_value(error: argparse.ArgumentError, parser: argparse.ArgumentParser
     return f"{error.argument_name} needs a value: {wanted.get(str(action.metavar), choices)}"
 
 
-def declare_flags(section: argparse._ActionsContainer, component: type, leave_out: Sequence[str] = ()) -> None:
-    """Add the flags of an options class."""
-    for name, flag in flags_of(component).items():
-        if name not in leave_out:
-            declare_flag(section, flag)
-
-
-def declare_flag(section: argparse._ActionsContainer, flag: Flag) -> None:
-    """Add a flag of `sample`."""
+def details_of(flag: Flag) -> dict[str, Any]:
+    """What argparse needs to know of a flag."""
     shown = "" if flag.default is None else f" ({flag.default if flag.default != '' else 'empty'})"
     details: dict[str, Any] = {"default": None, "help": flag.help.rstrip(".").replace("%", "%%") + shown}
     if flag.kind is bool:
@@ -100,7 +114,7 @@ def declare_flag(section: argparse._ActionsContainer, flag: Flag) -> None:
         details["metavar"] = "|".join(map(str, flag.choices))
     else:
         details["metavar"] = METAVARS[flag.kind]
-    section.add_argument(f"--{flag.name}", type=str, **details)
+    return details
 
 
 def value_of(flag: Flag, text: Any) -> Any:
@@ -148,7 +162,7 @@ SYNONYMS = {
 """What other samplers call our flags. `--seeds 0-49999` is `--generator edm --seed 0 --num_samples 50000` here."""
 
 
-def unknown_argument(command: str, parser: argparse.ArgumentParser, token: str) -> str:
+def unknown_argument(command: str, parser: Parser, token: str) -> str:
     """What is wrong with an argument that no flag takes."""
     if not token.startswith("-"):
         return f"{token!r} is not expected here; `ray-sampler {command} --help` shows the usage"
@@ -156,7 +170,7 @@ def unknown_argument(command: str, parser: argparse.ArgumentParser, token: str) 
     name = flag.lstrip("-").replace("-", "_")
     if command == "sample" and name in SYNONYMS:
         return f"{flag} is not a flag of {command}; use {SYNONYMS[name]}"
-    known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+    known = [option.lstrip("-") for action in parser.declared for option in action.option_strings]
     close = difflib.get_close_matches(name, known, 1, SIMILAR)
     hint = f"did you mean --{close[0]}?" if close else f"`ray-sampler {command} --help` lists the flags"
     return f"{flag} is not a flag of {command}; {hint}"

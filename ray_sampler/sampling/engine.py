@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ray_sampler.sampling.finish import Finish
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, keep_freed_memory, page_locked, ran_out_of_memory
-from ray_sampler.sampling.numerics import compiles
+from ray_sampler.sampling.numerics import INDUCTOR_WITHOUT_TIMING, compiles
 from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.parameterisation import Network
 from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan, sample_block
@@ -260,12 +260,14 @@ def seconds_between(begin: Mark, end: Mark) -> float:
 
 def why_not_compiled(error: Exception) -> str | None:
     """What torch.compile says in its first line where it failed, as without a C compiler; None for another error."""
-    if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+    cause = getattr(error, "inner_exception", None)  # which torch.compile's errors have, and no others
+    if not isinstance(cause, Exception):
         return None
-    cause = getattr(error, "inner_exception", error)
     return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
 
 
 def compiled(network: nn.Module, mode: Compile) -> Network:
     """The network under torch.compile: with kernels chosen by timing (on), or without (auto)."""
-    return torch.compile(network, mode="max-autotune" if mode == "on" else "default", dynamic=False)
+    if mode == "on":
+        return torch.compile(network, mode="max-autotune", dynamic=False)
+    return torch.compile(network, options=INDUCTOR_WITHOUT_TIMING, dynamic=False)

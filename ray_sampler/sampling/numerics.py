@@ -17,7 +17,7 @@ from ray_sampler.sampling.options import Compile
 CUBLAS_WORKSPACE = ":4096:8"
 """Buffers that cuBLAS works in; a fixed set of them makes it give equal bits (cuBLAS manual, "Reproducibility")."""
 
-INDUCTOR_WITHOUT_TIMING = {
+INDUCTOR_WITHOUT_TIMING: dict[str, Any] = {
     "deterministic": True,
     "dynamic_scale_rblock": False,
     "shape_padding": False,
@@ -26,8 +26,7 @@ INDUCTOR_WITHOUT_TIMING = {
     "max_autotune": False,
     "coordinate_descent_tuning": False,
 }
-"""Settings of Inductor under which no kernel that changes bits is chosen by timing. `deterministic` covers the rest
-where a torch has it; the others say the same to those that do not."""
+"""Options of torch.compile under which no kernel that changes bits is chosen by timing."""
 
 CPU_FIELDS = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU architecture", "CPU part")
 """What names a CPU's kind in /proc/cpuinfo, on x86 and on Arm."""
@@ -41,8 +40,8 @@ def compiles(mode: Compile, gpu: bool) -> bool:
 def pin(device: torch.device, compile: Compile) -> None:
     """Set torch so that equal work gives equal bits on equal devices, or with compile "on" as fast as it can be.
 
-    To be called once, before anything touches a GPU, on the thread that computes: Inductor's settings belong to a
-    thread. Operations without a deterministic form, which a user's network may have, warn and go on.
+    To be called once, before anything touches a GPU. Operations without a deterministic form, which a user's network
+    may have, warn and go on.
     """
     timed = compile == "on"
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -65,16 +64,6 @@ def pin(device: torch.device, compile: Compile) -> None:
         # Its plans depend on the memory that is free; flash attention has one.
         if hasattr(torch.backends.cuda, "enable_cudnn_sdp"):
             torch.backends.cuda.enable_cudnn_sdp(False)
-    if compile == "auto":
-        pin_inductor()
-
-
-def pin_inductor() -> None:
-    """Let Inductor choose no kernel by timing, on this thread."""
-    import torch._inductor.config as inductor  # takes a second, which those that do not compile need not wait
-
-    for name, value in INDUCTOR_WITHOUT_TIMING.items():
-        set_where_known(inductor, name, value)
 
 
 def set_where_known(settings: Any, name: str, value: Any) -> None:

@@ -52,11 +52,12 @@ def still_starting(**flags):
 ray.init = still_starting
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may have SIGINT ignored
 threading.Thread(target=interrupt, daemon=True).start()
-try:
-    run(RunConfig(output="run", model={model!r}, **{flags}))
-except KeyboardInterrupt:
-    print("interrupted", [" ".join(p.cmdline())[:80] for p in psutil.Process().children(recursive=True)])
-result = run(RunConfig(output="run", model={model!r}, **{flags}))
+result = None
+while not result:
+    try:
+        result = run(RunConfig(output="run", model={model!r}, **{flags}))
+    except KeyboardInterrupt:
+        print("interrupted", [" ".join(p.cmdline())[:80] for p in psutil.Process().children(recursive=True)])
 print("archive", result.archive, psutil.Process().children(recursive=True))
 """
 
@@ -72,11 +73,11 @@ def test_an_interrupted_cell_leaves_no_process_and_runs_again(
     script = NOTEBOOK.format(model=str(checkpoint), flags=TINY | SMALL)
     done = carried_out(script, tmp_path, str(processes), str(times))
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()[-2:]
-    assert first.startswith("interrupted [")
-    assert times > 1 or first == "interrupted []"
-    assert second.startswith("archive ")
-    assert second.endswith(" []")
+    *first, last = [line for line in done.stdout.splitlines() if line.startswith(("interrupted [", "archive "))]
+    assert 1 <= len(first) <= times
+    assert times > 1 or first == ["interrupted []"]
+    assert last.startswith("archive ")
+    assert last.endswith(" []")
 
 
 # Threads and copies.

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-from ray_sampler.sampling import numerics
-from ray_sampler.sampling.numerics import cpu_kind, numerics_key
+from ray_sampler.sampling.engine import compiled
+from ray_sampler.sampling.numerics import INDUCTOR_WITHOUT_TIMING, cpu_kind, numerics_key
 
 CPU = torch.device("cpu")
 
@@ -65,11 +66,10 @@ import os, torch
 from ray_sampler.sampling import numerics
 for device, compile in (("cpu", "auto"), ("cuda", "on"), ("cuda", "off"), ("cuda", "auto")):
     numerics.pin(torch.device(device), compile)
-    import torch._inductor.config as inductor
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     print(device, compile, torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark,
           matmul.allow_tf32 or cudnn.allow_tf32, matmul.allow_fp16_reduced_precision_reduction,
-          os.environ.get("CUBLAS_WORKSPACE_CONFIG"), inductor.dynamic_scale_rblock, torch.cuda.is_initialized())
+          os.environ.get("CUBLAS_WORKSPACE_CONFIG"), torch.cuda.is_initialized())
 """
 
 
@@ -79,15 +79,18 @@ def test_torch_is_set_before_it_touches_a_gpu() -> None:
         [sys.executable, "-c", PRINT_SETTINGS], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.splitlines() == [
-        "cpu auto False True False False True None True False",
-        "cuda on False False True False False None True False",  # as fast as it can be
-        "cuda off True True False False False :4096:8 True False",
-        "cuda auto True True False False False :4096:8 False False",
+        "cpu auto False True False False True None False",
+        "cuda on False False True False False None False",  # as fast as it can be
+        "cuda off True True False False False :4096:8 False",
+        "cuda auto True True False False False :4096:8 False",
     ], done.stderr
 
 
-def test_every_setting_that_keeps_inductor_from_timing_is_one_of_this_torch() -> None:
-    """A name that torch drops would be passed over in silence."""
-    import torch._inductor.config as inductor
-
-    assert [name for name in numerics.INDUCTOR_WITHOUT_TIMING if not hasattr(inductor, name)] == []
+def test_every_option_that_keeps_torch_compile_from_timing_is_one_of_this_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch.compile refuses others."""
+    compiled(torch.nn.Identity(), "auto")
+    monkeypatch.setitem(INDUCTOR_WITHOUT_TIMING, "of_another_torch", True)
+    with pytest.raises(RuntimeError, match="of_another_torch"):
+        compiled(torch.nn.Identity(), "auto")
