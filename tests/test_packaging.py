@@ -8,10 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from tests.cluster.processes import PATIENCE_S
 
@@ -60,6 +63,21 @@ def ray_sampler(installed: Path, elsewhere: Path, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_lower_bounds_are_the_versions_that_the_tests_run_with() -> None:
+    """Of what a user installs; earlier ones may lack what is used."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = [line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    pins = {name.lower().replace("_", "-"): Version(version) for name, version in pinned}
+    extras = [each for name, extra in project["optional-dependencies"].items() if name != "dev" for each in extra]
+    for requirement in map(Requirement, project["dependencies"] + extras):
+        (bound,) = requirement.specifier
+        pin, least = pins[requirement.name.lower()], Version(bound.version.removesuffix(".*"))
+        assert pin in requirement.specifier, requirement
+        assert pin.release[: len(least.release)] == least.release, f"{requirement}, but the tests run with {pin}"
+    assert project["requires-python"] == ">=3.11"
+    assert "(3, 11)" in (ROOT / "Makefile").read_text()
 
 
 def test_the_wheel_holds_models_templates_and_types_and_no_tests(wheel: Path) -> None:

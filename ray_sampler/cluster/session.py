@@ -62,8 +62,10 @@ def place(options: FleetOptions, output: str | None) -> Place:
     """Where a request is computed, before its own Ray is started.
 
     Raises:
-        RequestError: this machine has no room for an actor, or the output would be lost with a submitted job.
+        RequestError: this machine has no room for an actor, the output would be lost with a submitted job, or the
+            command line is not text.
     """
+    check_command_line()
     check_submitted(output)
     local = not joins_cluster(options.address)
     if local:
@@ -132,7 +134,6 @@ def hold(found: tuple[str, str] | None) -> Keeper:
     Args:
         found: a cluster's address, and where it was given; None for a Ray of our own.
     """
-    check_command_line()
     address, given = found or (None, "--address is not given")
     if HELD:
         (keeper,) = HELD
