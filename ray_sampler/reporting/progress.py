@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import islice
 from typing import Literal, Protocol, TextIO, cast
 
@@ -267,7 +267,7 @@ class _Log:
             self._write({"event": "progress", **asdict(snapshot), "eta_s": snapshot.eta_s}, describe(snapshot))
 
     def _write(self, event: dict[str, object], text: str) -> None:
-        now = datetime.now(timezone.utc)
+        now = datetime.now(UTC)
         if self.as_json:
             line = json.dumps({"time": now.isoformat(timespec="milliseconds"), **event})
         else:

@@ -74,7 +74,7 @@ class AzureStore(BucketStore):
             return
         try:
             await asyncio.wait_for(credential.get_token(SCOPE), LOOK_FOR_CREDENTIALS_S)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise ClientAuthenticationError("no credentials were found in time") from None
         self._looked = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import fsspec
@@ -97,7 +97,7 @@ class S3Store(BucketStore):
 
     def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
         """Abort the multipart uploads to this folder that were begun long ago; S3 keeps and bills them for ever."""
-        limit = datetime.now(timezone.utc) - timedelta(seconds=seconds)
+        limit = datetime.now(UTC) - timedelta(seconds=seconds)
         prefix = f"{self._key(folder)}/".lstrip("/")
         markers: dict[str, str] = {}
         try:

@@ -96,7 +96,7 @@ def test_a_shared_access_signature_that_is_too_narrow_is_one_sentence(
     import adlfs
     from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
-    until = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=hours)
+    until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=hours)
     permission = ContainerSasPermissions.from_string(rights)
     signature = generate_container_sas(ACCOUNT, CONTAINER, account_key=KEY, permission=permission, expiry=until)
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection_string(connection, signature))
