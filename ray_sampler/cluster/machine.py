@@ -18,7 +18,7 @@ from ray_sampler.errors import RequestError, RunError, printable
 
 CGROUPS = Path("/sys/fs/cgroup")
 
-LEAST_MEMORY = 600 * 2**20
+LEAST_MEMORY = 650 * 2**20
 """Bytes that the driver, Ray's own processes and one actor of a tiny network take together, about."""
 
 LEAST_PROCESSES = 220

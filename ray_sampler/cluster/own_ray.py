@@ -11,7 +11,6 @@ import glob
 import logging
 import os
 import re
-import secrets
 import select
 import signal
 import subprocess
@@ -29,7 +28,7 @@ import ray
 from ray_sampler import streams
 from ray_sampler.cluster.machine import address_space, check_machine, cpus, ray_folder
 from ray_sampler.cluster.private import read_settings_again, without_uv
-from ray_sampler.cluster.reaching import given_token
+from ray_sampler.cluster.reaching import own_token
 from ray_sampler.errors import RunError, printable
 
 logger = logging.getLogger(__name__)
@@ -48,9 +47,6 @@ PROGRAM = Path(__file__).with_name("head.py")
 ADDRESS = re.compile(rb"ray is at 127\.0\.0\.1:(\d+)\n")
 FAILURE = re.compile(rb"ray failed: (.*)")
 """What the program says."""
-
-TOKEN = secrets.token_hex(32)
-"""What our own Rays ask for where the user has no token; written nowhere. Ray remembers the first that it used."""
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
 
@@ -220,16 +216,6 @@ def leave() -> None:
     with suppress(Exception):  # a Ray that broke has nothing left to disconnect from
         ray.shutdown()
     read_settings_again()
-
-
-def own_token() -> dict[str, str]:
-    """Variables that let our own Ray ask for a token: the user's if there is one, as Ray remembers the first it used.
-
-    Ray would make one and keep it under HOME, which a container may not have.
-    """
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
-        return {}
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": given_token() or TOKEN}
 
 
 @contextmanager

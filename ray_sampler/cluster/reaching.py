@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import sys
 from contextlib import suppress
@@ -21,6 +22,9 @@ KNOCK_S = 10.0
 
 CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """What a cluster's head answers without being joined."""
+
+TOKEN = secrets.token_hex(32)
+"""What our own Rays ask for where the user has no token; written nowhere. Ray remembers the first that it used."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -105,6 +109,16 @@ def given_token() -> str | None:
     with suppress(OSError):
         return Path(path).read_text().strip() or None
     return None
+
+
+def own_token() -> dict[str, str]:
+    """Variables that let our own Ray ask for a token: the user's if there is one, as Ray remembers the first it used.
+
+    Ray would make one and keep it under HOME, which a container may not have.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return {}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": given_token() or TOKEN}
 
 
 def check_command_line() -> None:
