@@ -48,12 +48,12 @@ def execute_score(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def declare_reference(parser: argparse.ArgumentParser) -> None:
+def declare_reference(parser: Parser) -> None:
     parser.add_argument("url", nargs="?", metavar="IMAGES", help="a folder of pictures, an archive or a run directory")
     parser.add_argument("--output", metavar="FILE.npz", help="the file to write: a local path or any fsspec URL")
     from ray_sampler.scoring.options import FeatureOptions
 
-    declare_flags(parser, FeatureOptions)
+    parser.declare("features", flags_among((FeatureOptions,)))
 
 
 def execute_reference(arguments: argparse.Namespace) -> int:
