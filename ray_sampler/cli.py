@@ -1,4 +1,4 @@
-"""The command line: `ray-sampler sample|status|verify|merge|preview|export|score|reference|inspect|presets`."""
+"""The command line: `ray-sampler sample|status|verify|merge|preview|export|score|reference|inspect|spot|presets`."""
 
 from __future__ import annotations
 
@@ -308,6 +308,21 @@ def execute_inspect(arguments: argparse.Namespace) -> int:
     return print_inspection(request_of(arguments), arguments.json)
 
 
+def declare_spot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "when", nargs="?", default="", metavar="aws|gcp|now", help="whose notice to wait for; now waits for none"
+    )
+    parser.add_argument("--seconds", metavar="FLOAT", default="100", help="of now: how long the node stays (100)")
+    parser.add_argument("--node_id", metavar="TEXT", help="the Ray node (all that run on this machine)")
+
+
+def execute_spot(arguments: argparse.Namespace) -> int:
+    from ray_sampler.cluster.spot import leave_when
+
+    leave_when(arguments.when, arguments.seconds, arguments.node_id)
+    return DONE
+
+
 def execute_presets(arguments: argparse.Namespace) -> int:
     from ray_sampler.preset_table import print_presets
 
@@ -369,6 +384,12 @@ COMMANDS: dict[str, Command] = {
         declare_inspect,
         execute_inspect,
         "[--json] [--FLAG VALUE] ... MODEL",
+    ),
+    "spot": Command(
+        "Wait for the cloud's notice that this spot node will go, and have Ray give it no more work.",
+        declare_spot,
+        execute_spot,
+        "aws|gcp|now [--seconds N] [--node_id ID]",
     ),
     "presets": Command(
         "List the models that are known by name, and what they need.", lambda parser: None, execute_presets

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,18 @@ def test_only_holders_of_the_token_reach_the_cluster(cluster: dict[str, Any]) ->
     assert not any("--dashboard-host=0.0.0.0" in command for command in cluster["head_start_ray_commands"])
 
 
+def test_the_watcher_for_spot_notices_runs_on_the_workers_beside_what_was_installed(cluster: dict[str, Any]) -> None:
+    """One at a time, and after the shell that starts it has ended."""
+    *_, ray, spot = cluster["worker_start_ray_commands"]
+    assert "ray start --address=$RAY_HEAD_IP:6379" in ray
+    cloud = {"aws": "aws", "gcp": "gcp"}[cluster["provider"]["type"]]
+    assert spot.startswith(f"setsid nohup flock -n ~/.ray-sampler-spot ray-sampler spot {cloud} < /dev/null")
+    assert spot.rstrip().endswith("2>&1 &")
+    assert cli.parse(["spot", cloud])[1].when == cloud
+    assert 'ray-sampler = "ray_sampler.cli:entry"' in (ROOT / "pyproject.toml").read_text()
+    assert not any("spot" in command for command in cluster["head_start_ray_commands"])
+
+
 # The part of the published definition of ray.io/v1 RayJob (KubeRay 1.5.1 and newer) that the file uses: the required
 # fields, their types and their choices. Other fields exist; here they would be typing errors.
 
@@ -146,6 +160,7 @@ def fields(required: dict[str, Any], optional: dict[str, Any] | None = None) -> 
 
 STRING, COUNT, BOOLEAN = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
 STRINGS = {"type": "object", "additionalProperties": STRING}
+WORDS = {"type": "array", "minItems": 1, "items": STRING}
 QUANTITIES = {"type": "object", "additionalProperties": {"type": ["string", "integer"]}}
 POD_TEMPLATE = fields(
     {
@@ -159,6 +174,7 @@ POD_TEMPLATE = fields(
                         {
                             "ports": {"type": "array", "items": fields({"containerPort": COUNT}, {"name": STRING})},
                             "resources": fields({}, {"requests": QUANTITIES, "limits": QUANTITIES}),
+                            "lifecycle": fields({"preStop": fields({"exec": fields({"command": WORDS})})}),
                         },
                     ),
                 }
@@ -166,6 +182,7 @@ POD_TEMPLATE = fields(
             {
                 "restartPolicy": {"enum": ["Never", "Always", "OnFailure"]},
                 "serviceAccountName": STRING,
+                "terminationGracePeriodSeconds": COUNT,
                 "nodeSelector": STRINGS,
                 "tolerations": {"type": "array", "items": STRINGS},
             },
@@ -235,12 +252,35 @@ def test_a_lost_driver_is_started_again_and_a_finished_one_frees_its_nodes(ray_j
 
 
 def test_the_ray_jobs_command_is_one_that_finds_its_output_again_and_waits_for_gpus(ray_job: dict[str, Any]) -> None:
-    program, *argv = shlex.split(ray_job["spec"]["entrypoint"])
-    assert program == "ray-sampler"
+    shell, flag, line = shlex.split(ray_job["spec"]["entrypoint"])
+    program, *argv = shlex.split(line.partition("||")[0])
+    assert (shell, flag, program) == ("sh", "-c", "ray-sampler")
     config = cli.request_of(cli.parse(argv)[1])
     assert str(config.output).startswith("s3://")
     assert config.gpus_per_actor == 1
     dry_run(config)
+
+
+@pytest.mark.parametrize(("code", "repeated"), [(0, False), (2, False), (1, True), (137, True), (143, True)])
+def test_the_ray_job_repeats_a_run_that_failed_but_no_wrong_request(
+    code: int, repeated: bool, ray_job: dict[str, Any], tmp_path: Path
+) -> None:
+    """KubeRay repeats whatever fails. Its submitter puts the entrypoint into a shell line of its own, and Ray does."""
+    program = tmp_path / "ray-sampler"
+    program.write_text(f"#!/bin/sh\nexit {code}\n")
+    program.chmod(0o755)
+    entrypoint = shlex.join(shlex.split(ray_job["spec"]["entrypoint"]))
+    done = subprocess.run(entrypoint, shell=True, env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert (done.returncode != 0) == repeated
+
+
+def test_a_pod_that_is_to_end_is_drained_first_and_has_the_time(ray_job: dict[str, Any]) -> None:
+    (group,) = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    program, *argv = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    arguments = cli.parse(argv)[1]
+    assert (program, arguments.when) == ("ray-sampler", "now")
+    assert 0 < float(arguments.seconds) < pod["terminationGracePeriodSeconds"] <= 120  # what AWS gives
 
 
 def test_the_ray_jobs_gpu_workers_scale_from_zero(ray_job: dict[str, Any]) -> None:

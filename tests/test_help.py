@@ -33,7 +33,7 @@ def test_the_list_of_commands_fits_the_terminal(columns: int, monkeypatch, capsy
     assert all(command.help in " ".join(out.split()) for command in COMMANDS.values())
 
 
-@pytest.mark.parametrize("command", ["status", "verify", "merge", "preview", "export", "reference", "presets"])
+@pytest.mark.parametrize("command", ["status", "verify", "merge", "preview", "export", "reference", "spot", "presets"])
 def test_each_command_has_help(command: str, capsys):
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
