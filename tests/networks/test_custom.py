@@ -118,7 +118,7 @@ def exact_solution(x_T: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_samples_the_exact_solution(kind: str, write: Write) -> None:
     source = f"{GAUSSIAN}\ndef make(weights):\n"
-    source += f"    return Model({KINDS[kind]}, shape=(3, 4, 4), sigma_min={SIGMA_MIN})\n"
+    source += f"    return Model({KINDS[kind]}, shape=(3, 4, 4), sigma_min={SIGMA_MIN}, sigma_max={SIGMA_MAX})\n"
     x, labels = sampled(job(write(source), steps=200))
     assert labels is None
     x_T = philox_normals(42, torch.arange(4), 0, (3, 4, 4)) * SIGMA_MAX
