@@ -12,11 +12,14 @@ from rich.table import Table
 
 from ray_sampler.config import RunConfig
 from ray_sampler.errors import printable, redact
-from ray_sampler.networks.family import Network
+from ray_sampler.networks.family import Network, beside_user
 from ray_sampler.networks.opening import open_network
+from ray_sampler.networks.state import Stateful
 from ray_sampler.presets import check_bundled, model_of
 from ray_sampler.resolve import given_values, resolve
+from ray_sampler.sampling.parameterisation import Parameterisation
 from ray_sampler.sampling.plan import parameterisation_of
+from ray_sampler.sampling.trial import TRIAL_S, try_network, within
 
 SHOWN = ("sampler", "steps", "clip_denoised", "rounding", "state", "precision")
 """Settings whose defaults for the model are shown."""
@@ -41,8 +44,11 @@ def inspected(config: RunConfig) -> tuple[dict[str, Any], str | None]:
     settings = brought | given_values(config)
     network = open_network(model, settings, config.given)
     spec = network.spec
-    resolved = resolve(config, model, brought, spec)
-    parameterisation_of(spec, resolved.sigma_min)
+    name = model if isinstance(model, str) else spec.options.name
+    resolved = resolve(config, name, brought, spec)
+    kind = parameterisation_of(spec, resolved.sigma_min)
+    if network.own:
+        try_own(network, kind, (resolved.sigma_max, resolved.sigma_min))
     found = {
         "family": spec.family,
         "parameters": network.parameters,
@@ -54,9 +60,27 @@ def inspected(config: RunConfig) -> tuple[dict[str, Any], str | None]:
         "weights_key": network.key,
         "weights": network.weights,
         "defaults": {name: getattr(resolved, name) for name in SHOWN},
-        "command": command(model, config, network),
+        "command": command(name, config, network),
     }
     return found, network.note
+
+
+def try_own(network: Network, kind: Parameterisation, levels: tuple[float, float]) -> None:
+    """Find out of a user's network what a run would: whether it can be sent to actors, and called.
+
+    Raises:
+        RequestError: it cannot; says why.
+    """
+    from ray_sampler.cluster.shipping import pickled_by_value  # imports Ray, and starts none
+
+    spec, module = network.spec, network.build("fp32")
+    pickled_by_value(network, module, "fp32")
+    assert isinstance(module, Stateful)
+    labels = (0, spec.num_classes - 1 if spec.null_label is None else spec.null_label) if spec.num_classes else None
+    copy = module.another()
+    with beside_user():
+        for warning in within(TRIAL_S, lambda: try_network(copy, kind, spec.shape, levels, labels)) or ():
+            print(f"ray-sampler: {warning}", file=sys.stderr)
 
 
 def command(model: str, config: RunConfig, network: Network) -> str:

@@ -51,6 +51,8 @@ class Flag:
     help: str
     recorded: bool
     numbers: bool
+    objects: bool
+    """Whether Python may give an object in place of text."""
 
     def taken(self, value: Any) -> Any:
         """A value from Python as the command line would have it: numpy's and torch's numbers, paths, sequences.
@@ -58,6 +60,8 @@ class Flag:
         Raises:
             RequestError: it is not of the option's kind, or not one of its choices.
         """
+        if self.objects and (callable(value) or hasattr(value, "network")):
+            return value
         result = self._text(value) if self.kind is str else self._number(value)
         right = isinstance(result, self.kind) and (self.kind is bool or not isinstance(result, bool))
         wanted = KINDS[self.kind] + (" or a list of numbers" if self.numbers else "")
@@ -106,7 +110,8 @@ def _flag(name: str, hint: Any, metadata: Mapping[str, Any]) -> Flag:
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     choices = tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
     kinds = [str if get_origin(part) is Literal else part for part in parts if part is not type(None)]
-    return Flag(name, kinds[0], choices, *(metadata[key] for key in ("default", "help", "recorded", "numbers")))
+    said = {key: metadata[key] for key in ("default", "help", "recorded", "numbers")}
+    return Flag(name, kinds[0], choices, **said, objects=len(set(kinds)) > 1)
 
 
 def of(component: type[Options], settings: Any) -> Options:

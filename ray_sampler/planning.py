@@ -116,7 +116,12 @@ def finisher_of(config: RunConfig, spec: NetworkSpec) -> Finisher:
             "result as it is, float32 (N, H, W, C)",
         )
         return FINISHERS[config.decoder](of(DecoderOptions, config))
-    channels = spec.shape[0]
+    channels, height, width = spec.shape
+    require(
+        spec.latent is not None or channels in (1, 3) or width not in (1, 3),
+        f"--model's shape is {spec.shape}; it is (C, H, W), so {(width, channels, height)} is probably meant; for "
+        f"results of {channels} channels give --decoder none",
+    )
     require(
         spec.latent is None and channels in (1, 3),
         f"--decoder is missing: the network makes latents of {channels} channels, not pictures; give --decoder none, "

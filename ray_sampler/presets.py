@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from ray_sampler.errors import RequestError, redact, require
 from ray_sampler.options import option
@@ -16,13 +17,25 @@ from ray_sampler.published import BUNDLED, PRESETS, Bundled, Preset
 __all__ = ["BUNDLED", "PRESETS", "Bundled", "ModelOptions", "Preset", "model_of"]
 
 DEFAULT_MODEL = "digits"
+OBJECT = "object:"
+"""Begins the name of a model that was given as an object."""
+OWN = re.compile(r"(?!python:)([a-zA-Z_][\w./]*):([a-zA-Z_]\w*)")
+"""A function of the user's own without the prefix that says so."""
+
+
+class OwnModel(Protocol):
+    """A `ray_sampler.Model`, as Python may give it or a function that returns it in place of a name."""
+
+    network: Any
+    kind: Any
+    shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which network."""
 
-    model: str | None = option(
+    model: str | Callable[[str | None], Any] | OwnModel | None = option(
         None,
         "Weights: a bundled model's name (digits, digits-v1, digits-cd), which brings its settings; a checkpoint, by a "
         "local path or any fsspec URL; or python:module:function, a network of your own (digits).",
@@ -42,15 +55,23 @@ class ModelOptions:
     )
 
 
-def model_of(options: ModelOptions) -> tuple[str, dict[str, Any]]:
-    """The weights of a request, as a bundled name or URL, and the settings that its model and preset bring.
+def model_name(model: Any) -> str:
+    """A model as text: what was given, or of a function, a class or a Model its qualified name."""
+    if isinstance(model, str):
+        return model
+    named = model if hasattr(model, "__qualname__") else type(getattr(model, "network", model))
+    return f"{OBJECT}{named.__qualname__}"
+
+
+def model_of(options: ModelOptions) -> tuple[Any, dict[str, Any]]:
+    """The weights of a request, as a bundled name, a URL or an object, and what its model and preset bring.
 
     Raises:
         RequestError: two models, or an unknown name.
     """
     require(
         not (options.model and options.model_path and options.model != options.model_path),
-        f"--model {redact(options.model)} and --model_path {redact(options.model_path)} name two models; "
+        f"--model {redact(model_name(options.model))} and --model_path {redact(options.model_path)} name two models; "
         "give one of the two",
     )
     weights = options.model or options.model_path
@@ -68,6 +89,11 @@ def model_of(options: ModelOptions) -> tuple[str, dict[str, Any]]:
         preset = PRESETS[options.preset]
         weights = weights or preset.url
     weights = weights or DEFAULT_MODEL
+    if not isinstance(weights, str):
+        return weights, dict(preset.settings) if preset else {}
+    if (own := OWN.fullmatch(weights)) and not os.path.exists(weights):
+        module = own[1].removesuffix(".py").replace("/", ".")
+        raise RequestError(f"--model is {weights!r}; for a function of your own give python:{module}:{own[2]}")
     bundled = BUNDLED.get(weights)
     bare = PurePosixPath(weights).name == weights and not PurePosixPath(weights).suffix and ":" not in weights
     if bundled is None and bare and not os.path.exists(weights):

@@ -11,7 +11,7 @@ from ray_sampler.config import RunConfig
 from ray_sampler.errors import redact, require, shortened
 from ray_sampler.networks.families import ARCHITECTURE, BROUGHT, told_by_flags
 from ray_sampler.options import flags_of, of
-from ray_sampler.presets import model_of
+from ray_sampler.presets import model_name, model_of
 from ray_sampler.sampling.multistep_solvers import IndexOptions, indices_of
 from ray_sampler.sampling.options import NoiseOptions, PlanOptions, check_seeds
 from ray_sampler.sampling.schedules import name_of
@@ -56,7 +56,7 @@ def given_values(config: RunConfig) -> dict[str, Any]:
 
 def resolve(
     config: RunConfig,
-    model: str,
+    model: Any,
     brought: Mapping[str, Any],
     spec: NetworkSpec | None,
     earlier: Mapping[str, Any] = MappingProxyType({}),
@@ -65,7 +65,7 @@ def resolve(
 
     Args:
         config: the request, checked.
-        model: a bundled model's name, or a path or URL.
+        model: a bundled model's name, a path or URL, or an object.
         brought: settings that the named model or preset brings, by flag name.
         spec: of the network; None where no file is opened: what only that can tell stays None.
         earlier: the identity of a run that was begun in the same place; empty where there is none.
@@ -80,7 +80,7 @@ def resolve(
     if spec:
         settings |= dict.fromkeys(ARCHITECTURE) | spec.architecture
     settings |= settle(settings, given, read_levels)
-    settings["model"] = model
+    settings["model"] = model_name(model)
     if settings["use_fp16"] is not None and settings["precision"] == "auto":
         settings["precision"] = "fp16" if settings["use_fp16"] else "fp32"
     settings["shard_size"] = -(-settings["shard_size"] // settings["batch_size"]) * settings["batch_size"]
@@ -154,7 +154,8 @@ def settings_json(config: RunConfig) -> dict[str, Any]:
     result = {
         name: value for name, (flag, value) in values.items() if flag.recorded or value not in (None, flag.default)
     }
-    for url in ("model", "output", "labels", "address", "guide", "score", "features_weights"):
+    urls = ("model", "output", "labels", "address", "guide", "score", "features_weights", "weights", "guide_weights")
+    for url in urls:
         if url in result:
             result[url] = redact(result[url])
     return result | {"s_tmax": str(float(result["s_tmax"]))}

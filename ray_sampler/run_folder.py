@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from ray_sampler.reporting.sheet import PREVIEW, Sheet
 from ray_sampler.reporting.status import FragmentFact, Status, render, status
 from ray_sampler.storage.archive import DamagedPiece, content_of, merge
 from ray_sampler.storage.ranges import cover, missing
-from ray_sampler.storage.record import DamagedFragment, FragmentName
+from ray_sampler.storage.record import DamagedFragment, FragmentName, Record
 from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.verify import verify
 
@@ -147,10 +147,21 @@ def verify_run(url: str) -> int:
         print(
             printable(f"the fragments were computed under {len(keys)} numerics keys: {'; '.join(sorted(keys))}", None)
         )
+    for file, hashes in mixed_code(found.records.values()).items():
+        print(printable(f"the fragments were computed by {len(hashes)} versions of {file}: {', '.join(hashes)}", None))
     if gaps:
         count = sum(stop - start for start, stop in gaps)
         print(f"{count} of {run['num_samples']} samples are missing; rerun the run's command to generate them")
     return 1 if gaps or rejected else 0
+
+
+def mixed_code(records: Iterable[Record]) -> dict[str, list[str]]:
+    """Files of the user's code of which fragments have several versions, with the hashes of these."""
+    sources = [record.computed_by.get("source") for record in records]
+    known = [source if isinstance(source, dict) else {} for source in sources]
+    files = sorted({file for source in known for file in source})
+    hashes = {file: sorted({str(source.get(file, "not recorded")) for source in known}) for file in files}
+    return {file: found for file, found in hashes.items() if len(found) > 1}
 
 
 def merge_run(url: str) -> int:

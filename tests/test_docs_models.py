@@ -6,21 +6,24 @@ import importlib
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from ray_sampler.cluster.job import prepare
+from ray_sampler.cluster.job import prepare, tried
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.networks import custom
+from ray_sampler.sampling.noise import philox_normals
 from ray_sampler.sampling.plan import sample_block
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text()
 MODULES = {
     name: f"# {name}.py\n{text}" for name, text in re.findall(r"```python\n# (my_\w+)\.py\n(.*?)```", PAGE, re.DOTALL)
 }
-NAMES = ("my_edm", "my_eps", "my_flow")
+NAMES = ("my_edm", "my_eps", "my_flow", "my_selfcond", "my_steps", "my_v", "my_variance")
 
 
 @pytest.fixture
@@ -36,8 +39,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_page_has_three_networks() -> None:
-    assert tuple(MODULES) == NAMES
+def test_the_page_has_these_networks() -> None:
+    assert {*MODULES} == {*NAMES, "my_unet"}
 
 
 @pytest.mark.usefixtures("files")
@@ -47,6 +50,10 @@ def test_the_page_has_three_networks() -> None:
         ("my_edm", (3, 32, 32), {}),
         ("my_eps", (3, 32, 32), {"guidance": 1.5}),
         ("my_flow", (4, 32, 32), {"decoder": "none"}),
+        ("my_selfcond", (3, 32, 32), {}),
+        ("my_steps", (3, 32, 32), {"sampler": "ancestral"}),
+        ("my_v", (3, 32, 32), {}),
+        ("my_variance", (3, 32, 32), {}),
     ],
 )
 def test_a_network_of_the_page_is_sampled(name: str, shape: tuple[int, ...], flags: dict[str, Any]) -> None:
@@ -63,6 +70,56 @@ def test_a_network_of_the_page_is_sampled(name: str, shape: tuple[int, ...], fla
 def test_the_flow_of_the_page_needs_a_decoder_or_none() -> None:
     with pytest.raises(RequestError, match="--decoder none"):
         prepare(RunConfig(model="python:my_flow:load", weights="my_flow.pt", gpus_per_actor=0.0))
+
+
+def ddim(x: Tensor, noise: Tensor, to: float, of: float, given: Tensor | None) -> Tensor:
+    """One step from the cumulative alpha `of` to `to`, as Song et al. 2021 and, with noise, Ho et al. 2020 have it."""
+    data = (x - (1 - of) ** 0.5 * noise) / of**0.5
+    if given is None:
+        return to**0.5 * data + (1 - to) ** 0.5 * noise
+    beta = 1 - of / to
+    mean = to**0.5 * beta / (1 - of) * data + (of / to) ** 0.5 * (1 - to) / (1 - of) * x
+    return mean + (beta * (1 - to) / (1 - of)) ** 0.5 * given
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ancestral"])
+def test_ddim_and_ddpm_are_our_solvers_on_the_tables_levels(sampler: str, files: Path) -> None:
+    steps: Any = importlib.import_module("my_steps")
+    places = list(range(999, -1, -200))
+    (files / "levels.txt").write_text("\n".join(str(steps.LEVELS[place].item()) for place in places))
+    flags: dict[str, Any] = {"sampler": sampler, "sigmas": "levels.txt", "gpus_per_actor": 0.0}
+    job = prepare(RunConfig(model="python:my_steps:load", weights="my_steps.pt", **flags))
+    network = job.networks["main"].build("fp32")
+    alphas = [*(steps.ALPHAS[place].item() for place in places), 1.0]
+    with torch.inference_mode():
+        sampled = sample_block({"main": network}, job.plan, torch.arange(2))[0]
+        x = philox_normals(42, torch.arange(2), 0, (3, 32, 32)).double() * (1 - alphas[0]) ** 0.5
+        for i, place in enumerate(places):
+            noise = network(x.float(), torch.full((2,), float(place))).double()
+            given = philox_normals(42, torch.arange(2), 1 + i, (3, 32, 32)).double() if sampler == "ancestral" else None
+            x = ddim(x, noise, alphas[i + 1], alphas[i], given)
+    torch.testing.assert_close(sampled.double(), x, rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_of_diffusers_is_sampled(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through its from_pretrained, which here stands for the package's: it returns an object with a sample."""
+
+    class UNet2DModel(torch.nn.Module):
+        config = SimpleNamespace(sample_size=8, in_channels=3)
+
+        @classmethod
+        def from_pretrained(cls, folder: str) -> UNet2DModel:
+            assert folder == "unet"
+            return cls()
+
+        def forward(self, x: Tensor, t: Tensor) -> Any:
+            return SimpleNamespace(sample=0.1 * x)
+
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(UNet2DModel=UNet2DModel))
+    (files / "my_unet.py").write_text(MODULES["my_unet"])
+    (files / "unet").mkdir()
+    job = prepare(RunConfig(model="python:my_unet:load", weights="unet", gpus_per_actor=0.0, steps=2))
+    assert tried(job) == []
 
 
 def test_the_page_names_every_kind_and_every_argument() -> None:

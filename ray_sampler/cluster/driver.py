@@ -15,7 +15,7 @@ import ray
 from ray_sampler.cluster.actors import actors, own_ray
 from ray_sampler.cluster.dispatch import Dispatch, Tally
 from ray_sampler.cluster.inventory import Inventory, complete
-from ray_sampler.cluster.job import Job, claim, prepare, still_ours
+from ray_sampler.cluster.job import Job, claim, prepare, record_code, still_ours, tried
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.outcome import already_done, write_outcome
 from ray_sampler.cluster.pool import Pool, reason_of
@@ -92,17 +92,24 @@ def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> 
     began = time.monotonic() if began is None else began
     results: dict[int, RunResult] = {}
     done: dict[int, Summary] = {}
+    untried: set[int] = set()
     for number, job in enumerate(jobs):
+        summary = already_done(job)
+        whole = summary is not None and complete(job)
+        warnings = [] if summary is not None else tried(job)
         if not job.overwrite:
             claim(job)
         announce(job, report)
-        if (summary := already_done(job)) is not None:
+        if summary is not None:
             done[number] = summary
-            if complete(job) and (job.scoring is None or (scores := standing_scores(job))):
+            if whole and (job.scoring is None or (scores := standing_scores(job))):
                 report.message("the archive is complete already")
                 if job.scoring and scores:
                     report.message(described(scores))
                 results[number] = result_of(job, summary)
+        for warning in (*(warnings or ()), *(record_code(job) if summary is None else ())):
+            report.message(warning, "warning")
+        untried |= {number} if warnings is None else set()
     groups: dict[Any, list[int]] = {}
     for number, job in enumerate(jobs):
         if number not in results:
@@ -111,7 +118,8 @@ def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> 
         with own_ray(report, jobs[0].local):
             for numbers in groups.values():
                 group = [jobs[number] for number in numbers]
-                filled = Filling(group, [done.get(number) for number in numbers], report, began).run()
+                tries = untried.isdisjoint(numbers)
+                filled = Filling(group, [done.get(number) for number in numbers], report, began, tries).run()
                 results |= dict(zip(numbers, filled, strict=True))
     return [results[number] for number in range(len(jobs))]
 
@@ -143,10 +151,19 @@ def result_of(job: Job, summary: dict[str, Any]) -> RunResult:
 class Filling:
     """Jobs that share a pool, on their way from what is missing to their archives."""
 
-    def __init__(self, jobs: Sequence[Job], done: Sequence[Summary | None], report: Reporter, began: float) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        done: Sequence[Summary | None],
+        report: Reporter,
+        began: float,
+        tried: bool = True,
+    ) -> None:
         self.jobs = jobs
         self.done = done
         """The summaries of those whose archives stand."""
+        self.tried = tried
+        """Whether the user's networks among theirs have been called once."""
         self.report = report
         self.began = began
         self.inventories = [Inventory(job, report, run) for run, job in enumerate(jobs)]
@@ -275,7 +292,11 @@ class Filling:
         job = self.jobs[0]
         fleet = plan_fleet(job.config, job.gpus, tasks, local=job.local)
         runs = [
-            RunSpec(each.output, each.fingerprint, each.plan, each.config.fragment_format, products=each.products)
+            RunSpec(
+                *(each.output, each.fingerprint, each.plan, each.config.fragment_format),
+                products=each.products,
+                source=each.source,
+            )
             for each in self.jobs
         ]
         return actors(fleet, lambda: self._loaded(fleet, generate), runs, job.config.shard_timeout)
@@ -293,7 +314,7 @@ class Filling:
             self.shipped[FEATURES] = ship(network_of(job.scoring.extractor), "fp32")
         networks = self.shipped if generate else {role: net for role, net in self.shipped.items() if role == FEATURES}
         compile = job.compile if generate else "off"
-        return Loaded(networks, job.precision, job.config.batch_size, compile, fleet.cpus, fleet.gpus)
+        return Loaded(networks, job.precision, job.config.batch_size, compile, fleet.cpus, fleet.gpus, self.tried)
 
     def _finish(self, run: int) -> RunResult | None:
         """Merge and score a run; None where a fragment was damaged, and its range is to be sampled again."""

@@ -10,20 +10,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ray_sampler.cluster.session import place
 from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
-from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision
+from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision, beside_user
 from ray_sampler.networks.opening import open_network
+from ray_sampler.networks.state import Stateful
 from ray_sampler.options import flags_of, of
 from ray_sampler.planning import identity, plan_of
-from ray_sampler.presets import BUNDLED, check_bundled, model_of
+from ray_sampler.presets import BUNDLED, OBJECT, check_bundled, model_of
 from ray_sampler.resolve import check, given_values, resolve, settings_json, settled
 from ray_sampler.sampling.finish import FINISHERS
 from ray_sampler.sampling.options import Compile, DecoderOptions, GuidanceOptions, guide_of
 from ray_sampler.sampling.parameterisation import LEVELS
 from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan
 from ray_sampler.sampling.products import Product
+from ray_sampler.sampling.trial import TRIAL_S, try_networks, within
 from ray_sampler.scoring.features import FEATURES
 from ray_sampler.scoring.options import ScoreOptions
 from ray_sampler.scoring.scores import Scoring, open_scoring, product_of
@@ -86,6 +90,11 @@ class Job:
         return "label" in self.plan.columns()
 
     @property
+    def source(self) -> dict[str, str]:
+        """Hashes of the source of the user's modules, by file."""
+        return {file: digest for network in self.networks.values() for file, digest in network.source.items()}
+
+    @property
     def compile(self) -> Compile:
         """How the network is compiled: --compile, but not for a run on GPUs that is too short to repay auto.
 
@@ -132,7 +141,7 @@ class Job:
         """Where the networks' weights came from and what they were, by role; empty where no file was fetched."""
         if not any(network.sha256 for network in self.networks.values()):
             return {}
-        urls = {MAIN: self.config.model, GUIDE: self.config.guide, **self.plan.finisher.networks}
+        urls = {MAIN: str(self.config.model), GUIDE: self.config.guide, **self.plan.finisher.networks}
         return {
             role: {
                 "url": redact(urls[role]),
@@ -145,7 +154,8 @@ class Job:
 
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
-        return {
+        source = {"source": self.source} if self.source else {}
+        return source | {
             "format": RUN_FORMAT,
             "fingerprint": self.fingerprint,
             "identity": self.identity,
@@ -175,13 +185,14 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     there = run_dir.read_run() if run_dir and not config.overwrite else None
     earlier = there.get("identity", {}) if there else {}
     networks = open_networks(model, brought, config)
-    resolved, plan, decided = settle(config, model, brought, networks, gpus, earlier)
     spec = networks[MAIN].spec
+    name = model if isinstance(model, str) else spec.options.name
+    resolved, plan, decided = settle(config, name, brought, networks, gpus, earlier)
     if not (config.output or config.overwrite) and None in (spec.sigma_min, spec.sigma_max):
-        first = settle(config, model, brought, networks, gpus, {"sigma_min": LEVELS[0], "sigma_max": LEVELS[1]})
-        if os.path.isdir(default_output(model, fingerprint(first[2]))):  # begun before kinds had ranges of their own
+        first = settle(config, name, brought, networks, gpus, {"sigma_min": LEVELS[0], "sigma_max": LEVELS[1]})
+        if os.path.isdir(default_output(name, fingerprint(first[2]))):  # begun before kinds had ranges of their own
             resolved, plan, decided = first
-    output = config.output or default_output(model, fingerprint(decided))
+    output = config.output or default_output(name, fingerprint(decided))
     run_dir = run_dir or RunDir(output)
     output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
     if not (config.output or config.overwrite):
@@ -190,6 +201,7 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     made = dict(products or {}) | ({FEATURES: product_of(scoring.extractor)} if scoring else {})
     job = Job(resolved, plan, output, run_dir, there, networks, gpus, local, decided, made, scoring)
     refuse_another(job, there)
+    refuse_changed_code(job, there)
     return job
 
 
@@ -223,7 +235,7 @@ def settle(
     return resolved, plan, identity(resolved, plan, specs, hashes)
 
 
-def open_networks(model: str, brought: Mapping[str, Any], config: RunConfig) -> dict[str, Network]:
+def open_networks(model: Any, brought: Mapping[str, Any], config: RunConfig) -> dict[str, Network]:
     """The networks of a run, by role: the model, a guide where one is used, and what the finisher asks."""
     settings = {**brought, **given_values(config)}
     networks = {MAIN: open_network(model, settings, config.given)}
@@ -243,7 +255,8 @@ def open_guide(name: str, settings: Mapping[str, Any], guided: NetworkSpec) -> N
     require(name != "", "--guide is empty; it must be null or a model, as for --model")
     expected = {"image_size": guided.shape[1]} | ({"num_classes": guided.num_classes} if guided.num_classes else {})
     expected = dict(BUNDLED[name].settings) if name in BUNDLED else {**settings, **expected}
-    return open_network(name, expected | {"weights": None, "weights_key": None, "preset": None}, flag="--guide")
+    weights = settings.get("guide_weights")
+    return open_network(name, expected | {"weights": weights, "weights_key": None, "preset": None}, flag="--guide")
 
 
 def hash_of(role: str, network: Network) -> str:
@@ -253,10 +266,27 @@ def hash_of(role: str, network: Network) -> str:
 
 def default_output(model: str, print_: str) -> str:
     """runs/<model>-<start of the fingerprint>."""
-    if model.startswith(PREFIX):
+    if model.startswith((PREFIX, OBJECT)):
         return os.path.join("runs", f"{model.removeprefix(PREFIX).replace(':', '-')}-{print_[:8]}")
     name = Path(model.partition("?")[0].rstrip("/")).stem or "model"
     return os.path.join("runs", f"{name}-{print_[:8]}")
+
+
+def tried(job: Job) -> list[str] | None:
+    """Call the user's networks once, before Ray starts; returns warnings, or None where an actor is to do it.
+
+    Raises:
+        WrongNetworkError: one cannot be sampled.
+    """
+    device = torch.device("cuda" if job.gpus else "cpu")
+    networks = {role: network.build(job.precision) for role, network in job.networks.items() if network.own}
+    if not networks:
+        return []
+    if job.gpus and not torch.cuda.is_available():
+        return None
+    copies = {role: network.another(device) for role, network in networks.items() if isinstance(network, Stateful)}
+    with beside_user():
+        return within(TRIAL_S, lambda: try_networks(copies, job.plan, job.config.batch_size))
 
 
 def refuse_another(job: Job, there: dict[str, Any] | None) -> None:
@@ -286,6 +316,36 @@ def bundled_name(weights: object) -> str | None:
     return next(known, None)
 
 
+def changed_code(job: Job, there: Mapping[str, Any] | None) -> list[str]:
+    """The user's files whose code is another than that of the run that was begun, as far as it was recorded."""
+    before = (there or {}).get("source", {})
+    return sorted(file for file, digest in job.source.items() if before.get(file, digest) != digest)
+
+
+def refuse_changed_code(job: Job, there: Mapping[str, Any] | None) -> None:
+    """Raises RequestError: samples would be of two networks, the code of which differs, and that was not accepted."""
+    changed = ", ".join(map(printable, changed_code(job, there)))
+    require(
+        not changed or job.config.accept_code_change,
+        f"the code of --model has changed since {job.run_dir.url} was begun, in {changed}; give another --output, the "
+        "code as it was, or --accept_code_change, after which the samples are of both",
+    )
+
+
+def record_code(job: Job) -> list[str]:
+    """Record what run.json does not say yet of the user's code; returns what the user should know of it."""
+    there = job.run_dir.read_run() if job.source and not job.overwrite else None
+    before: dict[str, str] = (there or {}).get("source", {})
+    if there is None or before | job.source == before:
+        return []
+    changed = changed_code(job, there)
+    earlier = {"earlier_source": [*there.get("earlier_source", ()), before]} if changed else {}
+    job.run_dir.replace_run(there | {"source": before | job.source} | earlier)
+    if changed:
+        return [f"the code has changed in {', '.join(changed)}: the samples are of both, as `verify` says"]
+    return [] if before else ["the code of this run was not recorded when it was begun; from now on a change is seen"]
+
+
 def short(value: Any) -> str:
     """A setting's value as a message shows it."""
     text = "none" if value is None else printable(value)
@@ -306,6 +366,7 @@ def claim(job: Job) -> None:
     if there is None:
         there = job.run_dir.create_run(job.record())
         refuse_another(job, there)
+        refuse_changed_code(job, there)
     if there["num_samples"] != job.num_samples:
         job.run_dir.replace_run(there | {"num_samples": job.num_samples})
 

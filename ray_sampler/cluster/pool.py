@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Container, Set
+from collections.abc import Callable, Collection, Container, Iterable, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +16,15 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray_sampler.cluster.blame import Streak
 from ray_sampler.cluster.calls import Calls, RayCalls
 from ray_sampler.cluster.events import Event, Failed, Finished, Lost, Ready, StartFailed, Waiting
+from ray_sampler.cluster.heard import Tracebacks
 from ray_sampler.cluster.session import Fleet
 from ray_sampler.cluster.worker import HiddenError, Task, TaskResult, WorkerInfo
-from ray_sampler.errors import show_traceback
 from ray_sampler.sampling.engine import NonFiniteError, OutOfDeviceMemoryError
+from ray_sampler.sampling.trial import WrongNetworkError
 from ray_sampler.storage.retry import HIDDEN_S
 from ray_sampler.storage.store import NoRoom
+
+logger = logging.getLogger(__name__)
 
 MOST_IN_FLIGHT = 8
 """Shards of one actor at once, however slow its uploads are: this bounds its memory."""
@@ -113,6 +117,7 @@ class Pool:
         """Until when no actor is asked for."""
         self.shunned: dict[Task, Member] = {}
         """Shards that are for other actors, if there are any, than the one on which they failed."""
+        self.tracebacks = Tracebacks()
 
     @property
     def ready(self) -> list[Member]:
@@ -252,12 +257,12 @@ class Pool:
             try:
                 result = self.calls.get(ref)
             except RayTaskError as error:
-                show_traceback(error)
+                self._explain(error)
                 events += self._raised(member, ref, error) if member.info else [self._start_raised(member, error)]
             except GetTimeoutError:  # should it never come, its actor is silent
                 continue
             except RayError as error:
-                show_traceback(error)
+                self.tracebacks.keep(error)
                 dead[member] = error
             else:
                 events.append(self._collect(member, ref, result) if member.info else self._greet(member, result))
@@ -265,7 +270,19 @@ class Pool:
             events + self._bury({member: error for member, error in dead.items() if not member.gone}) + self._silent()
         )
 
+    def _explain(self, error: RayTaskError) -> None:
+        """Keep a traceback. Raises WrongNetworkError: every actor would find the same."""
+        if not isinstance(error.cause, HiddenError):
+            self.tracebacks.keep(error)
+        if isinstance(error.cause, WrongNetworkError):
+            raise error.cause
+
+    def _hear(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            logger.warning("an actor printed: %s", line)
+
     def _greet(self, member: Member, info: WorkerInfo) -> Event:
+        self._hear(info.said)
         member.info, member.node_id, member.since = info, info.node_id, self.calls.now()
         self.troubles.pop(member.node_id, None)
         return Ready(info)
@@ -287,6 +304,7 @@ class Pool:
         return StartFailed(reason, member.since, with_node)
 
     def _collect(self, member: Member, ref: Any, result: TaskResult) -> Event:
+        self._hear(result.said)
         shard = member.tasks.pop(ref)
         self.shunned.pop(shard, None)
         now = self.calls.now()

@@ -7,13 +7,16 @@ too. A worker maps them from the node's one copy.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import io
 import pickle
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from enum import Enum
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -21,8 +24,10 @@ import ray
 import torch
 from ray import cloudpickle
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ray_sampler.errors import require
+from ray_sampler.errors import RequestError
 from ray_sampler.networks.family import Network, Precision, beside_user, lay_out_contiguously
 
 CHUNK_BYTES = 64 * 2**20
@@ -53,6 +58,8 @@ class Shipped:
     """Bytes of tensors, in groups."""
     prepare: Callable[[nn.Module, Precision], nn.Module]
     precision: Precision
+    own: bool = False
+    """Whether its code is the user's."""
 
 
 def ship(network: Network, precision: Precision, contiguous: bool = False) -> Shipped:
@@ -64,26 +71,77 @@ def ship(network: Network, precision: Precision, contiguous: bool = False) -> Sh
     Raises:
         RequestError: a user's network cannot travel to another process.
     """
-    with beside_user() if network.by_value else nullcontext():  # pickling may call code of a user's network
-        return _ship(network, precision, contiguous)
-
-
-def _ship(network: Network, precision: Precision, contiguous: bool) -> Shipped:
-    for name in network.by_value:
-        cloudpickle.register_pickle_by_value(sys.modules[name])
     module = network.build(precision)
     if contiguous:
         lay_out_contiguously(module)
     names = {id(tensor): name for name, tensor in module.state_dict(keep_vars=True).items()}
     loader = _Loader(network.tensors, names, network.as_stored)
-    pickled = io.BytesIO()
-    try:
-        _TensorPickler(pickled, loader.take).dump(module)  # type: ignore[no-untyped-call]  # Ray ships no types
-    except Exception as error:  # whatever the attributes of a user's network raise
-        require(not network.by_value, f"--model's network cannot be sent to an actor: {said(error)}")
-        raise
+    pickled = pickled_by_value(network, module, precision, loader.take)
     loader.flush()
-    return Shipped(pickled.getvalue(), tuple(loader.stored), tuple(loader.chunks), network.prepare, precision)
+    return Shipped(pickled, tuple(loader.stored), tuple(loader.chunks), network.prepare, precision, network.own)
+
+
+def pickled_by_value(
+    network: Network, module: nn.Module, precision: Precision, take: Callable[[Tensor], int] = id
+) -> bytes:
+    """A module without its tensors; of a user's that cannot be pickled, the function that makes it.
+
+    Args:
+        take: is given each tensor, and returns its number.
+
+    Raises:
+        RequestError: a user's network cannot travel to another process; names what stands in the way.
+    """
+    own = network.own or bool(network.by_value)
+    with beside_user() if own else nullcontext():  # pickling may call code of a user's network
+        for name in network.by_value:
+            cloudpickle.register_pickle_by_value(sys.modules[name])
+        try:
+            return dumped(module, take)
+        except Exception as error:  # whatever the attributes of a user's network raise
+            if not own:
+                raise
+            for remake in network.remakes:
+                with suppress(Exception):
+                    return dumped(_Remade(module, partial(remake, precision)), take)
+            raise RequestError(
+                f"--model's network cannot be sent to an actor: {said(error)}, in {culprit(module)}; make it in "
+                "forward, when it is first needed, or give the function that makes the network in place of a Model"
+            ) from error
+
+
+def dumped(value: Any, take: Callable[[Tensor], int]) -> bytes:
+    file = io.BytesIO()
+    _TensorPickler(file, take).dump(value)  # type: ignore[no-untyped-call]  # Ray ships no types
+    return file.getvalue()
+
+
+class _Remade:
+    """A module that is pickled as the function that makes it, and the tensors of its state dict."""
+
+    def __init__(self, module: nn.Module, remake: Callable[[], nn.Module]) -> None:
+        self.made = _remade, (remake, module.state_dict(keep_vars=True))
+
+    def __reduce__(self) -> Any:
+        return self.made
+
+
+def _remade(remake: Callable[[], nn.Module], state: dict[str, Any]) -> nn.Module:
+    module = remake()
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def culprit(module: nn.Module) -> str:
+    """The path of the attribute of a module that cannot be pickled."""
+    for path, each in module.named_modules():
+        for name, value in vars(each).items():
+            try:
+                if name not in ("_parameters", "_buffers", "_modules"):
+                    dumped(value, id)
+            except Exception:  # as above
+                return f"{path}.{name}"
+    return "the code of its class"
 
 
 def said(error: Exception) -> str:
@@ -163,7 +221,45 @@ class _TensorPickler(cloudpickle.Pickler):
         self.take = take
 
     def persistent_id(self, obj: Any) -> int | None:
-        return self.take(obj) if isinstance(obj, Tensor) else None
+        return self.take(obj) if isinstance(obj, Tensor) and is_plain(obj) else None
+
+    def reducer_override(self, obj: Any) -> Any:
+        """As of cloudpickle, and for what torch does not pickle: TorchScript, parametrised modules and its enums."""
+        if isinstance(obj, torch.jit.ScriptModule):
+            torch.jit.save(obj, file := io.BytesIO())
+            return _scripted, (file.getvalue(),)
+        if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
+            made = type(obj).__bases__[0]
+            return made.__new__, (made,), vars(obj), None, None, _parametrized
+        kind = obj if isinstance(obj, type) else type(obj)
+        if hasattr(kind, "__members__") and kind.__module__.startswith("torch") and not issubclass(kind, Enum):
+            names = [name for name, value in vars(sys.modules[kind.__module__]).items() if value is kind]
+            if names:
+                return _named, (kind.__module__, names[0], *([] if obj is kind else [obj.name]))
+        return super().reducer_override(obj)  # type: ignore[no-untyped-call]  # Ray ships no types
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers lie in memory as they are; others are pickled as torch does it."""
+    bits = tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or is_traceable_wrapper_subclass(tensor)
+    return tensor.layout == torch.strided and not bits
+
+
+def _scripted(saved: bytes) -> nn.Module:
+    module: nn.Module = torch.jit.load(io.BytesIO(saved))
+    return module
+
+
+def _parametrized(module: nn.Module, state: dict[str, Any]) -> None:
+    """Give a module its parametrisations back, which live in a class of its own."""
+    vars(module).update(state)
+    parametrize._inject_new_class(module)
+    for name in module.parametrizations:  # type: ignore[union-attr]  # a ModuleDict
+        parametrize._inject_property(module, name)
+
+
+def _named(module: str, *names: str) -> Any:
+    return reduce(getattr, names, importlib.import_module(module))
 
 
 class _TensorUnpickler(pickle.Unpickler):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from ray_sampler.cluster import shipping
+from ray_sampler.cluster.heard import Heard
 from ray_sampler.cluster.metrics import ActorMetrics
 from ray_sampler.cluster.shipping import Shipped
 from ray_sampler.errors import RunError
@@ -26,6 +29,7 @@ from ray_sampler.sampling.numerics import numerics_key, pin
 from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.plan import SamplePlan
 from ray_sampler.sampling.products import Product, checked, derive
+from ray_sampler.sampling.trial import try_networks
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.pictures import Pictures as StoredPictures
 from ray_sampler.storage.record import FragmentFormat, FragmentName, Record, Samples
@@ -63,6 +67,8 @@ class Loaded:
     """CPU cores of an actor without a GPU."""
     gpus: float = 0.0
     """GPUs of an actor: at most one, or a share of one."""
+    tried: bool = True
+    """Whether the driver has tried the user's networks among them, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class RunSpec:
     """What is made of the samples beside their fragments, by name."""
     pictures: StoredPictures | None = None
     """What products are made of where that is not the run's fragments."""
+    source: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the source of the user's modules, by file."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,8 @@ class WorkerInfo:
     pid: int
     device: str
     numerics_key: str
+    said: tuple[str, ...] = ()
+    """Lines that it printed, each different one once."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,8 @@ class TaskResult:
     """Time the device had nothing to do before this task, from the end of the one before."""
     upload_s: float
     """Encoding and writing."""
+    said: tuple[str, ...] = ()
+    """Lines that the actor printed since it said some last, each different one once."""
 
 
 class HiddenError(RunError):
@@ -115,12 +127,17 @@ class HiddenError(RunError):
 class Worker:
     """Samples shards and writes their fragments. All computing happens on one dedicated thread."""
 
+    streams: tuple[Heard, ...] = ()
+    """Where a user's code prints."""
+
     def __init__(self, loaded: Loaded, runs: Sequence[RunSpec]) -> None:
         self.loaded = loaded
         self.runs = runs
         self.run_dirs = [RunDir(run.output) for run in runs]
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        if any(shipped.own for shipped in loaded.networks.values()):
+            self.streams = sys.stdout, sys.stderr = Heard(sys.stdout), Heard(sys.stderr)
 
     def start(self, patience_s: float = 0.0) -> WorkerInfo:
         """Prove access to the outputs and load the networks; before anything else, and again after HiddenError.
@@ -132,12 +149,28 @@ class Worker:
             HiddenError: it looked at once and only once, and did not see that.
             RunError: this node does not share an output, or cannot compile, or its torch cannot use its GPU.
             OutOfDeviceMemoryError: the networks, or a batch, do not fit on the device.
+            WrongNetworkError: a user's network cannot be sampled.
         """
         for run, run_dir in zip(self.runs, self.run_dirs, strict=True):
             prove_access(run_dir, run.probe, patience_s)
-        self.engine = self.compute.submit(self._build).result()
+        with self._noting():
+            self.engine = self.compute.submit(self._build).result()
         self.metrics = [ActorMetrics(run.fingerprint[:8]) for run in self.runs]
-        return self.info()
+        return replace(self.info(), said=self._said())
+
+    def _said(self) -> tuple[str, ...]:
+        """Lines that were printed since the last call, each different one once."""
+        return tuple(line for stream in self.streams for line in stream.take())
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Note on an error what was printed before it."""
+        try:
+            yield
+        except Exception as error:
+            for line in self._said():
+                error.add_note(line)
+            raise
 
     def _build(self) -> Engine:
         loaded = self.loaded
@@ -145,6 +178,10 @@ class Worker:
         prove_gpu(self.device)
         take_share(self.device, loaded.gpus)
         self.networks = self._load()
+        plan = self.runs[0].plan
+        if plan and not loaded.tried:
+            for warning in try_networks(self.networks, plan, loaded.batch_size):
+                print(warning)
         engine = Engine(
             self.networks,
             batch_size=loaded.batch_size,
@@ -153,7 +190,7 @@ class Worker:
             cores=loaded.cores,
         )
         try:
-            if plan := self.runs[0].plan:
+            if plan:
                 engine.warm_up(plan)
         except Exception as error:
             if (why := why_not_compiled(error)) is None:
@@ -198,7 +235,10 @@ class Worker:
         """
         task = Task(*packed)
         product = self.runs[task.run].products.get(task.product)
-        return self._derive(task, product) if product and product.takes == "image" else self._sample(task)
+        with self._noting():
+            derived = product and product.takes == "image"
+            result = self._derive(task, product) if product and derived else self._sample(task)
+        return replace(result, said=self._said())
 
     def _sample(self, task: Task) -> TaskResult:
         """Sample a range, for its fragment and all products, or for a product that only needs the solver again."""
@@ -218,7 +258,7 @@ class Worker:
             files.append((product.folder, "parquet", made))
         if wanted == IMAGES:  # a fragment comes last: where it is, its range of the products is, too
             files.append((FRAGMENTS, spec.fragment_format, samples))
-        computed_by = self._computed_by(pictures.seconds)
+        computed_by = self._computed_by(run, pictures.seconds)
         for folder, format, columns in files:
             name, record = self._write(run, columns, folder, format, computed_by)
         upload_s = time.perf_counter() - began
@@ -236,7 +276,8 @@ class Worker:
         else:
             images = self.run_dirs[run].ranges().read_samples(start, stop, spec.fingerprint).images
         made = self._made_of(product, start, images)
-        written, _ = self._write(run, made, product.folder, "parquet", self._computed_by(time.perf_counter() - began))
+        computed_by = self._computed_by(run, time.perf_counter() - began)
+        written, _ = self._write(run, made, product.folder, "parquet", computed_by)
         return TaskResult(written, None, 0.0, 0.0, time.perf_counter() - began)
 
     def _made_of(self, product: Product, start: int, images: np.ndarray) -> Samples:
@@ -251,9 +292,9 @@ class Worker:
         self.run_dirs[run].ranges(folder).write(name, data)
         return name, record
 
-    def _computed_by(self, seconds: float) -> dict[str, Any]:
-        info = self.info()
-        return {
+    def _computed_by(self, run: int, seconds: float) -> dict[str, Any]:
+        info, source = self.info(), dict(self.runs[run].source)
+        made = {
             "numerics_key": info.numerics_key,
             "device": info.device,
             "host": socket.gethostname(),
@@ -261,6 +302,7 @@ class Worker:
             "numpy": np.__version__,
             "seconds": round(seconds, 3),
         }
+        return made | ({"source": source} if source else {})
 
 
 def prove_gpu(device: torch.device) -> None:

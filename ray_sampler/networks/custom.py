@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-import traceback
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ray_sampler.errors import RequestError, RunError, printable, require
-from ray_sampler.networks.family import DTYPES, NAMED, PREFIX, Network, NetworkSpec, Precision, beside_user
+from ray_sampler.errors import RequestError, printable, require
+from ray_sampler.networks.called import Called
+from ray_sampler.networks.family import NAMED, PREFIX, Network, NetworkSpec, Precision, as_it_is, beside_user
+from ray_sampler.networks.state import twin
+from ray_sampler.networks.user_code import function_of, told, travelling
 from ray_sampler.networks.weights import weights_hash
+from ray_sampler.presets import model_name
 
-PACKAGE = Path(__file__).resolve().parents[1]
+__all__ = ["Called", "Model", "open_custom"]
+
 DECODERS = (None, "sd", "edm2")
+KINDS = "denoiser, edm, consistency, eps, v, x0, velocity"
+MEANT = {
+    **dict.fromkeys(("epsilon", "noise", "eps_prediction"), "eps"),
+    **dict.fromkeys(("v_prediction", "vpred", "v_pred"), "v"),
+    **dict.fromkeys(("sample", "x_start", "xstart", "x_0", "data"), "x0"),
+    **dict.fromkeys(("flow", "flow_matching", "flow_prediction", "rectified_flow", "vector_field"), "velocity"),
+    **dict.fromkeys(("d", "denoised"), "denoiser"),
+}
+"""What other programs call kinds."""
 
 
 class Model:
@@ -48,8 +58,8 @@ class Model:
     def __init__(
         self,
         network: nn.Module,
-        kind: Any,
-        shape: tuple[int, int, int],
+        kind: Any = None,
+        shape: tuple[int, int, int] | None = None,
         num_classes: int = 0,
         null_label: int | None = None,
         sigma_min: float | None = None,
@@ -59,6 +69,12 @@ class Model:
     ) -> None:
         name = type(network).__name__
         require(isinstance(network, nn.Module), f"Model's network is of type {name}; it must be a torch.nn.Module")
+        require(
+            kind is not None and not isinstance(kind, tuple | list),
+            f"Model's kind is missing; give what the network computes, as Model(network, 'eps', shape): one of {KINDS}",
+        )
+        meant = MEANT.get(kind.lower().replace("-", "_")) if isinstance(kind, str) else None
+        require(meant is None, f"Model's kind is {kind!r}; {meant!r} is probably meant; it must be one of {KINDS}")
         num_classes, null_label, sigma_min, sigma_max = map(plain, (num_classes, null_label, sigma_min, sigma_max))
         shape = tuple(map(plain, shape)) if isinstance(shape, (tuple, list)) else shape
         whole = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
@@ -85,6 +101,7 @@ class Model:
             "an object with the methods of a Parameterisation, denoiser and identity",
         )
         require(decoder in DECODERS, f"Model's decoder is {decoder!r}; it must be None, 'sd' or 'edm2'")
+        assert shape is not None, "checked above"
         self.network = network
         self.kind = kind
         self.shape = (shape[0], shape[1], shape[2])
@@ -117,47 +134,11 @@ class CustomOptions:
         return result | ({"tag": self.tag} if self.tag else {})
 
 
-class Called(nn.Module):
-    """A user's network, called as all networks are: labels as it wants them, float32 out, in the run's precision."""
-
-    def __init__(self, network: nn.Module, num_classes: int, one_hot: bool, precision: Precision) -> None:
-        super().__init__()
-        self.network = network
-        self.num_classes = num_classes
-        self.one_hot = one_hot
-        self.dtype = DTYPES[precision]
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Raises RunError: the network raises, or returns something unlike x, which arithmetic might take all the same.
-
-        Memory that runs out is the cause of the error then.
-        """
-        half = self.dtype != torch.float32
-        with torch.autocast(x.device.type, self.dtype if half else torch.bfloat16, enabled=half):
-            labels = () if y is None else (self._rows(y) if self.one_hot else y,)
-            try:
-                output = self.network(x, t, *labels)
-            except Exception as error:
-                raise RunError(f"the network of --model raised {told(error)}") from error
-        if not isinstance(output, Tensor):
-            raise RunError(f"the network of --model returned a {type(output).__name__}; it must return a tensor like x")
-        if output.shape != x.shape:
-            raise RunError(
-                f"the network of --model returned a tensor of shape {list(output.shape)} for x of shape "
-                f"{list(x.shape)}; it must return one like x, without a variance half"
-            )
-        return output.float()
-
-    def _rows(self, y: Tensor) -> Tensor:
-        """One-hot rows (B, num_classes) float32; any label past the classes is the null label, a row of zeros."""
-        return F.one_hot(y.clamp(max=self.num_classes), self.num_classes + 1)[:, : self.num_classes].float()
-
-
-def open_custom(model: str, settings: Mapping[str, Any], given: frozenset[str]) -> Network:
+def open_custom(model: Any, settings: Mapping[str, Any], given: frozenset[str]) -> Network:
     """The network that a user's function returns.
 
     Args:
-        model: python:package.module:function.
+        model: python:package.module:function, or that function, or what it returns.
         settings: by flag name; `weights` is passed to the function.
         given: names of the settings that the user gave.
 
@@ -165,12 +146,16 @@ def open_custom(model: str, settings: Mapping[str, Any], given: frozenset[str]) 
         RequestError: there is no such function, it raises, or it returns something else; its weights are no finite
             numbers; a given setting contradicts it.
     """
-    name, tag = model.removeprefix(PREFIX), settings.get("tag")
-    made, module = call(name, settings.get("weights"))
-    check_values(name, tensors_of(made.network))
-    network = made.network.cpu().eval()
-    tensors = tensors_of(network)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+    weights, tag = settings.get("weights"), settings.get("tag")
+    shown = f"--model is {printable(model_name(model))}"
+    function, made = called(model, weights)
+    tensors = tensors_of(made.network, shown)
+    check_values(shown, tensors)
+    kinds = [type(module) for module in made.network.modules()]
+    name = model.removeprefix(PREFIX) if isinstance(model, str) else model_name(kinds[0])
+    home = name.partition(":")[0] if isinstance(model, str) else None
+    by_value, source = travelling(home, [function, *kinds, type(made.kind), *made.options.values()])
+    network = made.network.cpu() if made is not model else twin(made.network, torch.device("cpu"))
     spec = NetworkSpec(
         family="python",
         options=CustomOptions(name, made.shape, made.num_classes, made.one_hot, tag),
@@ -185,14 +170,18 @@ def open_custom(model: str, settings: Mapping[str, Any], given: frozenset[str]) 
         latent=made.decoder,
     )
     spec.check_given({name: settings[name] for name in given})
+    here = os.path.abspath(weights) if weights and os.path.exists(weights) else weights
     return Network(
         spec=spec,
-        build=lambda precision: Called(network, made.num_classes, made.one_hot, precision),
-        prepare=lambda module, precision: module,
+        build=partial(wrapped, made, network),
+        prepare=as_it_is,
         tensors={},
         weights=weights_hash(tensors),
-        parameters=parameters,
-        by_value=companions(module),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        own=True,
+        by_value=by_value,
+        source=source,
+        remakes=() if function is made else tuple(partial(remade, each, here) for each in (function, model)),
     )
 
 
@@ -201,98 +190,73 @@ def plain(value: Any) -> Any:
     return value.item() if getattr(value, "shape", None) == () else value
 
 
-def tensors_of(network: nn.Module) -> dict[str, Tensor]:
-    """What is hashed of a network."""
-    return {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
-
-
-def check_values(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raises RequestError: a tensor has no values yet, or some that are not finite."""
-    shown = f"--model is {PREFIX}{printable(name)}"
-    empty = [key for key, tensor in tensors.items() if tensor.is_meta or is_lazy(tensor)]
-    require(not empty, f"{shown}; its network has no values for {', '.join(empty[:NAMED])}; load its weights first")
-    floats = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
-    bad = [key for key, t in floats.items() if not (t.float() if t.dtype.itemsize == 1 else t).isfinite().all()]
-    require(not bad, f"{shown}; its network has values that are not finite, in {', '.join(bad[:NAMED])}")
-
-
-def call(name: str, weights: str | None) -> tuple[Model, ModuleType]:
-    """What the function `module:function` returns for a weights file, and its module.
+def called(model: Any, weights: str | None) -> tuple[Any, Model]:
+    """A user's function, given or named, and what it returns for a weights file; a Model is taken as it is.
 
     Raises:
-        RequestError: as of `open_custom`.
+        RequestError: there is no such function, it raises, or returns something else.
     """
-    shown = f"--model is {PREFIX}{printable(name)}"
-    module_name, separator, function_name = name.partition(":")
-    require(
-        bool(module_name and separator and function_name.isidentifier()),
-        f"{shown}; it must be of the form python:package.module:function",
-    )
+    shown = f"--model is {printable(model_name(model))}"
     with beside_user():
-        return called(name, module_name, function_name, weights)
-
-
-def called(name: str, module_name: str, function_name: str, weights: str | None) -> tuple[Model, ModuleType]:
-    """As `call`, of a name that was read, with the user's folder on the path."""
-    shown = f"--model is {PREFIX}{printable(name)}"
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise RequestError(f"{shown}; importing it failed: {told(error)}") from error
-        raise RequestError(
-            f"{shown}; there is no module {module_name!r} in the current directory or on PYTHONPATH"
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise RequestError(f"{shown}; importing it failed: {told(error)}") from error
-    function = getattr(module, function_name, None)
-    require(callable(function), f"{shown}; module {module_name!r} has no function {function_name!r}")
-    try:
-        made = function(weights)  # type: ignore[misc]  # checked to be callable
-    except (Exception, SystemExit) as error:
-        raise RequestError(f"{shown}; the function raised {told(error)}") from error
+        function = function_of(model.removeprefix(PREFIX)) if isinstance(model, str) else model
+        try:
+            made = function if isinstance(function, Model) else function(weights)
+        except (Exception, SystemExit) as error:
+            raise RequestError(f"{shown}; the function raised {told(error)}") from error
     require(
         isinstance(made, Model),
         f"{shown}; the function returned a {type(made).__name__}; it must return a ray_sampler.Model",
     )
-    return made, module
+    return function, made
 
 
-def told(error: BaseException) -> str:
-    """An exception in one line, with the file and line of the user's code where it came up."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-    frames = [f for f in frames if PACKAGE not in Path(f.filename).resolve().parents]
-    own = [f for f in frames if not installed(Path(f.filename))] or frames
-    if isinstance(error, SyntaxError) and error.filename:
-        where = f" ({error.filename}, line {error.lineno})"
-    else:
-        where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
-    message = printable(" ".join(str(error).split()))
-    return f"{type(error).__name__}: {message}{where}" if message else f"{type(error).__name__}{where}"
+def wrapped(made: Model, network: nn.Module, precision: Precision) -> Called:
+    """A user's network as all networks are called."""
+    return Called(network, made.num_classes, made.one_hot, precision, isinstance(made.kind, str)).eval()
 
 
-def companions(module: ModuleType) -> tuple[str, ...]:
-    """The module, and those of its package or folder that are loaded: they travel by value to nodes that lack them.
+def remade(model: Any, weights: str | None, precision: Precision) -> Called:
+    """The network of a user's function or its name, on a worker to which it could not be sent."""
+    _, made = called(model, weights)
+    return wrapped(made, made.network.cpu(), precision)
 
-    Its folder is where its outermost package is found.
+
+def tensors_of(network: nn.Module, shown: str) -> dict[str, Tensor]:
+    """What is hashed of a network: dense tensors by name, those of packed quantised layers too.
+
+    Raises:
+        RequestError: a tensor cannot be read as ordinary numbers; names it.
     """
-    package = module.__name__.partition(".")[0]
-    folder = None
-    if module.__file__:
-        file = Path(module.__file__).resolve()
-        folder = file.parents[module.__name__.count(".") + hasattr(module, "__path__")]
-    names = []
-    for name, loaded in list(sys.modules.items()):
-        if not isinstance(loaded, ModuleType) or name.partition(".")[0] in ("ray_sampler", "__main__"):
-            continue
-        path = getattr(loaded, "__file__", None)
-        beside = bool(path and folder and folder in Path(path).resolve().parents and not installed(Path(path)))
-        if name == package or name.startswith(package + ".") or beside:
-            names.append(name)
-    return tuple(names)
+    found: dict[str, Tensor] = {}
+    for name, value in network.state_dict().items():
+        packed = value if isinstance(value, tuple) else ()
+        parts = {f"{name}.{i}": part for i, part in enumerate(packed) if isinstance(part, Tensor) and part.is_quantized}
+        for key, tensor in parts.items() if packed else {name: value}.items():
+            if isinstance(tensor, Tensor):
+                try:
+                    found[key] = tensor if tensor.is_meta or is_lazy(tensor) else dense(tensor)
+                except Exception as error:  # whatever torch raises of what it cannot do with such a tensor
+                    kind = f"{str(tensor.dtype).removeprefix('torch.')}, {tensor.layout}"
+                    raise RequestError(
+                        f"{shown}; its tensor {key} ({kind}) cannot be read as numbers; make it a dense one"
+                    ) from error
+    return found
 
 
-def installed(file: Path) -> bool:
-    """Whether a module came with Python or a package manager."""
-    parts = file.resolve().parts
-    return "site-packages" in parts or "dist-packages" in parts or Path(sys.base_prefix) in file.resolve().parents
+def dense(tensor: Tensor) -> Tensor:
+    """A tensor as ordinary numbers side by side, whose bytes can be read."""
+    tensor = tensor.detach()
+    if tensor.is_nested:
+        raise TypeError("its parts have no common shape")
+    if tensor.is_quantized:
+        return tensor.dequantize().cpu()
+    return (tensor if tensor.layout == torch.strided else tensor.to_dense()).resolve_conj().resolve_neg().cpu()
+
+
+def check_values(shown: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises RequestError: a tensor has no values yet, or some that are not finite."""
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta or is_lazy(tensor)]
+    require(not empty, f"{shown}; its network has no values for {', '.join(empty[:NAMED])}; load its weights first")
+    numbers = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point() or tensor.is_complex()}
+    bad = [key for key, t in numbers.items() if not (t.float() if t.dtype.itemsize == 1 else t).isfinite().all()]
+    require(not bad, f"{shown}; its network has values that are not finite, in {', '.join(bad[:NAMED])}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -180,8 +180,14 @@ class Network:
     """Of a file that was fetched."""
     as_stored: bool = False
     """Whether the tensors keep their dtypes on the way, and `prepare` casts them."""
+    own: bool = False
+    """Whether its code is the user's."""
     by_value: tuple[str, ...] = ()
     """Names of modules that travel with the network, as other nodes lack their files."""
+    source: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the source of the user's modules, by file."""
+    remakes: tuple[Callable[[Precision], nn.Module], ...] = ()
+    """Ways to call the user's function, for a worker to which the network could not be sent."""
 
 
 def without_memory(build: Callable[[], nn.Module]) -> nn.Module:
@@ -253,7 +259,8 @@ def beside_user() -> Iterator[None]:
     if added:
         sys.path.insert(0, here)
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # what a command prints is for other programs
+            yield
     finally:
         if added:
             with suppress(ValueError):  # the user's code took it away

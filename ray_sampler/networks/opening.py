@@ -27,12 +27,12 @@ NAMED = 3
 
 
 def open_network(
-    model: str, settings: Mapping[str, Any], given: frozenset[str] = frozenset(), flag: str = "--model"
+    model: Any, settings: Mapping[str, Any], given: frozenset[str] = frozenset(), flag: str = "--model"
 ) -> Network:
     """Read a model's weights, once, and find out what they are.
 
     Args:
-        model: a bundled model's name, or a path or URL.
+        model: a bundled model's name, a path or URL, python:module:function, a function or a Model.
         settings: by flag name, of the user, a preset and a bundled model.
         given: names of the settings that the user gave.
         flag: that named the model, for messages.
@@ -47,10 +47,10 @@ def open_network(
         raise RequestError(flag + said.removeprefix("--model") if named else said) from error
 
 
-def opened(model: str, settings: Mapping[str, Any], given: frozenset[str], flag: str) -> Network:
+def opened(model: Any, settings: Mapping[str, Any], given: frozenset[str], flag: str) -> Network:
     """As `open_network`; what is wrong is said of --model."""
     check_passed(model, settings, given, flag)
-    if model.startswith(PREFIX):
+    if not isinstance(model, str) or model.startswith(PREFIX):
         return open_custom(model, settings, given)
     checkpoint = read(model, settings.get("weights_key"), flag)
     family = family_of(checkpoint)
@@ -83,7 +83,7 @@ def check_passed(model: Any, settings: Mapping[str, Any], given: frozenset[str],
     }
     for name, value in passed.items():
         require(
-            value is None or (model.startswith(PREFIX) if isinstance(model, str) else callable(model)),
+            value is None or (model.startswith(PREFIX) if isinstance(model, str) else name == "tag" or callable(model)),
             f"--{name} is {redact(value)}, which only a function, {flag} python:module:function, can use; leave it out",
         )
     require(

@@ -31,6 +31,11 @@ MAX_INDEX = 2**25
 MAX_PARTS = 500
 PART = re.compile(r"(\d{5})-of-(\d{5})\.\w+$")
 INDEX = ".index.json"
+FROM_PRETRAINED = (
+    "give --model python:my_unet:load --weights FOLDER, where load returns a Model of what "
+    "UNet2DModel.from_pretrained(FOLDER) gives: docs/models.md has its lines, under A network of diffusers"
+)
+"""What to do with a network of diffusers."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ def _loaded(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         raise Refused(
             "its names are those of a network in a pipeline of diffusers (such as "
             f"{_shown(next(name for name in floats if name.startswith(('down_blocks.', 'transformer_blocks.'))))}), "
-            "which is read only with its pipeline; name the checkpoint that it was converted from"
+            f"which is sampled through a function of your own: {FROM_PRETRAINED}"
         )
     empty = sum(0 in entry.like.shape for entry in floats.values())
     if 2 * empty > len(floats):
@@ -190,7 +195,13 @@ def _folder(folder: Folder, key: str | None, shown: str, flag: str) -> Checkpoin
             assert isinstance(index, Source)
             return _indexed(index.file.read(MAX_INDEX), folder.url, key, shown, flag)
     if "model_index.json" in folder.names:
-        raise Refused("a directory with a pipeline of diffusers, which is not read yet; name a single checkpoint file")
+        raise Refused(
+            f"a directory with a pipeline of diffusers, which is not read; its network is sampled: {FROM_PRETRAINED}"
+        )
+    if "config.json" in folder.names and any(name.startswith("diffusion_pytorch_model") for name in folder.names):
+        raise Refused(
+            f"a directory with a network of diffusers, which is sampled through a function: {FROM_PRETRAINED}"
+        )
     if ".metadata" in folder.names:
         raise Refused(
             "a directory of torch.distributed.checkpoint; make one file of it with "

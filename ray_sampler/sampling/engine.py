@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import local
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ray_sampler.networks.state import Stateful
 from ray_sampler.sampling.finish import Finish
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, keep_freed_memory, page_locked, ran_out_of_memory
 from ray_sampler.sampling.numerics import INDUCTOR_WITHOUT_TIMING, compiles
@@ -73,11 +76,12 @@ class Engine:
         self.compiles = compiles(compile, device.type == "cuda")
         self.networks = networks
         """By role, as they are."""
-        asked = {role: network for role, network in networks.items() if role in (MAIN, GUIDE)}
-        self.asked: Mapping[str, Network] = (
-            {role: compiled(network, compile) for role, network in asked.items()} if self.compiles else asked
-        )
+        self.asked = {role: network for role, network in networks.items() if role in (MAIN, GUIDE)}
         """Those that a solver asks, by role."""
+        self.mode: Compile = compile
+        self.called = {role: self._compiled(network) for role, network in self.asked.items()}
+        self.mine = local()
+        """What a thread calls: copies of its own of networks that may keep something between calls."""
         # CUDA graphs come with chosen kernels: they are recorded at the second call, and reuse the memory of results.
         self.graphs = compile == "on" and device.type == "cuda"
         self.batch_size = batch_size
@@ -193,6 +197,23 @@ class Engine:
 
         return wait
 
+    def _called(self) -> Mapping[str, Network]:
+        """The networks that this thread calls, by role, as they were after loading."""
+        if not hasattr(self.mine, "called"):
+            stateful = {role: network for role, network in self.asked.items() if isinstance(network, Stateful)}
+            if self.workers is not None:
+                stateful = {role: network.another() for role, network in stateful.items()}
+            self.mine.stateful = stateful.values()
+            own = {role: self._compiled(network) for role, network in stateful.items() if self.workers is not None}
+            self.mine.called = {**self.called, **own}
+        for network in self.mine.stateful:
+            network.begin()
+        called: Mapping[str, Network] = self.mine.called
+        return called
+
+    def _compiled(self, network: nn.Module) -> Network:
+        return compiled(network, self.mode) if self.compiles else network
+
     @torch.inference_mode()
     def _block(self, plan: SamplePlan, products: Mapping[str, Finish], block: int) -> dict[Key, Tensor]:
         """All columns of one block, each (B, ...), and whose fault values are that are not finite, (B,)."""
@@ -205,12 +226,15 @@ class Engine:
             fault.masked_fill_(bad if sound is None else bad & finite(sound, len(fault)), whose)
 
         def watched(network: Network) -> Network:
-            def watch(x: Tensor, times: Tensor, y: Tensor | None) -> Tensor:
+            def watch(x: Tensor, times: Tensor, y: Tensor | None = None, *more: Any, **named: Any) -> Tensor:
                 # A compiler takes another layout of x for another network.
-                output = network(x.contiguous() if self.compiles else x, times, y)
+                output = network(x.contiguous() if self.compiles else x, times, y, *more, **named)
+                self.evaluations += 1
+                batched = isinstance(output, Tensor) and output.ndim > 0
+                if not batched or len(output) % len(fault) or len(x) % len(fault):
+                    return output  # a parameterisation of the user's own knows what to do with it
                 if self.graphs:
                     output = output.clone()
-                self.evaluations += 1
                 blame(NETWORK, output, x)
                 blame(SOLVER, output)
                 return output
@@ -218,7 +242,7 @@ class Engine:
             return watch
 
         x, y = sample_block(
-            {role: watched(network) for role, network in self.asked.items()}, plan, indices, self.device
+            {role: watched(network) for role, network in self._called().items()}, plan, indices, self.device
         )
         blame(SOLVER, x)
         stored = plan.condition.stored(y) if plan.condition and y is not None else {}

@@ -85,6 +85,9 @@ class GuidanceOptions:
         "as for --model.",
         recorded=False,
     )
+    guide_weights: str | None = option(
+        None, "Passed to the function of --guide python:module:function.", recorded=False
+    )
     guidance_interval: str | None = option(
         None, "Noise levels LO,HI between which guidance applies, inclusive (everywhere).", recorded=False, numbers=True
     )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ray_sampler.errors import RequestError, printable, require
-from ray_sampler.networks.custom import companions, told
 from ray_sampler.networks.family import beside_user
+from ray_sampler.networks.user_code import companions, told
 from ray_sampler.networks.weights import weights_hash
 from ray_sampler.scoring.extractors import Extractor
 from ray_sampler.scoring.options import FUNCTION

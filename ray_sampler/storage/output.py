@@ -23,6 +23,11 @@ class OutputOptions:
         "(runs/<model>-<start of the fingerprint>).",
     )
     fragment_format: FragmentFormat = option("parquet", "File format of the fragments.")
+    accept_code_change: bool = option(
+        False,
+        "Go on with a run although the code of its own network has changed since it was begun.",
+        recorded=False,
+    )
     overwrite: bool = option(False, "Delete an earlier run there first; no other driver may be writing to it.")
 
     def check(self) -> None:

@@ -196,6 +196,27 @@ def make(weights):
     assert with_file.fingerprint != job(module).fingerprint
 
 
+def test_a_guide_has_weights_of_its_own(write: Write, tmp_path: Path) -> None:
+    module = write(
+        LABELLED
+        + """
+def make(weights):
+    network = Network()
+    network.load_state_dict(torch.load(weights))
+    return Model(network, "denoiser", (1, 2, 2), 4)
+"""
+    )
+    for name, mean in (("w", 0.7), ("g", 0.2)):
+        torch.save({"means": torch.full((5,), mean)}, tmp_path / f"{name}.pt")
+    guide: dict[str, Any] = {"guide": f"python:{module}:make", "guidance": 2.0}
+    made = job(module, weights="w.pt", guide_weights="g.pt", **guide)
+    means = {role: network.build("fp32").network.means[0].item() for role, network in made.networks.items()}  # type: ignore[union-attr,index]
+    assert means == pytest.approx({"main": 0.7, "guide": 0.2})
+    assert made.fingerprint != job(module, weights="w.pt", guide_weights="w.pt", **guide).fingerprint
+    with pytest.raises(RequestError, match=r"^--guide_weights is g\.pt"):
+        job(module, weights="w.pt", guide_weights="g.pt", guidance=2.0, guide="digits")
+
+
 def test_what_is_fingerprinted(write: Write) -> None:
     """Weights, shape, kind, name and tag; the function's code is not."""
     source = LABELLED + "\ndef make(weights):\n    return Model(Network(), {}, (1, {}, 2), 4)\n"

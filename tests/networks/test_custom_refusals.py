@@ -46,6 +46,12 @@ WRONG_MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "another option": (f"{NETWORK}, 'eps', (3, 4, 4), data_at=1", ("kind 'eps'", "data_at")),
     "no data_at": (f"{NETWORK}, 'velocity', (3, 4, 4)", ("data_at is None", "0 or 1")),
     "a wrong data_at": (f"{NETWORK}, 'velocity', (3, 4, 4), data_at=2", ("data_at is 2",)),
+    "no kind": (f"{NETWORK}, shape=(3, 4, 4)", ("kind is missing", "Model(network, 'eps', shape)", "line 4")),
+    "a shape in place of a kind": (f"{NETWORK}, (3, 4, 4)", ("kind is missing",)),
+    "another program's kind": (f"{NETWORK}, 'epsilon', (3, 4, 4)", ("'epsilon'; 'eps' is probably meant",)),
+    "another program's v": (f"{NETWORK}, 'v-prediction', (3, 4, 4)", ("'v' is probably meant",)),
+    "channels last": (f"{NETWORK}, 'edm', (16, 16, 3)", ("shape is (16, 16, 3)", "(3, 16, 16) is probably meant")),
+    "no shape": (f"{NETWORK}, 'edm'", ("shape is None", "(C, H, W)")),
     "a rising table": (f"{NETWORK}, 'eps', (3, 4, 4), alphas=[0.1, 0.9]", ("alphas", "falling")),
     "no table": (f"{NETWORK}, 'x0', (3, 4, 4), alphas=[]", ("alphas has 0 values",)),
     "a table of words": (f"{NETWORK}, 'v', (3, 4, 4), alphas='ab'", ("alphas is a str", "falling table")),
@@ -139,6 +145,21 @@ def test_an_exception_of_the_network_names_its_line(write: Write) -> None:
 @pytest.mark.parametrize("model", ["python:", "python:module", "python::make", "python:module:", "python:module:a b"])
 def test_a_name_of_another_form_is_refused(model: str) -> None:
     with pytest.raises(RequestError, match=r"python:package\.module:function"):
+        prepare(RunConfig(model=model))
+
+
+@pytest.mark.parametrize(
+    ("model", "meant"),
+    [
+        ("python:my.py:f", "python:my:f"),
+        ("python:nets/my.py:f", "python:nets.my:f"),
+        ("my:f", "python:my:f"),
+        ("my.py:f", "python:my:f"),
+        ("nets.my:f", "python:nets.my:f"),
+    ],
+)
+def test_what_was_probably_meant_is_said(model: str, meant: str) -> None:
+    with pytest.raises(RequestError, match=f"{meant}$"):
         prepare(RunConfig(model=model))
 
 

@@ -201,3 +201,12 @@ def test_a_directory_of_distributed_checkpoints_names_the_command_that_joins_it(
 def test_another_flag_is_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"^--guide is "):
         read_checkpoint(str(tmp_path / "none"), flag="--guide")
+
+
+@pytest.mark.parametrize("names", [("model_index.json",), ("config.json", "diffusion_pytorch_model.safetensors")])
+def test_a_folder_of_diffusers_is_sampled_through_from_pretrained(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    said = refusal(tmp_path)
+    for part in ("diffusers", "UNet2DModel.from_pretrained(FOLDER)", "docs/models.md"):
+        assert part in said
