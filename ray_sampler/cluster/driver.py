@@ -17,18 +17,18 @@ from ray_sampler.cluster.dispatch import Dispatch, Tally
 from ray_sampler.cluster.inventory import Inventory, complete
 from ray_sampler.cluster.job import Job, claim, prepare, record_code, still_ours, tried
 from ray_sampler.cluster.metrics import DriverMetrics
-from ray_sampler.cluster.outcome import already_done, write_outcome
+from ray_sampler.cluster.outcome import already_done, merge, write_outcome
 from ray_sampler.cluster.pool import Pool, reason_of
 from ray_sampler.cluster.scoring import scored_run, standing_scores
 from ray_sampler.cluster.session import Fleet, beside_driver, joined, plan_fleet
 from ray_sampler.cluster.shipping import Shipped, ship
-from ray_sampler.cluster.tasks import Damage, Merged, merge_task, pack_pieces, show_task
+from ray_sampler.cluster.tasks import Damage, show_task
 from ray_sampler.cluster.worker import Loaded, RunSpec, Task, TaskResult
 from ray_sampler.config import RunConfig
-from ray_sampler.errors import RunError, require, show_traceback
+from ray_sampler.errors import RunError, require
 from ray_sampler.options import of
 from ray_sampler.reporting.options import ReportingOptions
-from ray_sampler.reporting.progress import Reporter, Snapshot, reporter
+from ray_sampler.reporting.progress import Reporter, reporter
 from ray_sampler.reporting.scores import described
 from ray_sampler.reporting.sheet import PreviewKeeper, Tile
 from ray_sampler.resolve import given_values, settings_json
@@ -367,32 +367,3 @@ def padding(num_samples: int, batch_size: int) -> str | None:
         f"the last batch and are thrown away; --batch_size {-(-num_samples // batches)} avoids that (pixels may differ "
         "by rounding from those of another batch size)"
     )
-
-
-def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Merged | Damage:
-    """Have a task write the archive, or say which fragment is in the way.
-
-    Raises:
-        RunError: the archive cannot be written.
-    """
-    tally.latest = Snapshot(
-        num_samples=job.num_samples,
-        reused=tally.reused,
-        done=job.num_samples - tally.reused,
-        failures=tally.failures,
-        stage="merging",
-        elapsed_s=tally.latest.elapsed_s,
-        rate=tally.latest.rate,
-    )
-    report.update(tally.latest)
-    packed = pack_pieces(inventory.fragments.cover(), inventory.fragments.known)
-    task: ray.ObjectRef[Merged | Damage] = merge_task.options(scheduling_strategy=beside_driver()).remote(
-        job.output, job.fingerprint, packed, job.num_samples, job.image_shape, job.labelled
-    )
-    try:
-        return ray.get(task)
-    except ray.exceptions.RayTaskError as error:
-        show_traceback(error)
-        if isinstance(error.cause, RunError):
-            raise error.cause from None
-        raise RunError(f"the archive could not be written: {reason_of(error)}") from error

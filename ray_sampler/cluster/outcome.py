@@ -1,14 +1,21 @@
-"""What a finished run leaves beside its archive: preview.png, report.html and summary.json."""
+"""What a run leaves: its archive, which a task merges, and preview.png, report.html and summary.json."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import ray
+
 from ray_sampler.cluster.dispatch import Tally
 from ray_sampler.cluster.inventory import Inventory
 from ray_sampler.cluster.job import Job
-from ray_sampler.cluster.tasks import Merged
+from ray_sampler.cluster.machine import killed_for_memory
+from ray_sampler.cluster.pool import reason_of
+from ray_sampler.cluster.session import beside_driver
+from ray_sampler.cluster.tasks import Damage, Merged, merge_task, pack_pieces
+from ray_sampler.errors import RunError, show_traceback
+from ray_sampler.reporting.progress import Reporter, Snapshot
 from ray_sampler.reporting.report import render_report
 from ray_sampler.reporting.sheet import PreviewKeeper, class_rows_of
 from ray_sampler.reporting.summary import summary_of
@@ -16,6 +23,9 @@ from ray_sampler.resolve import settings_json
 from ray_sampler.storage.archive import archive_intact
 from ray_sampler.storage.archive_layout import ArchiveLayout
 from ray_sampler.storage.run_dir import REPORT, SUMMARY
+
+MERGE_ATTEMPTS = 3
+"""Times that the process which writes the archive may be killed."""
 
 
 def write_outcome(
@@ -86,3 +96,48 @@ def already_done(job: Job) -> dict[str, Any] | None:
     if layout.size != summary["archive"]["bytes"] or not archive_intact(job.run_dir, layout):
         return None
     return summary
+
+
+def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Merged | Damage:
+    """Have a task write the archive, or say which fragment is in the way.
+
+    Raises:
+        RunError: the archive cannot be written.
+    """
+    tally.latest = Snapshot(
+        num_samples=job.num_samples,
+        reused=tally.reused,
+        done=job.num_samples - tally.reused,
+        failures=tally.failures,
+        stage="merging",
+        elapsed_s=tally.latest.elapsed_s,
+        rate=tally.latest.rate,
+    )
+    report.update(tally.latest)
+    packed = pack_pieces(inventory.fragments.cover(), inventory.fragments.known)
+    kills = killed_for_memory()
+    for attempt in range(1, MERGE_ATTEMPTS + 1):
+        task: ray.ObjectRef[Merged | Damage] = merge_task.options(scheduling_strategy=beside_driver()).remote(
+            job.output, job.fingerprint, packed, job.num_samples, job.image_shape, job.labelled
+        )
+        try:
+            return ray.get(task)
+        except ray.exceptions.RayTaskError as error:
+            show_traceback(error)
+            if isinstance(error.cause, RunError):
+                raise error.cause from None
+            raise RunError(f"the archive could not be written: {reason_of(error)}") from error
+        except ray.exceptions.RayError as error:
+            show_traceback(error)
+            by_ray = isinstance(error, ray.exceptions.OutOfMemoryError)
+            sure = by_ray or killed_for_memory() > kills
+            cause = f"{'' if sure else 'perhaps '}{'by Ray' if by_ray else 'by the system'} for lack of memory"
+            if attempt < MERGE_ATTEMPTS:
+                report.message(
+                    f"the process that writes the archive was killed, {cause}; it is started again", "warning"
+                )
+    raise RunError(
+        f"the archive could not be written: its process was killed {MERGE_ATTEMPTS} times, {cause}; the samples are "
+        "kept: free memory on the driver's node and run the same command again, or run `ray-sampler merge "
+        f"{job.run_dir.url}` on a machine that has more"
+    )

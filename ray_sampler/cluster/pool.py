@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError, WorkerCrashedError
 
 from ray_sampler.cluster.blame import Streak
 from ray_sampler.cluster.calls import Calls, RayCalls
@@ -378,6 +378,8 @@ class Pool:
 def reason_of(error: BaseException) -> str:
     """Why something failed, in one line: of a long account by Ray its last sentence, of ours all."""
     cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, WorkerCrashedError):  # of which Ray says where it would look itself
+        return "its process was killed, perhaps by the system for lack of memory"
     lines = [line.strip() for line in str(cause).splitlines() if line.strip() and not line.startswith((" ", "\t"))]
     if not lines:
         return type(cause).__name__

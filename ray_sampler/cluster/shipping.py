@@ -9,11 +9,14 @@ from __future__ import annotations
 import ctypes
 import importlib
 import io
+import os
 import pickle
+import shutil
+import socket
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial, reduce
@@ -23,11 +26,13 @@ import numpy as np
 import ray
 import torch
 from ray import cloudpickle
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ray_sampler.errors import RequestError
+from ray_sampler.cluster.machine import ray_folder
+from ray_sampler.errors import RequestError, RunError
 from ray_sampler.networks.family import Network, Precision, beside_user, lay_out_contiguously
 
 CHUNK_BYTES = 64 * 2**20
@@ -70,6 +75,7 @@ def ship(network: Network, precision: Precision, contiguous: bool = False) -> Sh
 
     Raises:
         RequestError: a user's network cannot travel to another process.
+        RunError: the object store is full.
     """
     module = network.build(precision)
     if contiguous:
@@ -98,6 +104,8 @@ def pickled_by_value(
             cloudpickle.register_pickle_by_value(sys.modules[name])
         try:
             return dumped(module, take)
+        except RunError:  # the object store's, whatever the network
+            raise
         except Exception as error:  # whatever the attributes of a user's network raise
             if not own:
                 raise
@@ -192,9 +200,25 @@ class _Loader:
 
     def flush(self) -> None:
         if self.waiting:
-            self.chunks.append(ray.put(self.waiting))
+            with room_in_store():
+                self.chunks.append(ray.put(self.waiting))
             self.waiting = []
             give_back_freed_memory()
+
+
+@contextmanager
+def room_in_store() -> Iterator[None]:
+    """Raises RunError where this node's object store takes no more weights; says what to free."""
+    try:
+        yield
+    except (OutOfDiskError, ObjectStoreFullError) as error:
+        folder = ray_folder()
+        disk = shutil.disk_usage(folder if os.path.isdir(folder) else os.path.dirname(folder))
+        raise RunError(
+            f"node {socket.gethostname()} has no room for the network's weights: Ray's object store is full, and so is "
+            f"the disk to which it spills ({folder}: {disk.free / 1e9:.1f} GB of {disk.total / 1e9:.1f} free, of which "
+            "Ray leaves 5% unused); delete files there, or start Ray with RAY_TMPDIR on a larger disk"
+        ) from error
 
 
 def give_back_freed_memory() -> None:
@@ -279,7 +303,8 @@ def unpack(shipped: Shipped) -> nn.Module:
     Nothing writes parameters here. A buffer, or a tensor that is neither, is copied: a user's network may change it in
     its forward, and what torch makes of the memory is writable whatever numpy says.
     """
-    chunks = ray.get(list(shipped.chunks))
+    with room_in_store():
+        chunks = ray.get(list(shipped.chunks))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         tensors = [_restored(chunks[stored.chunk][stored.position], stored) for stored in shipped.tensors]

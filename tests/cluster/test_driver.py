@@ -13,7 +13,7 @@ import ray
 from safetensors.torch import save_file
 
 from ray_sampler.cli import main
-from ray_sampler.cluster import driver, inventory
+from ray_sampler.cluster import driver, inventory, outcome
 from ray_sampler.cluster.driver import run
 from ray_sampler.cluster.tasks import check_fragments
 from ray_sampler.cluster.worker import Worker, WorkerInfo
@@ -267,7 +267,7 @@ def test_damaged_foreign_and_overlapping_fragments_are_set_aside_and_the_archive
 def test_a_fragment_that_changes_between_its_check_and_the_merge_never_gets_into_the_archive(
     configure, copy, samples, monkeypatch
 ):
-    checked = driver.merge
+    checked = outcome.merge
 
     def damage_first(*arguments):
         monkeypatch.setattr(driver, "merge", checked)
