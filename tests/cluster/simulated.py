@@ -133,7 +133,7 @@ class Simulated:
         elif outcome == "node dies":
             self.lose(str(actor.node))
         elif outcome == "ok":
-            actor.hello.at, actor.hello.value = self.clock, SimpleNamespace(node_id=actor.node)
+            actor.hello.at, actor.hello.value = self.clock, SimpleNamespace(node_id=actor.node, said=())
         else:
             actor.hello.at, actor.hello.error = self.clock, RayTaskError("start", "", outcome)
 
@@ -146,7 +146,7 @@ class Simulated:
         elif outcome == "node dies":
             self.lose(str(actor.node))
         elif outcome == "ok":
-            ref.at, ref.value = self.clock, SimpleNamespace(compute_s=1.0, upload_s=0.0)
+            ref.at, ref.value = self.clock, SimpleNamespace(compute_s=1.0, upload_s=0.0, said=())
         else:
             ref.at, ref.error = self.clock, RayTaskError("work", "the actor's own traceback", outcome)
 
