@@ -24,7 +24,7 @@ DEATHS_IN_A_ROW = 25
 stops: it is not one shard that kills them."""
 
 START_FAILURES = 3
-"""Actors that may fail to start, with no shard finished between, before the run stops."""
+"""Actors that may fail to start, with no shard finished between and none at work, before the run stops."""
 
 FAILURES_IN_A_ROW = 12
 """Failures, with no shard finished between, at which the run stops: the cause is none of the shards', but perhaps a

@@ -286,7 +286,7 @@ class Dispatch:
             )
 
     def _start_failed(self, failed: StartFailed) -> None:
-        """Raises RunError: actors do not start."""
+        """Raises RunError: actors do not start, and none is at work that could finish something."""
         if failed.hopeless:
             raise RunError(failed.reason)
         self._count_failure(())
@@ -296,7 +296,7 @@ class Dispatch:
             self.start_failures += 1
         reason = start_failure(failed.reason, self.pool.fleet)
         self.reporter.message(f"an actor could not start: {reason}", "warning")
-        if self.start_failures + self.fallen.length >= START_FAILURES:
+        if self.start_failures + self.fallen.length >= START_FAILURES and not self.pool.busy():
             raise RunError(f"{START_FAILURES} actors in a row could not start; the last one said: {reason}")
 
     def _count(self, task: Task) -> None:
