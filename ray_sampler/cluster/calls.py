@@ -5,7 +5,7 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ class Calls(Protocol):
     def now(self) -> float:
         """Seconds of a clock that never goes back."""
 
-    def wait(self, refs: Sequence[Any], timeout: float) -> list[Any]:
+    def wait(self, refs: Collection[Any], timeout: float) -> list[Any]:
         """The references whose results are there; waits up to `timeout` seconds for a first one."""
 
     def get(self, ref: Any) -> Any:
@@ -68,7 +68,7 @@ class RayCalls:
     def now(self) -> float:
         return time.monotonic()
 
-    def wait(self, refs: Sequence[Any], timeout: float) -> list[Any]:
+    def wait(self, refs: Collection[Any], timeout: float) -> list[Any]:
         if not refs:
             time.sleep(timeout)
             return []

@@ -18,8 +18,9 @@ from ray_sampler.cluster.blame import (
     Suspicion,
 )
 from ray_sampler.cluster.events import Event, Failed, Finished, Lost, Ready, StartFailed, Waiting
+from ray_sampler.cluster.members import Member
 from ray_sampler.cluster.metrics import DriverMetrics
-from ray_sampler.cluster.pool import Member, Pool, reason_of
+from ray_sampler.cluster.pool import Pool, reason_of
 from ray_sampler.cluster.session import shared, start_failure, why_unplaced, worker_starting
 from ray_sampler.cluster.worker import IMAGES, Task, TaskResult
 from ray_sampler.errors import RequestError, RunError
@@ -214,7 +215,7 @@ class Dispatch:
 
     def _copy_straggler(self, member: Member) -> None:
         """Have an idle actor compute what takes long, unless it is a suspect, which might cost that actor too."""
-        if straggler := self.pool.straggler(self.copies.keys() - self.suspects.keys()):
+        if straggler := self.pool.straggler(self.copies, self.suspects):
             self.pool.submit(member, straggler)
             self._begin(straggler)
 

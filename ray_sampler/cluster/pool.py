@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Container, Iterable, Set
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -17,6 +16,7 @@ from ray_sampler.cluster.blame import Streak
 from ray_sampler.cluster.calls import Calls, RayCalls
 from ray_sampler.cluster.events import Event, Failed, Finished, Lost, Ready, StartFailed, Waiting
 from ray_sampler.cluster.heard import Tracebacks
+from ray_sampler.cluster.members import Member, Roster, roster_of
 from ray_sampler.cluster.session import Fleet
 from ray_sampler.cluster.worker import HiddenError, Task, TaskResult, WorkerInfo
 from ray_sampler.sampling.engine import NonFiniteError, OutOfDeviceMemoryError
@@ -52,44 +52,18 @@ NEVER_RAN = "never ran"
 BROKEN_AFTER = 2
 """Shards in a row that raise on an actor before it is replaced: its device may be broken, and theirs not the fault."""
 
+LOOK_S = 1.0
+"""Silent actors are looked for so many seconds apart at most."""
+
 STRAGGLER_FACTOR = 2
 """A shard straggles when it has taken so many times the median."""
 
 
-@dataclass(eq=False)
-class Member:
-    """An actor of the pool and what it is doing."""
-
-    handle: Any
-    hello: ray.ObjectRef[WorkerInfo]
-    since: float
-    """When it was asked for, or was ready; seconds of the pool's clock, as all times here."""
-    gone: bool = False
-    info: WorkerInfo | None = None
-    """None until it is ready."""
-    node_id: str | None = None
-    """Where it is or starts; None while it waits for a machine."""
-    tasks: dict[ray.ObjectRef[TaskResult], Task] = field(default_factory=dict)
-    """In the order of submission."""
-    depth: int = 2
-    """Shards that it may have at once, so that one computes while others are written."""
-    last_result: float = 0.0
-    """When it last gave a result, or was given work while idle."""
-    last_sign: float = 0.0
-    """When it last gave a result, or showed that it had got on."""
-    pulse: ray.ObjectRef[int] | None = None
-    """Its answer to the question how far it is."""
-    evaluations: int = 0
-    """What it answered last."""
-    raised: int = 0
-    """Shards in a row that raised on it."""
-
-    def work_begins(self, now: float) -> None:
-        self.last_result = self.last_sign = now
-
-
 class Pool:
     """Actors that come and go.
+
+    What it does for one shard takes the same time however many actors there are: they are gone through when one comes
+    or goes, or once a second, and not for every shard that is given or comes back.
 
     Args:
         start: starts one actor and returns its handle.
@@ -106,6 +80,12 @@ class Pool:
         self.fleet = fleet
         self.shard_timeout = shard_timeout
         self.members: list[Member] = []
+        self.owners: dict[ray.ObjectRef[Any], Member] = {}
+        """Whose result each reference is: of ready actors those of their shards, of others that they are ready."""
+        self.room: list[dict[Member, None]] = [{} for _ in range(MOST_IN_FLIGHT)]
+        """Actors that may be given a shard, by the number that they have; who waits longest comes first."""
+        self._roster: Roster | None = None
+        """None when somebody came or went."""
         self.draining: set[str] = set()
         """Ids of the nodes that are about to go."""
         self.durations: deque[float] = deque(maxlen=100)
@@ -118,29 +98,32 @@ class Pool:
         self.shunned: dict[Task, Member] = {}
         """Shards that are for other actors, if there are any, than the one on which they failed."""
         self.tracebacks = Tracebacks()
+        self.silence_due = 0.0
+        """When silent actors are looked for next."""
+
+    def roster(self) -> Roster:
+        if self._roster is None:
+            self._roster = roster_of(self.members, self.draining)
+        return self._roster
 
     @property
     def ready(self) -> list[Member]:
-        return [member for member in self.members if member.info]
-
-    def staying(self) -> list[Member]:
-        """Actors, ready or not, whose nodes are not about to go."""
-        return [member for member in self.members if member.node_id not in self.draining]
+        return self.roster().ready
 
     def idle(self) -> list[Member]:
-        """Those of them that have nothing to do."""
-        return [member for member in self.staying() if member.info and not member.tasks]
+        """Actors that have nothing to do, and whose nodes are not about to go."""
+        return list(self.room[0])
 
     def busy(self) -> int:
-        """How many of them have something to do."""
-        return sum(bool(member.tasks) for member in self.staying())
+        """How many actors on nodes that stay have something to do."""
+        return self.roster().at_work - len(self.room[0])
 
     def in_flight(self) -> int:
-        return sum(len(member.tasks) for member in self.members)
+        return len(self.owners) - (len(self.members) - len(self.ready))
 
     def pending(self) -> int:
         """Actors that wait for a machine."""
-        return sum(member.node_id is None for member in self.members)
+        return self.roster().pending
 
     def unplaced_s(self) -> float:
         """Seconds for which actors were asked for and none had a process."""
@@ -150,15 +133,20 @@ class Pool:
 
     def look_around(self) -> None:
         """Learn where actors are and which nodes are about to go; actors with nothing to do leave those."""
-        self.draining = self.calls.draining()
+        draining = self.calls.draining()
+        if draining != self.draining:
+            self.draining, self._roster = draining, None
+            for member in self.members:
+                self._sort_in(member)
         starting = [member for member in self.members if not member.info]
         places = self.calls.places([member.hello for member in starting]) if starting else []
         for member, node_id in zip(starting, places, strict=True):
             if node_id != member.node_id:
-                member.node_id = node_id
+                member.node_id, self._roster = node_id, None
                 member.work_begins(self.calls.now())
-        for member in [m for m in self.members if m.node_id in self.draining and not m.tasks]:
-            self.remove(member)
+        if self.draining:
+            for member in [m for m in self.members if m.node_id in self.draining and not m.tasks]:
+                self.remove(member)
 
     def median_s(self) -> float | None:
         """The median time from submission to result of recent shards, in seconds."""
@@ -169,21 +157,26 @@ class Pool:
 
         Actors on nodes that are about to go do not count, so that others are asked for while they finish.
         """
-        staying = self.staying()
-        now = self.calls.now()
-        room = max(MOST_PENDING, len(self.ready)) - self.pending() if now >= self.no_start_before else 0
-        for _ in range(min(wanted - len(staying), room)):
-            handle = self.start()
-            self.members.append(Member(handle, handle.start.remote(), now))
-        starting = [member for member in staying if not member.info]
-        starting.sort(key=lambda member: member.node_id is not None)
-        for member in starting[: max(len(staying) - keep, 0)]:
-            self.remove(member)
+        roster, now = self.roster(), self.calls.now()
+        missing, surplus = wanted - len(roster.staying), len(roster.staying) - keep
+        if missing > 0 and now >= self.no_start_before:
+            for _ in range(min(missing, max(MOST_PENDING, len(roster.ready)) - roster.pending)):
+                handle = self.start()
+                member = Member(handle, handle.start.remote(), now)
+                self.members.append(member)
+                self.owners[member.hello] = member
+                self._roster = None
+        if surplus > 0 and roster.starting:
+            for member in sorted(roster.starting, key=lambda member: member.node_id is not None)[:surplus]:
+                self.remove(member)
 
     def remove(self, member: Member) -> None:
         """End an actor at once, and forget it."""
         self.members.remove(member)
-        member.gone = True
+        for ref in member.tasks if member.info else [member.hello]:
+            del self.owners[ref]
+        member.gone, self._roster = True, None
+        self._sort_in(member)
         self.calls.kill(member.handle)
 
     def release_idle(self, keep: int) -> None:
@@ -203,41 +196,60 @@ class Pool:
         another actor than before, for which the last one makes room. Nodes that are about to go get no more.
         """
         given: list[Task] = []
-        if not queue or not self.ready:
-            return given
-        members = [member for member in self.staying() if member.info]
-        for busy in range(max((member.depth for member in members), default=0)):
-            for member in members:
-                if not queue or (busy and len(queue) < len(members)):
-                    return given
-                if not len(member.tasks) == busy < member.depth or self.shunned.get(queue[0]) is member:
+        for busy, level in enumerate(self.room):
+            for member in list(level) if level and self._worth(queue, alone, busy) else ():
+                if self.shunned.get(queue[0]) is member:
+                    queue.rotate(-1)  # it gets what comes next, unless it failed at that as well
+                if self.shunned.get(queue[0]) is member:
                     continue
-                if not (busy and alone) or alone.isdisjoint([queue[0], *member.tasks.values()]):
-                    given.append(queue.popleft())
-                    self.submit(member, given[-1])
-        placed = [member for member in self.staying() if member.node_id is not None]
-        if queue and len(placed) == 1 and not placed[0].tasks and self.shunned.get(queue[0]) is placed[0]:
-            self.remove(placed[0])
+                if busy and alone and not alone.isdisjoint([queue[0], *member.tasks.values()]):
+                    continue
+                given.append(queue.popleft())
+                self.submit(member, given[-1])
+                if not self._worth(queue, alone, busy):
+                    break
+        if queue and (only := self.shunned.get(queue[0])) and not only.tasks:
+            placed = [member for member in self.roster().staying if member.node_id is not None]
+            if placed == [only]:
+                self.remove(only)
         return given
+
+    def _worth(self, queue: deque[Task], alone: Set[Task], busy: int) -> bool:
+        """Whether an actor that has `busy` shards may be given the next one."""
+        return bool(queue) and (not busy or (len(queue) >= self.roster().at_work and queue[0] not in alone))
 
     def submit(self, member: Member, task: Task) -> None:
         if not member.tasks:
             member.work_begins(self.calls.now())
-        member.tasks[member.handle.work.remote(list(task))] = task
+        ref = member.handle.work.remote(list(task))
+        member.tasks[ref] = task
+        self.owners[ref] = member
+        self._sort_in(member)
 
-    def straggler(self, unfinished: Container[Task]) -> Task | None:
-        """A shard of `unfinished` that one actor alone has, and that takes long or waits behind another.
+    def _sort_in(self, member: Member) -> None:
+        """Keep `room` true of an actor whose shards, depth or node changed."""
+        if member.level is not None:
+            del self.room[member.level][member]
+        busy = len(member.tasks)
+        fits = member.info and not member.gone and busy < member.depth and member.node_id not in self.draining
+        member.level = busy if fits else None
+        if fits:
+            self.room[busy][member] = None
 
-        An actor may still be at a shard that another one finished; that is no straggler.
+    def straggler(self, copies: Mapping[Task, int], alone: Container[Task]) -> Task | None:
+        """A shard that one actor alone has, and that takes long or waits behind another; none of `alone`.
+
+        Args:
+            copies: how many actors have each unfinished shard; one may still be at a shard that another finished.
         """
         median = self.median_s()
-        copies = Counter(shard for member in self.members for shard in member.tasks.values())
         now = self.calls.now()
         for member in self.ready:
             late = median is not None and now - member.last_result > STRAGGLER_FACTOR * median
-            for position, shard in enumerate(member.tasks.values()):
-                if shard in unfinished and copies[shard] == 1 and (late or position > 0):
-                    return shard
+            if late or len(member.tasks) > 1:
+                for position, shard in enumerate(member.tasks.values()):
+                    if copies.get(shard) == 1 and shard not in alone and (late or position > 0):
+                        return shard
         return None
 
     def wait(self, timeout: float, others: Collection[Any] = ()) -> list[Event]:
@@ -246,13 +258,10 @@ class Pool:
         Args:
             others: references for which it stops waiting too.
         """
-        owners: dict[ray.ObjectRef[Any], Member] = {}
-        for member in self.members:
-            owners.update(dict.fromkeys(member.tasks if member.info else [member.hello], member))
         events: list[Event] = []
         dead: dict[Member, RayError] = {}
-        for ref in self.calls.wait([*owners, *others], timeout):
-            if ref not in owners or (member := owners[ref]).gone:
+        for ref in self.calls.wait([*self.owners, *others] if others else self.owners, timeout):
+            if (member := self.owners.get(ref)) is None:
                 continue
             try:
                 result = self.calls.get(ref)
@@ -283,13 +292,18 @@ class Pool:
 
     def _greet(self, member: Member, info: WorkerInfo) -> Event:
         self._hear(info.said)
+        del self.owners[member.hello]
         member.info, member.node_id, member.since = info, info.node_id, self.calls.now()
+        self._roster = None
+        self._sort_in(member)
         self.troubles.pop(member.node_id, None)
         return Ready(info)
 
     def _start_raised(self, member: Member, error: RayTaskError) -> Event:
         if isinstance(error.cause, HiddenError):
+            del self.owners[member.hello]
             member.hello = member.handle.start.remote(HIDDEN_S)
+            self.owners[member.hello] = member
             return Waiting(reason_of(error))
         failed = self._fail_start(member, reason_of(error))
         return failed._replace(hopeless=isinstance(error.cause, OutOfDeviceMemoryError))
@@ -305,7 +319,7 @@ class Pool:
 
     def _collect(self, member: Member, ref: Any, result: TaskResult) -> Event:
         self._hear(result.said)
-        shard = member.tasks.pop(ref)
+        shard = self._take(member, ref)
         self.shunned.pop(shard, None)
         now = self.calls.now()
         self.durations.append(now - member.last_result)
@@ -313,11 +327,18 @@ class Pool:
         member.raised = 0
         if result.compute_s > 0:
             member.depth = min(MOST_IN_FLIGHT, 2 + int(result.upload_s / result.compute_s))
+        self._sort_in(member)
         return Finished(shard, result)
 
+    def _take(self, member: Member, ref: Any) -> Task:
+        """The shard that a reference stands for, which the actor has no longer."""
+        del self.owners[ref]
+        return member.tasks.pop(ref)
+
     def _raised(self, member: Member, ref: Any, raised: RayTaskError) -> list[Event]:
-        shard, error = member.tasks.pop(ref), raised.cause
+        shard, error = self._take(member, ref), raised.cause
         member.work_begins(self.calls.now())
+        self._sort_in(member)
         if isinstance(error, NonFiniteError):
             self.shunned[shard] = member
         elif not isinstance(error, NoRoom):
@@ -349,7 +370,10 @@ class Pool:
         """Give up actors that hang. Those that take long are asked how far they are, and get time while they get on."""
         events: list[Event] = []
         now = self.calls.now()
-        # No limit is shorter, and a median for each shard that comes back would cost more than the rest.
+        if now < self.silence_due:
+            return events
+        self.silence_due = now + min(LOOK_S, self.shard_timeout / 40)
+        # No limit is shorter than the timeout.
         if all(now - member.last_sign <= self.shard_timeout / 4 for member in self.members):
             return events
         limit = max(self.shard_timeout, SILENCE_FACTOR * (self.median_s() or 0))

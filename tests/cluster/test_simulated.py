@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import socket
+from collections import deque
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from ray_sampler.cluster import calls, dispatch
 from ray_sampler.cluster.worker import Task
 from ray_sampler.errors import RunError
 from ray_sampler.sampling.engine import NonFiniteError
-from tests.cluster.simulated import Actor, Play, Ref, Simulated
+from tests.cluster.simulated import Play
+from tests.simulation.cluster import Actor, Ref, Simulated
 
 
 def shards(count: int) -> list[Task]:
@@ -77,6 +79,20 @@ def test_three_starts_that_fail_with_nothing_finished_stop_the_run(outcome: Any)
     assert len(cluster.asked) == 3
 
 
+def test_an_actor_computes_others_where_the_next_shard_failed_on_it() -> None:
+    cluster = Simulated(2)
+    failed, other, *rest = shards(4)
+    play = Play(cluster, [], max_actors=2)
+    play.pool.scale(2, keep=2)
+    while len(play.pool.ready) < 2:
+        play.pool.wait(1.0)
+    idle, busy = play.pool.ready
+    for task in rest:
+        play.pool.submit(busy, task)
+    play.pool.shunned[failed] = idle
+    assert play.pool.assign(deque([failed, other]), set()) == [other]
+
+
 def test_actors_that_fall_with_one_node_before_they_start_are_one_failure() -> None:
     cluster = Simulated(8, more=True)
     cluster.later(2.0, lambda: cluster.lose(*cluster.nodes))
@@ -114,9 +130,10 @@ def test_a_straggler_is_not_copied_to_a_node_that_is_about_to_go() -> None:
     play.pool.submit(play.pool.ready[0], late)
     play.pool.durations.append(1.0)
     cluster.clock += 5.0
-    assert play.pool.straggler({late}) == late
+    assert play.pool.straggler({late: 1}, ()) == late
     assert len(play.pool.idle()) == 1
-    play.pool.draining = {"node 1"}
+    cluster.leaving = {"node 1"}
+    play.pool.look_around()
     assert play.pool.idle() == []
 
 
