@@ -24,11 +24,12 @@ DEATHS_IN_A_ROW = 25
 stops: it is not one shard that kills them."""
 
 START_FAILURES = 3
-"""Actors that may fail to start, with no shard finished between and none at work, before the run stops."""
+"""Actors that may fail to start one after another before the run stops, unless one is ready, or more of them are on
+their way: among a thousand machines three are broken."""
 
 FAILURES_IN_A_ROW = 12
-"""Failures, with no shard finished between, at which the run stops: the cause is none of the shards', but perhaps a
-bucket that takes nothing any more."""
+"""Failures, with no shard finished between, at which the run stops, or as many as actors are ready if those are more:
+the cause is none of the shards', but perhaps a bucket that takes nothing any more."""
 
 NOTHING_BUT_NON_FINITE = 50
 """Failures by values that are not finite, with no shard ever finished, at which the run stops: the model gives nothing

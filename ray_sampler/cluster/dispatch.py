@@ -151,7 +151,7 @@ class Dispatch:
         self.shards_finished = 0
         self.start_failures = 0
         self.fallen = Streak()
-        """Starts that failed because their nodes died, with no shard finished between: those of one node are one."""
+        """Starts that failed because their nodes died, with none that did not between: those of one node are one."""
         self.deaths = Streak()
         """Actors that died, with no shard finished between."""
         self.failures_in_a_row = 0
@@ -242,12 +242,12 @@ class Dispatch:
                 if self.on_ready:
                     self.on_ready()
                     self.on_ready = None
+                self.start_failures, self.fallen = 0, Streak()
                 for tally in self.tallies:
                     tally.max_actors = max(tally.max_actors, len(self.pool.ready))
             case Finished(shard, result):
                 self.shards_finished += 1
-                self.start_failures = self.failures_in_a_row = 0
-                self.fallen, self.deaths = Streak(), Streak()
+                self.failures_in_a_row, self.deaths = 0, Streak()
                 self.refused_since = None
                 self.suspects.pop(shard, None)
                 if self.copies.pop(shard, 0):
@@ -297,8 +297,9 @@ class Dispatch:
             self.start_failures += 1
         reason = start_failure(failed.reason, self.pool.fleet)
         self.reporter.message(f"an actor could not start: {reason}", "warning")
-        if self.start_failures + self.fallen.length >= START_FAILURES and not self.pool.busy():
-            raise RunError(f"{START_FAILURES} actors in a row could not start; the last one said: {reason}")
+        failures, starting = self.start_failures + self.fallen.length, len(self.pool.members) - self.pool.pending()
+        if not self.pool.ready and failures >= max(START_FAILURES, starting):
+            raise RunError(f"{failures} actors in a row could not start; the last one said: {reason}")
 
     def _count(self, task: Task) -> None:
         """A task was finished for the first time."""
@@ -336,9 +337,9 @@ class Dispatch:
         self.attempts[shard] += 1
         self._return(shard, front=False, give_up=self.attempts[shard] >= ATTEMPTS and reason)
         self.failures_in_a_row += 1
-        if self.failures_in_a_row >= FAILURES_IN_A_ROW:
+        if self.failures_in_a_row >= max(FAILURES_IN_A_ROW, len(self.pool.ready)):
             raise RunError(
-                f"sampling failed {FAILURES_IN_A_ROW} times with no shard finished between, so the run stopped; "
+                f"sampling failed {self.failures_in_a_row} times with no shard finished between, so the run stopped; "
                 f"the last time at samples {shard.start} to {shard.stop - 1}: {reason}"
             )
 

@@ -79,6 +79,35 @@ def test_three_starts_that_fail_with_nothing_finished_stop_the_run(outcome: Any)
     assert len(cluster.asked) == 3
 
 
+def test_three_broken_machines_of_a_hundred_do_not_stop_a_run() -> None:
+    broken = ("node 0", "node 1", "node 2")
+    cluster = Simulated(100, starts=lambda node: RuntimeError("no driver") if node in broken else "ok", seconds=100.0)
+    play = Play(cluster, shards(400), max_actors=100)
+    assert play.run() == {}
+    assert len(play.finished) == 400
+
+
+def test_a_hundred_machines_that_are_all_broken_stop_it() -> None:
+    cluster = Simulated(100, starts=lambda node: RuntimeError("no driver"))
+    with pytest.raises(RunError, match="actors in a row could not start; the last one said: no driver"):
+        Play(cluster, shards(400), max_actors=100).run()
+    assert len(cluster.asked) == 100
+
+
+def test_one_machine_on_which_every_shard_fails_does_not_stop_a_run_of_a_hundred() -> None:
+    tried = itertools.count()
+
+    def work(task: Task, actor: Actor) -> Any:
+        return RuntimeError("a broken card") if actor.node == "node 5" and next(tried) < 14 else "ok"
+
+    cluster = Simulated(100, work, seconds=10.0)
+    play = Play(cluster, shards(400), max_actors=100)
+    cluster.duration = lambda actor, task: 1.0 if actor.node == "node 5" else 1000.0  # type: ignore[method-assign]
+    given_up = play.run()
+    assert len(given_up) + len(play.finished) == 400
+    assert next(tried) > 14
+
+
 def test_an_actor_computes_others_where_the_next_shard_failed_on_it() -> None:
     cluster = Simulated(2)
     failed, other, *rest = shards(4)
