@@ -10,7 +10,7 @@ SAME := --num_samples% --max_actors% --progress% --shard_size% --overwrite% --sc
 OUTPUT := $(if $(filter-out $(SAME),$(filter --%,$(ARGS))),,--output runs/digits)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv sample test accidents chaos bench gpu check-inception lint system chromium azurite fuse clean
+.PHONY: help venv sample test accidents chaos simulate bench gpu check-inception lint system chromium azurite fuse clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ accidents: venv ## tests that kill, freeze and submit whole processes and cluste
 
 chaos: venv ## runs that are killed and spoiled on purpose; ARGS="--rounds 50 --seed 1" or ARGS="--minutes 30"
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+simulate: venv ## the driver on a simulated cluster; ARGS="--seed 7 --actors 1000 --shards 1000000 --kills 10000"
+	$(BIN)/python -m tests.simulation $(ARGS)
 
 bench: venv ## every benchmark, with results in benchmarks/README.md; ARGS="engine noise" runs those two
 	$(BIN)/python benchmarks/bench.py $(ARGS)
