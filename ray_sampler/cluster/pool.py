@@ -53,7 +53,7 @@ BROKEN_AFTER = 2
 """Shards in a row that raise on an actor before it is replaced: its device may be broken, and theirs not the fault."""
 
 LOOK_S = 1.0
-"""Silent actors are looked for so many seconds apart at most."""
+"""Silent actors are looked for so many seconds apart at most; stragglers, where there was none."""
 
 STRAGGLER_FACTOR = 2
 """A shard straggles when it has taken so many times the median."""
@@ -98,8 +98,8 @@ class Pool:
         self.shunned: dict[Task, Member] = {}
         """Shards that are for other actors, if there are any, than the one on which they failed."""
         self.tracebacks = Tracebacks()
-        self.silence_due = 0.0
-        """When silent actors are looked for next."""
+        self.silence_due = self.straggler_due = 0.0
+        """When silent actors and stragglers are looked for next."""
 
     def roster(self) -> Roster:
         if self._roster is None:
@@ -242,14 +242,17 @@ class Pool:
         Args:
             copies: how many actors have each unfinished shard; one may still be at a shard that another finished.
         """
-        median = self.median_s()
         now = self.calls.now()
+        if now < self.straggler_due:
+            return None
+        median = self.median_s()
         for member in self.ready:
             late = median is not None and now - member.last_result > STRAGGLER_FACTOR * median
             if late or len(member.tasks) > 1:
                 for position, shard in enumerate(member.tasks.values()):
                     if copies.get(shard) == 1 and shard not in alone and (late or position > 0):
                         return shard
+        self.straggler_due = now + min(LOOK_S, (median or 0) / 4)
         return None
 
     def wait(self, timeout: float, others: Collection[Any] = ()) -> list[Event]:
@@ -275,9 +278,9 @@ class Pool:
                 dead[member] = error
             else:
                 events.append(self._collect(member, ref, result) if member.info else self._greet(member, result))
-        return (
-            events + self._bury({member: error for member, error in dead.items() if not member.gone}) + self._silent()
-        )
+        if dead:
+            events += self._bury({member: error for member, error in dead.items() if not member.gone})
+        return events + self._silent()
 
     def _explain(self, error: RayTaskError) -> None:
         """Keep a traceback. Raises WrongNetworkError: every actor would find the same."""

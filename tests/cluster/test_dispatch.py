@@ -79,7 +79,9 @@ def scripted_actor(folder: Path, script: Script, starts: Sequence[str], seconds:
 
         def start(self) -> Any:
             self.act("start", starts)
-            return SimpleNamespace(node_id=ray.get_runtime_context().get_node_id(), device="cpu", numerics_key="a key")
+            return SimpleNamespace(
+                node_id=ray.get_runtime_context().get_node_id(), device="cpu", numerics_key="a key", said=()
+            )
 
         def evaluations(self) -> int:
             return 0
@@ -89,7 +91,7 @@ def scripted_actor(folder: Path, script: Script, starts: Sequence[str], seconds:
             with self.computing:
                 time.sleep(seconds)
                 self.act(f"shard-{start}", script.get(start, ()))
-            return SimpleNamespace(compute_s=1.0, upload_s=0.0)
+            return SimpleNamespace(compute_s=1.0, upload_s=0.0, said=())
 
     return Scripted
 

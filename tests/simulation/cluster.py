@@ -335,4 +335,4 @@ class Simulated:
 
     def dead(self, nodes: Collection[str]) -> set[str]:
         self.dead_calls += bool(nodes)
-        return set(nodes) - self.nodes.keys()
+        return {node for node in nodes if node not in self.nodes}
