@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ray.exceptions import RayTaskError
 
+from ray_sampler.cluster.events import Finished
 from ray_sampler.cluster.pool import NEVER_RAN
 from ray_sampler.cluster.worker import HiddenError, Task, TaskResult
 from ray_sampler.sampling.engine import NonFiniteError
@@ -112,6 +113,8 @@ class Storm(Simulated):
         self.computed = 0
         self.starts_to_spoil: deque[str] = deque(maxlen=1)
         self.poison: set[int] = set()
+        self.unasked: deque[Finished] = deque(maxlen=100)
+        """Answers that came late or twice, for a driver without the safeguard against them."""
         self.idle: dict[Actor, None] = {}
         self.coming = self.gone_for_good = 0
         self.nodeless_since: float | None = None
@@ -189,16 +192,13 @@ class Storm(Simulated):
             self.ledger.fell(task)  # the pool may lose the actor before it has the answer
         self.answer(ref, result_of(task, self.upload_s))
         if fate == "duplicate answer":
-            self.again(ref, self.chance.uniform(0.0, 30.0))
+            self.later(self.clock + self.chance.uniform(0.0, 30.0), lambda: self.come_unasked(ref, task))
 
-    def again(self, ref: Ref, after: float) -> None:
+    def come_unasked(self, ref: Ref, task: Task) -> None:
         """A result comes though nothing waits for it."""
-
-        def come() -> None:
-            ref.stray = True
-            self.came.append(ref)
-
-        self.later(self.clock + after, come)
+        ref.stray = True
+        self.came.append(ref)
+        self.unasked.append(Finished(task, ref.value))
 
     def vanish(self, actor: Actor) -> None:
         if not actor.gone:
@@ -214,8 +214,8 @@ class Storm(Simulated):
 
             def late() -> None:
                 self.ledger.wrote(task)
-                ref.value, ref.error, ref.stray = result_of(task, 0.0), None, True
-                self.came.append(ref)
+                ref.value, ref.error = result_of(task, 0.0), None
+                self.come_unasked(ref, task)
 
             self.later(actor.frozen_until, late)
         super().kill(actor)
