@@ -12,8 +12,9 @@ from ray_sampler.cluster import dispatch
 from ray_sampler.cluster.worker import Task
 from tests.cluster.fleets import NODE, Fleet
 from tests.cluster.processes import PATIENCE_S, started, wait_for
-from tests.cluster.simulated import START_S, Play, Simulated
+from tests.cluster.simulated import Play
 from tests.conftest import Configure
+from tests.simulation.cluster import START_S, Simulated
 
 
 def shards(count: int) -> list[Task]:
@@ -27,14 +28,9 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def comes_and_goes(cluster: Simulated, stays_s: float, minutes: int) -> None:
     """A node that is there for some seconds of each minute, and has another name each time, as Ray names it."""
-
-    def come(name: str) -> None:
-        cluster.nodes.add(name)
-        cluster._place()
-
     for minute in range(minutes):
         name = f"passing {minute}"
-        cluster.later(60.0 * minute + 1.0, lambda name=name: come(name))  # type: ignore[misc]
+        cluster.later(60.0 * minute + 1.0, lambda name=name: cluster.add_node(name))  # type: ignore[misc]
         cluster.later(60.0 * minute + 1.0 + stays_s, lambda name=name: cluster.lose(name))  # type: ignore[misc]
 
 

@@ -193,8 +193,8 @@ class Simulated:
 
     # What comes and goes:
 
-    def add_node(self) -> None:
-        name = next(self.names)
+    def add_node(self, name: str | None = None) -> None:
+        name = name or next(self.names)
         self.nodes[name] = {}
         self.free[name] = None
         self.place_waiting()
