@@ -35,6 +35,22 @@ NOTHING_BUT_NON_FINITE = 50
 """Failures by values that are not finite, with no shard ever finished, at which the run stops: the model gives nothing
 else."""
 
+SILENCE_FACTOR = 10
+"""An actor is silent when it gave no sign for so many times the median shard, and for the timeout at least."""
+
+START_FACTOR = 3
+"""A start may take so many times that long: networks are compiled in it."""
+
+START_S = 180.0
+"""And so many seconds at least: Ray 2.60 gives actors to a frozen node until it declares it dead, and only then
+gives them elsewhere."""
+
+BROKEN_AFTER = 2
+"""Shards in a row that raise on an actor before it is replaced: its device may be broken, and theirs not the fault."""
+
+STRAGGLER_FACTOR = 2
+"""A shard straggles when it has taken so many times the median."""
+
 
 @dataclass
 class Streak:

@@ -338,10 +338,10 @@ class Dispatch:
         self._return(shard, front=False, give_up=self.attempts[shard] >= ATTEMPTS and reason)
         self.failures_in_a_row += 1
         if self.failures_in_a_row >= max(FAILURES_IN_A_ROW, len(self.pool.ready)):
-            raise RunError(
-                f"sampling failed {self.failures_in_a_row} times with no shard finished between, so the run stopped; "
-                f"the last time at samples {shard.start} to {shard.stop - 1}: {reason}"
+            failed = (
+                f"sampling failed {self.failures_in_a_row} times with no shard finished between, so the run stopped"
             )
+            raise RunError(f"{failed}; the last time at samples {shard.start} to {shard.stop - 1}: {reason}")
 
     def _refused(self, shard: Task, reason: str) -> None:
         """The output refused a fragment, as it would any: no shard is blamed. Raises RunError: it did for long."""

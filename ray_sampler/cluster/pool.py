@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError, WorkerCrashedError
 
-from ray_sampler.cluster.blame import Streak
+from ray_sampler.cluster.blame import BROKEN_AFTER, SILENCE_FACTOR, START_FACTOR, START_S, STRAGGLER_FACTOR, Streak
 from ray_sampler.cluster.calls import Calls, RayCalls
 from ray_sampler.cluster.events import Event, Failed, Finished, Lost, Ready, StartFailed, Waiting
 from ray_sampler.cluster.heard import Tracebacks
@@ -33,30 +33,14 @@ MOST_PENDING = 100
 """Actors that may wait for a machine at once, or as many as are ready if those are more: a queue of a million shards
 is no reason to ask for a million machines."""
 
-SILENCE_FACTOR = 10
-"""An actor is silent when it gave no sign for so many times the median shard, and for the timeout at least."""
-
-START_FACTOR = 3
-"""A start may take so many times that long: networks are compiled in it."""
-
-START_S = 180.0
-"""And so many seconds at least: Ray 2.60 gives actors to a frozen node until it declares it dead, and only then
-gives them elsewhere."""
-
 START_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """After a start that failed, others are asked for so much later: twice as long after each one in a row on a node."""
 
 NEVER_RAN = "never ran"
 """What Ray 2.60 says of an actor that still waited at a node when that one died."""
 
-BROKEN_AFTER = 2
-"""Shards in a row that raise on an actor before it is replaced: its device may be broken, and theirs not the fault."""
-
 LOOK_S = 1.0
 """Silent actors are looked for so many seconds apart at most; stragglers, where there was none."""
-
-STRAGGLER_FACTOR = 2
-"""A shard straggles when it has taken so many times the median."""
 
 
 class Pool:

