@@ -247,8 +247,7 @@ class Dispatch:
                     tally.max_actors = max(tally.max_actors, len(self.pool.ready))
             case Finished(shard, result):
                 self.shards_finished += 1
-                self.failures_in_a_row, self.deaths = 0, Streak()
-                self.refused_since = None
+                self.failures_in_a_row, self.deaths, self.refused_since = 0, Streak(), None
                 self.suspects.pop(shard, None)
                 if self.copies.pop(shard, 0):
                     self._count(shard)
@@ -297,8 +296,8 @@ class Dispatch:
             self.start_failures += 1
         reason = start_failure(failed.reason, self.pool.fleet)
         self.reporter.message(f"an actor could not start: {reason}", "warning")
-        failures, starting = self.start_failures + self.fallen.length, len(self.pool.members) - self.pool.pending()
-        if not self.pool.ready and failures >= max(START_FAILURES, starting):
+        failures = self.start_failures + self.fallen.length
+        if not self.pool.ready and failures >= max(START_FAILURES, len(self.pool.members) - self.pool.pending()):
             raise RunError(f"{failures} actors in a row could not start; the last one said: {reason}")
 
     def _count(self, task: Task) -> None:
@@ -338,10 +337,9 @@ class Dispatch:
         self._return(shard, front=False, give_up=self.attempts[shard] >= ATTEMPTS and reason)
         self.failures_in_a_row += 1
         if self.failures_in_a_row >= max(FAILURES_IN_A_ROW, len(self.pool.ready)):
-            failed = (
-                f"sampling failed {self.failures_in_a_row} times with no shard finished between, so the run stopped"
-            )
-            raise RunError(f"{failed}; the last time at samples {shard.start} to {shard.stop - 1}: {reason}")
+            often = f"{self.failures_in_a_row} times with no shard finished between, so the run stopped"
+            where = f"the last time at samples {shard.start} to {shard.stop - 1}"
+            raise RunError(f"sampling failed {often}; {where}: {reason}")
 
     def _refused(self, shard: Task, reason: str) -> None:
         """The output refused a fragment, as it would any: no shard is blamed. Raises RunError: it did for long."""
