@@ -165,22 +165,24 @@ class BucketStore(ObjectStore):
             found = self._version(key)
         if found is None:
             raise FileNotFoundError(f"{self.url}/{path}")
-        version, reached = found, 0
+        version, buffer, reached = found, b"", 0
 
-        def whole(stop: int) -> bytes:
-            data = self._request_read(key, reached, stop, version)
-            if len(data) != stop - reached:
-                raise ConnectionError(f"{len(data)} bytes came of {stop - reached}")
+        def part(start: int, stop: int) -> bytes:
+            data = self._request_read(key, start, stop, version)
+            if len(data) != stop - start:
+                raise ConnectionError(f"{len(data)} bytes came of {stop - start}")
             return data
 
         def read(size: int) -> bytes:
             # What cannot be fetched moves nothing: the position is that of the bytes that were given.
-            nonlocal reached
-            stop = min(version.size, reached + size)
+            nonlocal buffer, reached
             with self._explained("read", path):
-                data = self._retry(lambda: whole(stop)) if stop > reached else b""
-            reached = stop
-            return data
+                while len(buffer) < size and reached < version.size:
+                    stop = min(version.size, reached + max(object_store.PART_BYTES, size - len(buffer)))
+                    buffer += self._retry(functools.partial(part, reached, stop))
+                    reached = stop
+            given, buffer = buffer[:size], buffer[size:]
+            return given
 
         yield OpenFile(read)
 
