@@ -60,7 +60,7 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     options.validate()
     for name in ("num_classes", "label_dropout"):
         require(
-            options.class_cond or name not in given or not settings[name],
+            options.class_cond or name not in given or not settings[name] or "class_cond" in given,
             f"--{name} is {settings.get(name)}, which an unconditional network cannot use; leave it out",
         )
     advice = (told and explain_misfit(checkpoint.tensors, asdict(options))) or "it is damaged, or of another network"

@@ -13,7 +13,7 @@ import ray
 from safetensors.torch import save_file
 
 from ray_sampler.cli import main
-from ray_sampler.cluster import driver, inventory, outcome
+from ray_sampler.cluster import actors, driver, inventory, outcome
 from ray_sampler.cluster.driver import run
 from ray_sampler.cluster.tasks import check_fragments
 from ray_sampler.cluster.worker import Worker, WorkerInfo
@@ -218,7 +218,7 @@ class Unloadable(Worker):
 
 def test_overwrite_deletes_nothing_where_no_actor_starts(configure, copy, monkeypatch):
     before = contents(copy)
-    monkeypatch.setattr(driver, "Worker", Unloadable)
+    monkeypatch.setattr(actors, "Worker", Unloadable)
     with pytest.raises(RunError, match="actors in a row could not start; the last one said: nothing starts here"):
         run(configure(seed=7, num_samples=12, overwrite=True))
     assert contents(copy) == before
