@@ -15,6 +15,7 @@ import ray
 
 import ray_sampler
 from ray_sampler import RequestError, RunConfig, read_fragment, run
+from ray_sampler.cluster.reaching import own_token
 from ray_sampler.storage.record import DamagedFragment, Samples
 from tests.cluster.processes import PATIENCE_S
 from tests.cluster.runs import ARCHIVE, SMALL, TINY, fragments, leave, savez
@@ -114,7 +115,7 @@ def test_a_run_joins_the_cluster_at_an_address(
     (tmp_path / "tiny.safetensors").symlink_to(checkpoint)
     address = ray.get_runtime_context().gcs_address
     script = f"from ray_sampler import *; print(run(RunConfig(output='run', address={address!r}, **FLAGS)).archive)"
-    done = python(script, tmp_path, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")  # it listens on loopback only
+    done = python(script, tmp_path, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", **own_token())  # it listens on loopback only
     assert done.stdout.strip() == str(tmp_path / "run" / ARCHIVE), done.stderr
     assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)
 

@@ -35,6 +35,10 @@ LINES = {
     "preview": ["run"],
     "inspect": ["digits"],
     "presets": [],
+    "export": ["run", "--output", "pictures"],
+    "reference": ["run", "--features", "digits", "--output", "reference.npz"],
+    "score": ["--help"],
+    "spot": ["--help"],
     "--help": [],
 }
 """Arguments of every command, with which it prints something."""
