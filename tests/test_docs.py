@@ -93,7 +93,11 @@ def test_the_pages_have_commands() -> None:
 
 
 @pytest.mark.parametrize(("page", "arguments"), ours(), ids=str)
-def test_our_commands_are_taken(page: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_our_commands_are_taken(
+    page: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "levels.txt").write_text("80\n1\n")
     command, parsed = cli.parse(arguments)
     if command is cli.COMMANDS["sample"]:
         assert cli.main([*arguments, "--dry_run"]) == 0

@@ -29,7 +29,6 @@ from ray import cloudpickle
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ray_sampler.cluster.machine import ray_folder
 from ray_sampler.errors import RequestError, RunError
@@ -265,7 +264,8 @@ class _TensorPickler(cloudpickle.Pickler):
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's numbers lie in memory as they are; others are pickled as torch does it."""
-    bits = tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or is_traceable_wrapper_subclass(tensor)
+    wraps_others = hasattr(tensor, "__tensor_flatten__")
+    bits = tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or wraps_others
     return tensor.layout == torch.strided and not bits
 
 
@@ -275,11 +275,15 @@ def _scripted(saved: bytes) -> nn.Module:
 
 
 def _parametrized(module: nn.Module, state: dict[str, Any]) -> None:
-    """Give a module its parametrisations back, which live in a class of its own."""
+    """Give a module its parametrisations back, which are properties of a class that torch makes for it alone."""
     vars(module).update(state)
-    parametrize._inject_new_class(module)
-    for name in module.parametrizations:  # type: ignore[union-attr]  # a ModuleDict
-        parametrize._inject_property(module, name)
+
+    def computed(name: str) -> property:
+        return property(lambda self: self.parametrizations[name]())
+
+    made = type(module)
+    values = {name: computed(name) for name in module.parametrizations}  # type: ignore[union-attr]  # a ModuleDict
+    module.__class__ = type(f"Parametrized{made.__name__}", (made,), values)
 
 
 def _named(module: str, *names: str) -> Any:
