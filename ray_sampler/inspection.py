@@ -12,9 +12,9 @@ from rich.table import Table
 
 from ray_sampler.config import RunConfig
 from ray_sampler.errors import printable, redact
+from ray_sampler.networks.called import Called
 from ray_sampler.networks.family import Network, beside_user
 from ray_sampler.networks.opening import open_network
-from ray_sampler.networks.state import Stateful
 from ray_sampler.presets import check_bundled, model_of
 from ray_sampler.resolve import given_values, resolve
 from ray_sampler.sampling.parameterisation import Parameterisation
@@ -75,7 +75,7 @@ def try_own(network: Network, kind: Parameterisation, levels: tuple[float, float
 
     spec, module = network.spec, network.build("fp32")
     pickled_by_value(network, module, "fp32")
-    assert isinstance(module, Stateful)
+    assert isinstance(module, Called)
     labels = (0, spec.num_classes - 1 if spec.null_label is None else spec.null_label) if spec.num_classes else None
     copy = module.another()
     with beside_user():

@@ -15,9 +15,9 @@ import torch
 from ray_sampler.cluster.session import place
 from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
+from ray_sampler.networks.called import Called
 from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision, beside_user
 from ray_sampler.networks.opening import open_network
-from ray_sampler.networks.state import Stateful
 from ray_sampler.options import flags_of, of
 from ray_sampler.planning import identity, plan_of
 from ray_sampler.presets import BUNDLED, OBJECT, check_bundled, model_of
@@ -284,7 +284,7 @@ def tried(job: Job) -> list[str] | None:
         return []
     if job.gpus and not torch.cuda.is_available():
         return None
-    copies = {role: network.another(device) for role, network in networks.items() if isinstance(network, Stateful)}
+    copies = {role: network.another(device) for role, network in networks.items() if isinstance(network, Called)}
     with beside_user():
         return within(TRIAL_S, lambda: try_networks(copies, job.plan, job.config.batch_size))
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ray_sampler.errors import RunError
 from ray_sampler.networks.family import DTYPES, Precision
-from ray_sampler.networks.state import Stateful, remember, twin
+from ray_sampler.networks.state import remember, twin
 from ray_sampler.networks.user_code import installed, told
 
 
-class Called(Stateful):
+class Called(nn.Module):
     """A user's network, called as all networks are: labels as it wants them, float32 out, in the run's precision.
 
     Args:
@@ -40,15 +40,16 @@ class Called(Stateful):
         return Called(twin(self.network, device), *arguments).eval()
 
     def begin(self) -> None:
+        """Be as after loading: what earlier calls left in attributes and buffers is forgotten."""
         if self._put_back is None:
             self._put_back = remember(self.network)
         self._put_back()
 
     def train(self, mode: bool = True) -> Called:
-        """As of every module; one that torch.export made takes no mode."""
+        """As of every module. What torch.export made has no modes, and raises where it is asked for one."""
         try:
             return super().train(mode)
-        except NotImplementedError:
+        except NotImplementedError:  # by torch.export's train and eval; its own children keep no mode either
             for module in self.modules():
                 module.training = mode
             return self

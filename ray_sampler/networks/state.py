@@ -15,18 +15,6 @@ OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has: tables of its parameters, buffers, children and hooks among them."""
 
 
-class Stateful(nn.Module):
-    """A network that may keep something between calls, in attributes and buffers."""
-
-    def another(self, device: torch.device | None = None) -> Stateful:
-        """A copy for another thread, with the same weights, or one on `device`."""
-        raise NotImplementedError
-
-    def begin(self) -> None:
-        """Be as after loading: what earlier calls left in attributes and buffers is forgotten."""
-        raise NotImplementedError
-
-
 @torch.inference_mode(False)
 def twin(network: nn.Module, device: torch.device | None = None) -> nn.Module:
     """A copy of a module that shares its parameters, or has them on `device`; buffers and attributes are its own.

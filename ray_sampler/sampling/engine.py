@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ray_sampler.networks.state import Stateful
+from ray_sampler.networks.called import Called
 from ray_sampler.sampling.finish import Finish
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, keep_freed_memory, page_locked, ran_out_of_memory
 from ray_sampler.sampling.numerics import INDUCTOR_WITHOUT_TIMING, compiles
@@ -200,7 +200,7 @@ class Engine:
     def _called(self) -> Mapping[str, Network]:
         """The networks that this thread calls, by role, as they were after loading."""
         if not hasattr(self.mine, "called"):
-            stateful = {role: network for role, network in self.asked.items() if isinstance(network, Stateful)}
+            stateful = {role: network for role, network in self.asked.items() if isinstance(network, Called)}
             if self.workers is not None:
                 stateful = {role: network.another() for role, network in stateful.items()}
             self.mine.stateful = stateful.values()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ray_sampler.errors import RequestError, RunError, require
-from ray_sampler.networks.state import Stateful
+from ray_sampler.networks.called import Called
 from ray_sampler.networks.user_code import told
 from ray_sampler.sampling.memory import ran_out_of_memory
 from ray_sampler.sampling.parameterisation import Parameterisation
@@ -32,14 +32,14 @@ def try_networks(networks: Mapping[str, nn.Module], plan: SamplePlan, batch_size
     warnings = []
     for role, network in networks.items():
         kind, num_classes = kinds.get(role, (None, 0))
-        if isinstance(network, Stateful) and kind is not None:
+        if isinstance(network, Called) and kind is not None:
             labels = (0, num_classes - 1 if null is None else null) if num_classes else None
             warnings += try_network(network, kind, plan.shape, levels, labels, (2, batch_size))
     return warnings
 
 
 def try_network(
-    network: Stateful,
+    network: Called,
     kind: Parameterisation,
     shape: tuple[int, int, int],
     levels: tuple[float, float],
@@ -75,7 +75,7 @@ def try_network(
 
 
 @torch.inference_mode()
-def _differs(network: Stateful, denoise: Callable[..., Any], x: torch.Tensor, levels: tuple[float, float]) -> list[str]:
+def _differs(network: Called, denoise: Callable[..., Any], x: torch.Tensor, levels: tuple[float, float]) -> list[str]:
     results = []
     for level in (levels[0], *levels):
         network.begin()
