@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
@@ -47,6 +48,24 @@ def local_ray(aws_config: Path) -> Iterator[None]:
     yield
     own_ray.leave()
     own_ray.end(head)
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> Iterator[None]:
+    """A torchvision that imports, though its compiled part, which no evaluator uses, may be for another build of torch.
+
+    It then misses two operators that it describes; they are declared here, without anything that computes them.
+    """
+    import torch
+
+    with torch.library._scoped_library("torchvision", "FRAGMENT") as library:
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError:
+            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            importlib.import_module("torchvision")
+        yield
 
 
 @pytest.fixture(scope="session")

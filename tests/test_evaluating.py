@@ -99,22 +99,6 @@ def replaced(code: str, *pairs: tuple[str, str]) -> str:
     return code
 
 
-@pytest.fixture(scope="module")
-def torchvision() -> Iterator[None]:
-    """A torchvision that imports, though its compiled part, which no evaluator uses, may be for another build of torch.
-
-    It then misses two operators that it describes; they are declared here, without anything that computes them.
-    """
-    with torch.library._scoped_library("torchvision", "FRAGMENT") as library:
-        try:
-            importlib.import_module("torchvision")
-        except RuntimeError:
-            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            importlib.import_module("torchvision")
-        yield
-
-
 @pytest.fixture(params=[3, 1], ids=["colour", "grey"])
 def pictures(request: pytest.FixtureRequest, samples: Samples, tmp_path: Path) -> tuple[Path, np.ndarray]:
     """An archive in colour, merged from fragments, or a grey one, and its pictures."""

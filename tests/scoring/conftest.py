@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +13,6 @@ from ray_sampler.scoring import inception
 from ray_sampler.scoring.extractors import Extractor, open_extractor
 from ray_sampler.scoring.options import FeatureOptions
 from tests.scoring.random_inception import write_weights
-
-
-@pytest.fixture(scope="session")
-def torchvision() -> Iterator[None]:
-    """A torchvision that imports, though its compiled part, which no evaluator uses, may be for another build of torch.
-
-    It then misses two operators that it describes; they are declared here, without anything that computes them.
-    """
-    with torch.library._scoped_library("torchvision", "FRAGMENT") as library:
-        try:
-            importlib.import_module("torchvision")
-        except RuntimeError:
-            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            importlib.import_module("torchvision")
-        yield
 
 
 @pytest.fixture(scope="session")
