@@ -20,16 +20,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import Digits, load_digits
+from ray_sampler.scoring.digits_network import FEATURES, DigitsNetwork
+from ray_sampler.scoring.moments import Moments, frechet
 
 EPOCHS = 24
 BATCH = 50
 PEAK_LEARNING_RATE = 3e-3
 LARGEST_SHIFT = 2
 """Pixels."""
-FEATURES = 64
 SPLITS = 20
 """Random halvings of the real digits over which Frechet distances are averaged."""
 SEED = 0
@@ -69,24 +70,6 @@ class Seen(NamedTuple):
     features: np.ndarray
 
 
-class Classifier(nn.Module):
-    """(B, 1, 32, 32) float32 in [-1, 1] -> logits (B, 10); `features` gives the layer before, (B, FEATURES)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for channels, out_channels in ((1, 16), (16, 32), (32, 64)):
-            convolution = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(out_channels), nn.ReLU(), nn.MaxPool2d(2)]
-        self.features = nn.Sequential(
-            *layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(64 * 4 * 4, FEATURES), nn.ReLU()
-        )
-        self.head = nn.Linear(FEATURES, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images))
-
-
 def gray(images: np.ndarray) -> Tensor:
     """(N, 3, 32, 32) float32 -> (N, 1, 32, 32): the mean of the channels, which are equal in real digits."""
     return torch.from_numpy(images).mean(dim=1, keepdim=True)
@@ -100,37 +83,42 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, offsets, strict=True)])
 
 
-def train_classifier(digits: Digits, seed: int = SEED) -> Classifier:
-    """A classifier of `digits`; equal digits and seed give an equal one."""
+def train_classifier(
+    images: Tensor, labels: np.ndarray, seed: int = SEED, epochs: int = EPOCHS, batch: int = BATCH
+) -> DigitsNetwork:
+    """A classifier of images (N, 1, 32, 32) float32 in [-1, 1] with labels (N,) int64.
+
+    On one machine equal arguments give an equal one.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    images, labels = gray(digits.images), torch.from_numpy(digits.labels)
-    classifier = Classifier().train()
-    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
-    steps = EPOCHS * (len(images) // BATCH)
+    targets = torch.from_numpy(labels)
+    network = DigitsNetwork().train()
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
+    steps = epochs * (len(images) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, steps)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         order = torch.randperm(len(images), generator=generator)
-        for rows in order[: len(images) // BATCH * BATCH].split(BATCH):
-            logits = classifier(shifted(images[rows], generator))
+        for rows in order[: len(images) // batch * batch].split(batch):
+            logits = network.head(network.features(shifted(images[rows], generator)))
             optimizer.zero_grad()
-            F.cross_entropy(logits, labels[rows], label_smoothing=0.05).backward()
+            F.cross_entropy(logits, targets[rows], label_smoothing=0.05).backward()
             optimizer.step()
             schedule.step()
-    return classifier.eval()
+    return network.eval()
 
 
-def obtain_classifier(digits: Digits, cache: Path | None) -> Classifier:
+def obtain_classifier(digits: Digits, cache: Path | None) -> DigitsNetwork:
     """The classifier from `cache` if this very file left it there, else a freshly trained one, kept there."""
     path = None
     if cache is not None:
         path = cache / f"classifier-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}.safetensors"
         if path.exists():
-            classifier = Classifier()
+            classifier = DigitsNetwork()
             classifier.load_state_dict(load_file(path))
             return classifier.eval()
     began = time.monotonic()
-    classifier = train_classifier(digits)
+    classifier = train_classifier(gray(digits.images), digits.labels)
     print(f"trained a classifier in {time.monotonic() - began:.0f} s", file=sys.stderr)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,24 +127,15 @@ def obtain_classifier(digits: Digits, cache: Path | None) -> Classifier:
 
 
 @torch.inference_mode()
-def look_at(classifier: Classifier, images: np.ndarray) -> Seen:
+def look_at(classifier: DigitsNetwork, images: np.ndarray) -> Seen:
     """What `classifier` makes of images (N, 3, 32, 32) float32 in [-1, 1]."""
     features = torch.cat([classifier.features(batch) for batch in gray(images).split(250)])
     return Seen(classifier.head(features).argmax(dim=1).numpy(), features.double().numpy())
 
 
-def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Between the normal distributions fitted to features (N, D) and (M, D) float64 (Dowson & Landau 1982).
-
-    |mean - mean'|^2 + tr(C + C' - 2 (C^1/2 C' C^1/2)^1/2): the product is symmetric, so its eigenvalues are real
-    and at least 0 up to rounding. The estimate is biased upwards, more so for smaller N and M.
-    """
-    cov_one, cov_other = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_one)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    product = np.linalg.eigvalsh(root @ cov_other @ root)
-    shift = one.mean(axis=0) - other.mean(axis=0)
-    return float(shift @ shift + np.trace(cov_one) + np.trace(cov_other) - 2 * np.sqrt(product.clip(min=0)).sum())
+def moments(features: np.ndarray) -> Moments:
+    """Of features (N, D) float64. The distance between two is biased upwards, more so for fewer features."""
+    return Moments(features.mean(axis=0), np.cov(features, rowvar=False))
 
 
 def within_class_variance(digits: Digits) -> float:
@@ -207,10 +186,10 @@ def measure(samples: Digits, cache: Path | None = None) -> Measures:
     distances, real_distances = [], []
     for _ in range(SPLITS):
         order = rng.permutation(len(real))
-        reference, others = real[order[:half]], real[order[half:]]
+        of_reference, others = moments(real[order[:half]]), real[order[half:]]
         chosen = rng.permutation(len(samples.labels))[:compared]
-        distances.append(frechet_distance(on_samples.features[chosen], reference))
-        real_distances.append(frechet_distance(others[:compared], reference))
+        distances.append(frechet(moments(on_samples.features[chosen]), of_reference))
+        real_distances.append(frechet(moments(others[:compared]), of_reference))
 
     classes = sorted({int(label) for label in samples.labels})
     return Measures(

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
 from data import Digits, load_digits
-from evaluate import BATCH, EPOCHS, PEAK_LEARNING_RATE, shifted
+from evaluate import BATCH, EPOCHS, train_classifier
 from ray_sampler.scoring.digits_network import DigitsNetwork
 from recipe import recipe_of
 
@@ -42,32 +41,12 @@ def pictures(digits: Digits) -> Tensor:
     return torch.from_numpy(np.rint((digits.images + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1).copy())
 
 
-def train_extractor(digits: Digits, recipe: Recipe) -> DigitsNetwork:
-    """A classifier of `digits`; on one machine equal digits and recipes give an equal one."""
-    torch.manual_seed(recipe.seed)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    images, labels = grey(digits), torch.from_numpy(digits.labels)
-    network = DigitsNetwork().train()
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
-    steps = recipe.epochs * (len(images) // recipe.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, steps)
-    for _ in range(recipe.epochs):
-        order = torch.randperm(len(images), generator=generator)
-        for rows in order[: len(images) // recipe.batch * recipe.batch].split(recipe.batch):
-            logits = network.head(network.features(shifted(images[rows], generator)))
-            optimizer.zero_grad()
-            F.cross_entropy(logits, labels[rows], label_smoothing=0.05).backward()
-            optimizer.step()
-            schedule.step()
-    return network.eval()
-
-
 def train(recipe: Recipe) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     digits, held_out = load_digits()
     began = time.monotonic()
-    network = train_extractor(digits, recipe)
+    network = train_classifier(grey(digits), digits.labels, recipe.seed, recipe.epochs, recipe.batch)
     weights = {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
     recorded = {name: str(value) for name, value in asdict(recipe).items() if name != "out"}
     recipe.out.mkdir(parents=True, exist_ok=True)
