@@ -374,7 +374,7 @@ COMMANDS: dict[str, Command] = {
         "[--FLAG VALUE] ... --reference REFERENCE SOURCE",
     ),
     "reference": Command(
-        "Make a reference of one's own pictures: mu, sigma and the first 10,000 of them, as evaluators read it.",
+        "Make a reference npz of your own pictures: mu, sigma and the first 10,000, as evaluators read it.",
         declare_reference,
         execute_reference,
         "IMAGES --output FILE.npz [--features EXTRACTOR]",

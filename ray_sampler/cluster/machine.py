@@ -173,7 +173,7 @@ def check_folder(folder: str) -> None:
             path.encode()
         except UnicodeEncodeError:
             raise RunError(
-                f"{what} is {printable(path)}, whose name is no UTF-8, and Ray cannot tell its workers about it; "
+                f"{what} is {printable(path)}, whose name is not UTF-8, and Ray cannot pass it to its workers; "
                 "start from another folder with another RAY_TMPDIR, or rename it"
             ) from None
     if len(folder.encode()) + SOCKET_PATH > LONGEST_SOCKET:

@@ -117,7 +117,7 @@ def scored(extraction: Extraction, scoring: Scoring, pictures: Pictures, output:
             spatial = spatial_features(extraction, scoring, pictures, output)
             metrics = measured(scoring, features, reference, spatial)
         except DamagedFeaturesError as damage:
-            report.message(f"set aside {damage.name.filename}: {damage.reason}", "warning")
+            report.message(f"rejected {damage.name.filename}: {damage.reason}", "warning")
             damage.ranges.reject(damage.name.filename, damage.reason)
             continue
         scores = scoring.result(features.count, reference.count if reference else 0, metrics)

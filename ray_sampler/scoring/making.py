@@ -1,4 +1,4 @@
-"""References of one's own: pictures in, an npz of statistics out, which other evaluators read as well."""
+"""References of your own: pictures in, an npz of statistics out, which other evaluators read as well."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class OutputOptions:
     fragment_format: FragmentFormat = option("parquet", "File format of the fragments.")
     accept_code_change: bool = option(
         False,
-        "Go on with a run although the code of its own network has changed since it was begun.",
+        "Continue a run although the code of its network has changed since it began.",
         recorded=False,
     )
     overwrite: bool = option(False, "Delete an earlier run there first; no other driver may be writing to it.")

@@ -125,7 +125,7 @@ def _of_folder(url: str, files: Any, path: str) -> Pictures:
         try:
             return np.asarray(Image.open(io.BytesIO(load(name))).convert("RGB"))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise RequestError(f"{shown} holds {name}, which is no picture that can be read") from error
+            raise RequestError(f"{shown} holds {name}, which cannot be read as a picture") from error
 
     def each(function: Callable[[str], Any], names: list[str]) -> list[Any]:
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:

@@ -51,11 +51,11 @@ def test_a_limit_on_files_is_explained(monkeypatch: pytest.MonkeyPatch):
 def test_a_working_directory_that_is_no_text_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     os.mkdir(os.fsencode(tmp_path) + b"/\xff")
     monkeypatch.chdir(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
-    assert "is no UTF-8" in sentence(monkeypatch)
+    assert "is not UTF-8" in sentence(monkeypatch)
 
 
 def test_a_folder_of_ray_that_is_no_text_is_explained(monkeypatch: pytest.MonkeyPatch):
-    assert "is no UTF-8" in sentence(monkeypatch, RAY_TMPDIR=os.fsdecode(b"/tmp/\xff"))
+    assert "is not UTF-8" in sentence(monkeypatch, RAY_TMPDIR=os.fsdecode(b"/tmp/\xff"))
 
 
 @pytest.mark.parametrize("variables", [{"RAY_TMPDIR": "here"}, {"RAY_TMPDIR": ""}])
