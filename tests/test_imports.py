@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.syntax import tree_of
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ray_sampler"
 
@@ -49,7 +51,7 @@ def imports(path: Path, *, all_: bool = True) -> Iterator[str]:
 
     With `all_` also what it imports within functions; without, only what the import of the module itself needs.
     """
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     nodes = ast.walk(tree) if all_ else iter(tree.body)
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -114,7 +116,7 @@ def test_the_cluster_knows_no_family_of_networks() -> None:
 def test_what_a_part_must_not_import(part: str, foreign: set[str]) -> None:
     for module, path in modules().items():
         if part_of(module) == part:
-            tree = ast.parse(path.read_text())
+            tree = tree_of(path)
             found = {name.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for name in n.names}
             found |= {str(n.module).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
             assert found.isdisjoint(foreign), f"{module}: {found & foreign}"
@@ -127,7 +129,7 @@ def test_what_is_asked_of_a_sample_is_checked_without_torch_and_numpy(module: st
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 

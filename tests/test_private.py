@@ -11,6 +11,8 @@ import ray
 from ray._private import ray_constants
 from ray._private.state import state as cluster_state
 
+from tests.syntax import tree_of
+
 PRODUCT = Path(__file__).resolve().parents[1] / "ray_sampler"
 FILE = PRODUCT / "cluster" / "private.py"
 
@@ -66,12 +68,12 @@ def private_names(tree: ast.AST) -> Iterator[str]:
 
 def test_no_private_name_of_another_package_is_used_but_in_one_file():
     others = {str(path.relative_to(PRODUCT)): path for path in PRODUCT.rglob("*.py") if path != FILE}
-    found = {name: list(private_names(ast.parse(path.read_text()))) for name, path in others.items()}
+    found = {name: list(private_names(tree_of(path))) for name, path in others.items()}
     assert {name for name, names in found.items() if names} == NOT_YET
 
 
 def test_that_file_has_at_most_three():
-    imports = [node for node in ast.walk(ast.parse(FILE.read_text())) if isinstance(node, ast.ImportFrom)]
+    imports = [node for node in ast.walk(tree_of(FILE)) if isinstance(node, ast.ImportFrom)]
     assert sum(len(node.names) for node in imports if (node.module or "").startswith("ray.")) <= MOST
 
 

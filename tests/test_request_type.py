@@ -16,6 +16,7 @@ from ray_sampler.config import HEADINGS
 from ray_sampler.options import flags_of, option
 from ray_sampler.resolve import check, resolve
 from ray_sampler.sampling.options import EngineOptions
+from tests.syntax import tree_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILY_NAMES = {"adm", "edm", "edm2", "dit", "dhariwal", "songunet"}
@@ -104,7 +105,7 @@ def test_no_family_is_named_outside_of_networks_presets_and_compat():
         inside = path.relative_to(ROOT / "ray_sampler")
         if inside.parts[0] in ("networks", "compat") or inside.name.startswith(("preset", "published")):
             continue
-        tree = ast.parse(path.read_text())
+        tree = tree_of(path)
         names = {
             part.lower()
             for node in ast.walk(tree)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, TypeVar
@@ -26,6 +27,9 @@ from ray_sampler.storage.store import (
 logger = logging.getLogger(__name__)
 
 PART_BYTES = 16 * 2**20
+
+CREATING = threading.Lock()
+"""memory:// looks for a file and then writes it: two threads that create one would both succeed."""
 
 Result = TypeVar("Result")
 
@@ -92,7 +96,11 @@ class ObjectStore:
     def _pipe(self, path: str, data: bytes, create: bool = False) -> None:
         """Write a whole file in one request, with `create` only if there is none."""
         self.filesystem.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
-        self.filesystem.pipe_file(self._full(path), data, mode="create" if create else "overwrite")
+        if not create:
+            self.filesystem.pipe_file(self._full(path), data)
+            return
+        with CREATING:
+            self.filesystem.pipe_file(self._full(path), data, mode="create")
 
     def create(self, path: str, data: bytes) -> bool:
         # Some stores take a conditional put and ignore the condition; looking first leaves them a moment's race.

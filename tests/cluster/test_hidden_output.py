@@ -37,7 +37,9 @@ class Late:
 
         if not patience_s:
             raise HiddenError("node a does not see yet what the driver wrote")
-        return SimpleNamespace(node_id=ray.get_runtime_context().get_node_id(), device="cpu", numerics_key="a key")
+        return SimpleNamespace(
+            node_id=ray.get_runtime_context().get_node_id(), device="cpu", numerics_key="a key", said=()
+        )
 
 
 @pytest.mark.usefixtures("local_ray")
