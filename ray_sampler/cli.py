@@ -39,6 +39,28 @@ REFUSALS = ("start new thread", "failed to map segment", "annot allocate memory"
 """What the system says, through errors of many kinds, where a limit on memory or processes is reached."""
 
 
+EXAMPLES = """\
+Defaults are those of the bundled digits model; other models and presets bring
+their own. Flags may have underscores in place of hyphens.
+
+examples:
+  # 1,000 digits on this machine
+  ray-sampler sample --num-samples 1000
+
+  # a published checkpoint with its published settings, into a bucket
+  ray-sampler sample --preset edm-imagenet64 --num-samples 50000 \\
+      --output s3://bucket/edm
+
+  # your own network (a function that returns a ray_sampler.Model), guided
+  ray-sampler sample --model python:nets:build --weights ema.pt \\
+      --guidance 1.5 --labels balanced --output runs/mine
+
+  # on a Ray cluster, with an FID at the end
+  ray-sampler sample --model ema.pt --address auto --score reference.npz \\
+      --output s3://bucket/run"""
+"""What stands under the flags in `sample --help`."""
+
+
 class Command(NamedTuple):
     """One command of `ray-sampler`."""
 
@@ -162,6 +184,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     command = COMMANDS[name]
     parser = Parser(name, command.usage, command.help)
     command.declare(parser)
+    parser.declare_help()
     try:
         arguments, unknown = parser.parse_known_args(spelled(rest, parser))
     except argparse.ArgumentError as error:
@@ -211,10 +234,19 @@ def overview() -> str:
 
 
 def declare_sample(parser: Parser) -> None:
-    from ray_sampler.config import HEADINGS
+    from ray_sampler.config import HEADINGS, RunConfig
+    from ray_sampler.networks.families import ARCHITECTURE
+    from ray_sampler.presets import model_of
 
+    _, brought = model_of(RunConfig())
+    defaults = {name: value for name, value in brought.items() if name not in ARCHITECTURE}
+    inert = []
     for title, components in HEADINGS.items():
-        parser.declare(title, flags_among(components))
+        flags = flags_among(components)
+        parser.declare(title, [flag for flag in flags if not flag.inert], brief=True, defaults=defaults)
+        inert += [flag for flag in flags if flag.inert]
+    parser.declare("accepted, without effect", inert, brief=True)
+    parser.epilog = EXAMPLES
 
 
 def request_of(arguments: argparse.Namespace) -> RunConfig:
@@ -332,66 +364,64 @@ def execute_presets(arguments: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Command] = {
     "sample": Command(
-        "Fill an archive with samples of a model; after any stop, the same command goes on.",
+        "Sample a model into an archive; rerun the same command to resume.",
         declare_sample,
         execute_sample,
         "[--FLAG VALUE] ...",
     ),
     "status": Command(
-        "Show how far a run is, from its directory alone: no Ray, no GPU, from any machine.",
+        "Show the progress of a run, from its directory alone: no Ray, no GPU, from any machine.",
         declare_status,
         execute_status,
         "[--json] [--watch] URL",
     ),
     "verify": Command(
-        "Read and check every fragment; move corrupt or foreign files to rejected/, to be sampled again.",
+        "Check every fragment and the archive; move corrupt or foreign fragments to rejected/.",
         declare_folder,
         execute_verify,
         "URL",
     ),
     "merge": Command(
-        "Write the archive of a complete set of fragments, without Ray.",
+        "Write the archive from a complete set of fragments, without Ray.",
         declare_folder,
         execute_merge,
         "URL",
     ),
     "preview": Command(
-        "Draw preview.png from the fragments that are there.",
+        "Draw preview.png from the existing fragments.",
         declare_folder,
         execute_preview,
         "URL",
     ),
     "export": Command(
-        "Write every picture of a run or an archive as a PNG, by index, and the labels as labels.csv.",
+        "Write every picture of a run or archive as a PNG, and the labels as labels.csv.",
         declare_export,
         execute_export,
         "RUN|ARCHIVE --output DIR [--subdirs]",
     ),
     "score": Command(
-        "Compare pictures with a reference: FID, Inception Score, KID, precision and recall.",
+        "Score pictures against a reference: FID, Inception Score, KID, precision and recall.",
         declare_score,
         execute_score,
         "[--FLAG VALUE] ... --reference REFERENCE SOURCE",
     ),
     "reference": Command(
-        "Make a reference npz of your own pictures: mu, sigma and the first 10,000, as evaluators read it.",
+        "Make a reference npz from your own pictures: mu, sigma and the first 10,000 pictures.",
         declare_reference,
         execute_reference,
         "IMAGES --output FILE.npz [--features EXTRACTOR]",
     ),
     "inspect": Command(
-        "Say what a checkpoint is, and print the command line that samples it.",
+        "Describe a checkpoint and print a command that samples it.",
         declare_inspect,
         execute_inspect,
         "[--json] [--FLAG VALUE] ... MODEL",
     ),
     "spot": Command(
-        "Wait for the cloud's notice that this spot node will go, and have Ray give it no more work.",
+        "Wait for the cloud's notice that this spot node will be reclaimed, then drain it from Ray.",
         declare_spot,
         execute_spot,
         "aws|gcp|now [--seconds N] [--node_id ID]",
     ),
-    "presets": Command(
-        "List the models that are known by name, and what they need.", lambda parser: None, execute_presets
-    ),
+    "presets": Command("List the models that are known by name.", lambda parser: None, execute_presets),
 }

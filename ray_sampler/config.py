@@ -43,9 +43,9 @@ class PrecisionOptions:
     """Numeric precision."""
 
     precision: Literal["auto", "fp32", "fp16", "bf16"] = option(
-        "auto", "Precision of the network; auto is fp16 on a GPU and fp32 on a CPU."
+        "auto", "Numeric precision of the network; auto is fp16 on GPUs and fp32 on CPUs.", common=True
     )
-    use_fp16: bool | None = option(None, "True means --precision fp16.")
+    use_fp16: bool | None = option(None, "The same as --precision fp16.")
 
     def check(self) -> None:
         """Raises RequestError: the two flags contradict each other."""
@@ -61,25 +61,29 @@ class FleetOptions:
 
     shard_size: int = option(
         LARGEST_SHARD,
-        "Samples of a fragment, rounded up to whole batches; without it as suits N and the fleet, at most",
+        "Samples per fragment, rounded up to whole batches; by default it suits N and the fleet and is at most this.",
     )
     min_actors: int = option(
-        1, "Actors kept until the last shard is done; idle ones above it are released as the queue empties."
+        1, "Actors to keep until the last shard is done; other idle ones are released as the queue empties."
     )
-    max_actors: int | None = option(None, "Maximum number of actors (default: as many as there is work for).")
-    gpus_per_actor: float | None = option(None, "GPUs per actor; 0 means CPUs (default: 1 if available).")
+    max_actors: int | None = option(
+        None,
+        "Maximum number of actors, each on one GPU or on CPUs (default: as many as there is work for).",
+        common=True,
+    )
+    gpus_per_actor: float | None = option(None, "GPUs per actor; 0 means CPUs (default: 1 if available).", common=True)
     cpus_per_actor: int | None = option(
         None,
-        "CPUs per actor, on which it computes several batches at a time (default: 1 in a cluster; a local run shares "
-        "out its cores).",
+        "CPUs per actor, each computing a batch (default: 1 in a cluster, else an equal share of the cores).",
         recorded=False,
     )
     shard_timeout: float = option(
-        600.0, "Replace an actor after this many seconds without progress, or 10 times the median shard time if longer."
+        600.0, "Replace an actor after this many seconds without progress, or 10 median shard times if longer."
     )
     address: str | None = option(
         None,
-        "Ray cluster to join, as auto or host:6379; without it, and without RAY_ADDRESS, a local Ray is started.",
+        "Ray cluster to join: auto or host:6379 (default: RAY_ADDRESS, else a local Ray is started).",
+        common=True,
     )
 
     def check(self) -> None:
@@ -153,11 +157,11 @@ class ScoreRequest(Request, ScoreOptions, ScoreOutputOptions, FleetOptions, Repo
 
 HEADINGS: dict[str, tuple[type, ...]] = {
     "model": (ModelOptions,),
-    "sample set": (NoiseOptions, ConditionOptions, PlanOptions),
-    "sampling": (SolverOptions, ScheduleOptions),
+    "samples": (PlanOptions, NoiseOptions, ConditionOptions),
+    "solver and noise levels": (SolverOptions, ScheduleOptions),
     "guidance and decoding": (GuidanceOptions, DecoderOptions),
-    "precision": (PrecisionOptions, EngineOptions),
-    "architecture": (ArchitectureOptions,),
+    "computing": (PrecisionOptions, EngineOptions),
+    "architecture (of checkpoints that do not say theirs)": (ArchitectureOptions,),
     "output": (OutputOptions,),
     "score": (ScoreOptions,),
     "fleet": (FleetOptions,),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ray_sampler.errors import RequestError
@@ -33,17 +34,20 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         declared: its flags.
+        rare: those that `--help` leaves to `--help-all`.
     """
 
     def __init__(self, command: str, usage: str, description: str) -> None:
         self.declared: list[argparse.Action] = []
+        self.rare: list[argparse.Action] = []
         super().__init__(
             prog=f"ray-sampler {command}",
             usage=f"ray-sampler {command} {usage}".rstrip(),
             description=description,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26),
             allow_abbrev=False,
             exit_on_error=False,
+            add_help=False,
         )
 
     def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
@@ -51,13 +55,45 @@ class Parser(argparse.ArgumentParser):
         self.declared.append(action)
         return action
 
-    def declare(self, title: str, flags: Iterable[Flag]) -> None:
-        """Add flags of options, under a title."""
+    def declare(
+        self,
+        title: str,
+        flags: Iterable[Flag],
+        brief: bool = False,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Add flags of options under a title, common ones first.
+
+        Args:
+            brief: whether `--help` leaves out those that are not common.
+            defaults: that are not those of the options, by flag name.
+        """
         section = self.add_argument_group(title)
-        self.declared += [section.add_argument(f"--{flag.name}", type=str, **details_of(flag)) for flag in flags]
+        for flag in sorted(flags, key=lambda flag: not flag.common):
+            details = details_of(flag, defaults.get(flag.name, flag.default))
+            action = section.add_argument(f"--{flag.name.replace('_', '-')}", type=str, **details)
+            self.declared.append(action)
+            self.rare += [action] if brief and not flag.common else []
+
+    def declare_help(self) -> None:
+        """Add `--help`, and `--help-all` where that says more."""
+        section = self.add_argument_group("help")
+        section.add_argument("-h", "--help", action=ShowHelp, nargs=0, help="show this help and exit")
+        if self.rare:
+            section.add_argument("--help-all", action=ShowHelp, nargs=0, help="show every flag and exit")
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(message)
+
+
+class ShowHelp(argparse.Action):
+    """Prints the flags, by `--help` only those that most runs use, and ends the command."""
+
+    def __call__(self, parser: Any, namespace: object, values: object, option_string: str | None = None) -> None:
+        for action in () if option_string == "--help-all" else parser.rare:
+            action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
 
 
 def flags_among(components: Iterable[type], leave_out: Sequence[str] = ()) -> list[Flag]:
@@ -69,7 +105,7 @@ def flags_among(components: Iterable[type], leave_out: Sequence[str] = ()) -> li
 def spelled(arguments: Sequence[str], parser: Parser) -> list[str]:
     """The arguments as argparse reads them.
 
-    Flags get underscores in their names, where they may have hyphens, and values that begin with a minus, as lists of
+    Flags get hyphens in their names, where they may have underscores, and values that begin with a minus, as lists of
     numbers may, are joined to their flags.
 
     Raises:
@@ -80,12 +116,13 @@ def spelled(arguments: Sequence[str], parser: Parser) -> list[str]:
     result: list[str] = []
     for argument in arguments:
         if argument.startswith("--"):
-            name, separator, value = argument[2:].partition("=")
-            argument = f"--{name.replace('-', '_')}{separator}{value}"
+            name, separator, value = argument.partition("=")
+            if name.replace("_", "-") in known:
+                argument = f"{name.replace('_', '-')}{separator}{value}"
         elif result and result[-1] in valued and re.match(r"-(\d|\.|inf)", argument):
             argument = f"{result.pop()}={argument}"
         elif argument.startswith(DASHES):
-            flag = "--" + argument.partition("=")[0].lstrip("-" + "".join(DASHES)).replace("-", "_")
+            flag = "--" + argument.partition("=")[0].lstrip("-" + "".join(DASHES)).replace("_", "-")
             if flag in known:
                 raise RequestError(f"{argument} begins with a dash that is not a hyphen; write {flag}")
         result.append(argument)
@@ -98,15 +135,15 @@ def without_value(error: argparse.ArgumentError, parser: Parser) -> str:
     if action is None:
         return str(error)
     if action.nargs == 0:
-        return f"{error.argument_name} takes no value; give it alone or leave it out"
+        return f"--{action.dest} takes no value; give it alone or leave it out"
     wanted = {METAVARS[kind]: KINDS[kind] for kind in METAVARS}
     choices = f"one of {str(action.metavar).replace('|', ', ')}"
-    return f"{error.argument_name} needs a value: {wanted.get(str(action.metavar), choices)}"
+    return f"--{action.dest} needs a value: {wanted.get(str(action.metavar), choices)}"
 
 
-def details_of(flag: Flag) -> dict[str, Any]:
+def details_of(flag: Flag, default: Any) -> dict[str, Any]:
     """What argparse needs to know of a flag."""
-    shown = "" if flag.default is None else f" ({flag.default if flag.default != '' else 'empty'})"
+    shown = "" if default in (None, "", False) else f" (default: {default})"
     details: dict[str, Any] = {"default": None, "help": flag.help.rstrip(".").replace("%", "%%") + shown}
     if flag.kind is bool:
         details |= {"nargs": "?", "const": True, "metavar": "True|False"}
@@ -170,7 +207,7 @@ def unknown_argument(command: str, parser: Parser, token: str) -> str:
     name = flag.lstrip("-").replace("-", "_")
     if command == "sample" and name in SYNONYMS:
         return f"{flag} is not a flag of {command}; use {SYNONYMS[name]}"
-    known = [option.lstrip("-") for action in parser.declared for option in action.option_strings]
+    known = [action.dest for action in parser.declared if action.option_strings]
     close = difflib.get_close_matches(name, known, 1, SIMILAR)
     hint = f"did you mean --{close[0]}?" if close else f"`ray-sampler {command} --help` lists the flags"
     return f"{flag} is not a flag of {command}; {hint}"

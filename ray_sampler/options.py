@@ -25,7 +25,9 @@ Options = TypeVar("Options")
 Asked = TypeVar("Asked", bound="Request")
 
 
-def option(default: Any, help: str, *, recorded: bool = True, numbers: bool = False) -> Any:
+def option(
+    default: Any, help: str, *, recorded: bool = True, numbers: bool = False, common: bool = False, inert: bool = False
+) -> Any:
     """A field of an options dataclass.
 
     Args:
@@ -34,8 +36,11 @@ def option(default: Any, help: str, *, recorded: bool = True, numbers: bool = Fa
         recorded: whether run.json holds it even at its default; options that came after the first version are left
             out there, so that a run directory reads the same as before.
         numbers: whether the text may be numbers between commas, for which Python has sequences.
+        common: whether most runs use it, so that `--help` shows it; `--help-all` shows every option.
+        inert: whether it is accepted without effect, for published command lines.
     """
-    return field(default=default, metadata={"help": help, "recorded": recorded, "numbers": numbers, "default": default})
+    told = {"help": help, "recorded": recorded, "numbers": numbers, "common": common, "inert": inert}
+    return field(default=default, metadata=told | {"default": default})
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Flag:
     help: str
     recorded: bool
     numbers: bool
+    common: bool
+    inert: bool
     objects: bool
     """Whether Python may give an object in place of text."""
 
@@ -110,8 +117,7 @@ def _flag(name: str, hint: Any, metadata: Mapping[str, Any]) -> Flag:
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     choices = tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
     kinds = [str if get_origin(part) is Literal else part for part in parts if part is not type(None)]
-    said = {key: metadata[key] for key in ("default", "help", "recorded", "numbers")}
-    return Flag(name, kinds[0], choices, **said, objects=len(set(kinds)) > 1)
+    return Flag(name, kinds[0], choices, **metadata, objects=len(set(kinds)) > 1)
 
 
 def of(component: type[Options], settings: Any) -> Options:
@@ -133,10 +139,10 @@ class Request:
     def __init_subclass__(cls) -> None:
         for component in cls.__bases__:
             hints = get_type_hints(component)
-            for name, flag in flags_of(component).items() if component is not Request else ():
-                metadata = {"help": flag.help, "recorded": flag.recorded, "numbers": flag.numbers}
-                setattr(cls, name, field(default=None, metadata=metadata | {"default": flag.default}))
-                cls.__annotations__[name] = hints[name]
+            for each in fields(component) if component is not Request else ():
+                if "help" in each.metadata:
+                    setattr(cls, each.name, field(default=None, metadata=each.metadata))
+                    cls.__annotations__[each.name] = hints[each.name]
 
     def __post_init__(self) -> None:
         flags = flags_of(type(self))

@@ -37,21 +37,27 @@ class ModelOptions:
 
     model: str | Callable[[str | None], Any] | OwnModel | None = option(
         None,
-        "Weights: a bundled model's name (digits, digits-v1, digits-cd), which brings its settings; a checkpoint, by a "
-        "local path or any fsspec URL; or python:module:function, a network of your own (digits).",
+        "A bundled model (digits, digits-v1, digits-cd), the path or URL of a checkpoint, or python:module:function, a "
+        "network of your own (default: digits).",
+        common=True,
     )
     model_path: str = option("", "The same as --model.")
     weights_key: str | None = option(
-        None, "Where in a checkpoint the weights are, such as ema or state_dict (found automatically).", recorded=False
+        None,
+        "Where in the checkpoint the weights are, such as ema or state_dict (default: found automatically).",
+        recorded=False,
     )
-    weights: str | None = option(None, "Passed to the function of --model python:module:function.", recorded=False)
+    weights: str | None = option(
+        None, "Checkpoint passed to the function of --model python:module:function.", recorded=False, common=True
+    )
     tag: str | None = option(
-        None, "Text that goes into the fingerprint of --model python:module:function, as a version.", recorded=False
+        None, "Text added to the fingerprint of --model python:module:function, such as a version.", recorded=False
     )
     preset: str | None = option(
         None,
-        "Settings of a published checkpoint: architecture, preconditioning, solver and guidance. Explicit flags win. "
-        "Without --model its weights are fetched from where they were published. `ray-sampler presets` lists them.",
+        "A published checkpoint: its architecture, solver and guidance, and without --model its weights too; see "
+        "`ray-sampler presets`. Explicit flags win.",
+        common=True,
     )
 
 

@@ -34,7 +34,7 @@ FOREIGN = {
     "--metrics-export-port": "ray start",
 }
 """Flags of Ray's commands that the pages name."""
-OTHERS = {"--json", "--watch", "--cache", "--help", "--subdirs", "--reference"}
+OTHERS = {"--json", "--watch", "--cache", "--help", "--help-all", "--subdirs", "--reference"}
 OTHERS |= {f"--{spelled}" for name in SYNONYMS for spelled in (name, name.replace("_", "-"))}
 """Flags of our other commands, of examples/digits/evaluate.py, and of other programs."""
 

@@ -2,25 +2,65 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from dataclasses import fields
 
 import pytest
 
-from ray_sampler.cli import COMMANDS, main
+from ray_sampler.cli import COMMANDS, main, parse, request_of
 from ray_sampler.config import RunConfig
-from ray_sampler.presets import BUNDLED, PRESETS
+from ray_sampler.options import flags_of
+from ray_sampler.presets import BUNDLED, PRESETS, model_of
 from ray_sampler.sampling.solvers import SOLVERS
 
 
-def test_help_tells_every_flag(capsys):
+def helped(arguments: list[str], capsys) -> tuple[list[str], str]:
+    """The flags that a command's help lists, in order, and all that it prints."""
     with pytest.raises(SystemExit) as left:
-        main(["sample", "--help"])
+        main(arguments)
     assert left.value.code == 0
     out = capsys.readouterr().out
-    assert all(f"--{f.name}" in out for f in fields(RunConfig))
+    return re.findall(r"^  (?:-h, )?(--[a-z0-9-]+)", out, re.MULTILINE), out
+
+
+def shown(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def test_help_lists_what_most_runs_use_and_help_all_every_flag_once(capsys):
+    brief, out = helped(["sample", "--help"], capsys)
+    flags = flags_of(RunConfig)
+    assert set(brief) == {shown(name) for name, flag in flags.items() if flag.common} | {"--help", "--help-all"}
+    assert 15 <= len(brief) <= 28
     assert all(name in out for name in SOLVERS)
-    assert out.count("--") < 1.5 * len(fields(RunConfig)), "the usage does not list them again"
+    assert out.count("\n  ray-sampler sample ") == 4
+    every, _ = helped(["sample", "--help-all"], capsys)
+    assert sorted(every) == sorted([*map(shown, flags), "--help", "--help-all"])
+    inert = [shown(name) for name, flag in flags.items() if flag.inert]
+    assert every[-len(inert) - 2 : -2] == inert
+
+
+def test_help_shows_the_defaults_of_the_plain_command(capsys):
+    _, out = helped(["sample", "--help-all"], capsys)
+    _, brought = model_of(RunConfig())
+    for name in ("sampler", "steps"):
+        text = out[out.index(f"\n  {shown(name)} ") :]
+        assert f"(default: {brought[name]})" in " ".join(text[: text.index("\n  --", 1)].split())
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_help_of_sample_fits_the_terminal(columns: int, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out = helped(["sample", "--help-all"], capsys)
+    assert max(map(len, out.splitlines())) <= columns
+
+
+def test_the_examples_of_the_help_are_commands_that_are_taken(capsys):
+    _, out = helped(["sample", "--help"], capsys)
+    for example in out.partition("examples:")[2].replace("\\\n", " ").splitlines():
+        if example.strip().startswith("ray-sampler "):
+            _, arguments = parse(example.split()[1:])
+            request_of(arguments).check()
 
 
 @pytest.mark.parametrize("columns", [80, 200])

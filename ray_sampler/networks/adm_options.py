@@ -20,29 +20,27 @@ LARGEST = 10**6
 class AdmFlags:
     """The shape of an ADM UNet, as flags. The defaults are those of the consistency-models repository."""
 
-    image_size: int = option(64, "Width and height in pixels.")
+    image_size: int = option(64, "Height and width in pixels.")
     num_channels: int = option(128, "Base width of the network.")
     num_res_blocks: int = option(2, "Residual blocks at each level.")
-    num_heads: int = option(4, "Attention heads, where num_head_channels is -1.")
-    num_heads_upsample: int = option(-1, "The same on the way up; -1 means num_heads.")
-    num_head_channels: int = option(-1, "Channels of an attention head; -1 means num_heads decides.")
-    attention_resolutions: str = option("32,16,8", "Resolutions with attention.", numbers=True)
+    num_heads: int = option(4, "Attention heads, if num_head_channels is -1.")
+    num_heads_upsample: int = option(-1, "Attention heads on the way up; -1 means num_heads.")
+    num_head_channels: int = option(-1, "Channels per attention head; -1 means by num_heads.")
+    attention_resolutions: str = option("32,16,8", "Resolutions that have attention.", numbers=True)
     channel_mult: str = option(
-        "", "Width multiplier of each level, as 1,2,3,4; empty means by image size.", numbers=True
+        "", "Width multiplier of each level, such as 1,2,3,4 (default: by image size).", numbers=True
     )
-    class_cond: bool = option(False, "Whether the model takes class labels.")
-    num_classes: int = option(1000, "Classes of a class-conditional model.")
+    class_cond: bool = option(False, "The model is class-conditional.")
+    num_classes: int = option(1000, "Number of classes.")
     label_dropout: float = option(
         0.0,
-        "Share of labels that training dropped; above 0, the last row of label_emb is the null label.",
+        "Share of labels dropped in training; above 0, the last row of label_emb is the null label.",
         recorded=False,
     )
-    use_scale_shift_norm: bool = option(True, "Whether the embedding scales as well as shifts.")
-    resblock_updown: bool = option(False, "Whether residual blocks change the resolution.")
-    learn_sigma: bool = option(
-        False, "Whether the network has a variance half, which is dropped: no sampler here uses it."
-    )
-    dropout: float = option(0.0, "Inert in sampling.")
+    use_scale_shift_norm: bool = option(True, "The embedding scales and shifts the normalised features (FiLM).")
+    resblock_updown: bool = option(False, "Residual blocks change the resolution.")
+    learn_sigma: bool = option(False, "The network has variance channels, which are ignored.")
+    dropout: float = option(0.0, "Dropout in training.", inert=True)
 
     family_defaults: ClassVar[Mapping[str, Any]] = {"clip_denoised": True, "rounding": "truncate", "state": "fp32"}
     """What the family brings of other components' settings."""
@@ -180,8 +178,10 @@ class TrainingOptions:
     """How a checkpoint was trained: flags of published command lines, of which only the mode changes samples."""
 
     training_mode: TrainingMode = option(
-        "edm", 'How the model was trained: any with "consistency" takes that preconditioning.'
+        "edm", "How the model was trained; those with consistency in their name have its preconditioning."
     )
-    use_checkpoint: bool = option(False, "Gradient checkpointing; inert in sampling.")
-    use_new_attention_order: bool = option(False, "Inert in the original too: its attention has one order of channels.")
-    weight_schedule: str = option("karras", "Weighting of the training loss; inert in sampling.")
+    use_checkpoint: bool = option(False, "Gradient checkpointing in training.", inert=True)
+    use_new_attention_order: bool = option(
+        False, "Without effect in the original too: its attention has one order of channels.", inert=True
+    )
+    weight_schedule: str = option("karras", "Weighting of the training loss.", inert=True)

@@ -18,7 +18,7 @@ class ArchitectureOptions(AdmFlags, TrainingOptions):
     """The options of every family; a family with options of its own is one more base here."""
 
 
-INERT = ("use_checkpoint", "use_new_attention_order", "weight_schedule")
+INERT = tuple(name for name, flag in flags_of(TrainingOptions).items() if flag.inert)
 """Options of published command lines that change no sample, whatever the network."""
 
 ARCHITECTURE = tuple(name for name in flags_of(ArchitectureOptions) if name not in INERT)

@@ -14,6 +14,10 @@ Mode = Literal["auto", "bar", "log", "none"]
 class ReportingOptions:
     """What a run shows."""
 
-    progress: Mode = option("auto", "A live bar, a line every 10 seconds, or nothing; auto is a bar on a terminal.")
-    json_log: bool = option(False, "Progress lines as JSON.")
-    dry_run: bool = option(False, "Print the resolved run as JSON; open no checkpoint, touch nothing.")
+    progress: Mode = option(
+        "auto", "Show a live bar, a line every 10 seconds, or warnings only; auto is a bar on a terminal, else log."
+    )
+    json_log: bool = option(False, "Write progress lines as JSON.")
+    dry_run: bool = option(
+        False, "Print the resolved settings as JSON and exit; nothing is opened or written.", common=True
+    )

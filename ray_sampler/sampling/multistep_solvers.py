@@ -34,7 +34,7 @@ class OrderOptions:
     """The order of a multistep solver."""
 
     order: int | None = option(
-        None, "Order of the solver: unipc 2 or 3 (default 3), ipndm 1 to 4 (4), deis 1 to 3 (3).", recorded=False
+        None, "Order: unipc 2 or 3 (default 3), ipndm 1 to 4 (4), deis 1 to 3 (3).", recorded=False
     )
 
 
@@ -42,7 +42,7 @@ class OrderOptions:
 class AddedNoise:
     """How strong the noise is that a solver adds."""
 
-    s_noise: float = option(1.0, "Deviation of the noise that churn, dpmpp_2m_sde, dpmpp_3m_sde and restart add.")
+    s_noise: float = option(1.0, "Scale of the noise that churn, dpmpp_2m_sde, dpmpp_3m_sde and restart add.")
 
     def check(self) -> None:
         """Raises RequestError: the value is wrong."""
@@ -55,7 +55,7 @@ class SdeOptions(AddedNoise):
 
     eta: float = option(
         1.0,
-        "How much noise dpmpp_2m_sde and dpmpp_3m_sde add: 1 is the reverse SDE, 0 the ODE without noise.",
+        "Noise of dpmpp_2m_sde and dpmpp_3m_sde: 1 is the reverse SDE, 0 the ODE.",
         recorded=False,
     )
 
@@ -241,7 +241,7 @@ def weighted(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor | int:
 class IndexOptions:
     """Where a consistency model is evaluated."""
 
-    ts: str = option("", "Indices into the schedule for --sampler multistep, as 0,22,39.", numbers=True)
+    ts: str = option("", "Indices into the schedule for multistep, such as 0,22,39.", numbers=True)
 
     def check(self) -> None:
         """Raises RequestError: the text is no list of numbers."""

@@ -24,11 +24,11 @@ EVERYWHERE = (0.0, math.inf)
 class NoiseOptions:
     """Where random numbers come from."""
 
-    seed: int = option(42, "Decides the noise and the random labels, together with each sample's index.")
+    seed: int = option(42, "Seed of the noise and of random labels.", common=True)
     generator: Generator = option(
         "philox",
-        "Where noise comes from: philox (counter-based), edm (the seeds of EDM's and EDM2's scripts), or the "
-        "consistency-models script's determ, determ-indiv and dummy.",
+        "Source of the noise: philox (counter-based), edm (as EDM's and EDM2's scripts), or determ, determ-indiv and "
+        "dummy (as the consistency-models script).",
     )
 
     def check(self) -> None:
@@ -51,9 +51,10 @@ class ConditionOptions:
 
     labels: str | None = option(
         None,
-        "Labels of a class-conditional model: random (the default), balanced, a list as 0,3,999, or a file (.npz with "
-        "arr_1, .npy, text); a list shorter than N is repeated.",
+        "Class labels: random, balanced, a list such as 0,3,999, or a file (.npz with arr_1, .npy, text); a list "
+        "shorter than N is repeated (default: random).",
         numbers=True,
+        common=True,
     )
 
 
@@ -61,13 +62,9 @@ class ConditionOptions:
 class PlanOptions:
     """How many samples, and how the solver works on them."""
 
-    num_samples: int = option(10000, "How many samples the archive holds.")
-    clip_denoised: bool = option(
-        True, "Whether every denoiser output is clamped to [-1, 1]; a model may bring another default."
-    )
-    state: StateType = option(
-        "fp32", "Precision of the solver's state; a model may bring another default.", recorded=False
-    )
+    num_samples: int = option(10000, "Number of samples N.", common=True)
+    clip_denoised: bool = option(True, "Clamp every denoiser output to [-1, 1].")
+    state: StateType = option("fp32", "Precision of the solver's state.", recorded=False)
 
     def check(self) -> None:
         """Raises RequestError: a value is wrong."""
@@ -78,21 +75,30 @@ class PlanOptions:
 class GuidanceOptions:
     """How strongly, where, and by what the denoiser is guided."""
 
-    guidance: float = option(1.0, "Weight w of guidance, D_ref + w (D - D_ref); 1 is none.", recorded=False)
+    guidance: float = option(
+        1.0,
+        "Weight w of guidance, D_ref + w (D - D_ref): classifier-free guidance (CFG) or autoguidance; 1 is none.",
+        recorded=False,
+        common=True,
+    )
     guide: str | None = option(
         None,
-        "What guides: null (the network without a label; the default where it knows that) or a second network, given "
-        "as for --model.",
+        "D_ref: null (the unconditional branch, the default where the network has one) or a second model, given as for "
+        "--model.",
         recorded=False,
+        common=True,
     )
     guide_weights: str | None = option(
-        None, "Passed to the function of --guide python:module:function.", recorded=False
+        None, "Checkpoint passed to the function of --guide python:module:function.", recorded=False
     )
     guidance_interval: str | None = option(
-        None, "Noise levels LO,HI between which guidance applies, inclusive (everywhere).", recorded=False, numbers=True
+        None,
+        "Noise levels LO,HI between which guidance applies, inclusive (default: all).",
+        recorded=False,
+        numbers=True,
     )
     guidance_channels: int | None = option(
-        None, "Channels of x that are guided, counted from the first (all).", recorded=False
+        None, "Number of channels of x that are guided, from the first (default: all).", recorded=False
     )
 
     def check(self) -> None:
@@ -134,8 +140,7 @@ class DecoderOptions:
 
     rounding: Rounding = option(
         "truncate",
-        "Pixel conversion: truncate, as guided-diffusion does, or nearest, as EDM, EDM2 and DiT do; a model may bring "
-        "another default.",
+        "Conversion to pixels: truncate, as in guided-diffusion, or nearest, as in EDM, EDM2 and DiT.",
     )
     decoder: str | None = option(
         None,
@@ -148,11 +153,11 @@ class DecoderOptions:
 class EngineOptions:
     """How a device computes."""
 
-    batch_size: int = option(16, "Images that one actor computes at once.")
+    batch_size: int = option(16, "Images per batch of an actor.", common=True)
     compile: Compile = option(
         "auto",
-        "torch.compile: off, on (kernels chosen by timing, so bytes may differ from process to process), or auto (on a "
-        "GPU, without timing, where the run is long enough to repay it).",
+        "torch.compile: off, on (kernels chosen by timing: not bit-reproducible), or auto (reproducible; on GPUs where "
+        "the run is long enough to repay it).",
     )
 
     def check(self) -> None:

@@ -28,30 +28,30 @@ LARGEST_LOG = 700.0
 class ScheduleOptions:
     """How many noise levels there are, and where."""
 
-    steps: int = option(40, "Points of the noise schedule.")
+    steps: int = option(40, "Steps: noise levels of the schedule.", common=True)
     sigma_min: float = option(0.002, "Smallest noise level.")
     sigma_max: float = option(80.0, "Largest noise level.")
     rho: float = option(
-        RHO, "Exponent of the Karras schedule: the higher, the more levels near sigma_min.", recorded=False
+        RHO, "Exponent of the karras schedule: the higher, the more levels near sigma_min.", recorded=False
     )
     schedule: str | None = option(
         None,
-        "How levels are spaced from sigma_max to sigma_min: karras, logsnr (even in ln sigma), linear, cosine, or "
-        "shifted (flow time, with --shift). Default: logsnr for unipc, dpmpp_3m and dpmpp_3m_sde at 15 steps or fewer, "
-        "else karras.",
+        "Spacing of the levels from sigma_max to sigma_min: karras, logsnr (even in ln sigma), linear, cosine, or "
+        "shifted (flow time, with --shift) (default: logsnr for unipc, dpmpp_3m and dpmpp_3m_sde at 15 steps or fewer, "
+        "else karras).",
         recorded=False,
     )
     shift: float = option(1.0, "Shift s of the shifted schedule, t' = s t / (1 + (s - 1) t).", recorded=False)
     sigmas: str | None = option(
         None,
-        "The levels themselves, falling, in place of a schedule: a list as 80,10,1 or a file (.npz with arr_0, .npy, "
-        "text). 0 is appended where it is absent; the first scales the noise.",
+        "Falling noise levels in place of a schedule: a list such as 80,10,1 or a file (.npz with arr_0, .npy, text); "
+        "a last 0 is appended.",
         recorded=False,
         numbers=True,
     )
     nfe: int | None = option(
         None,
-        "Evaluations of the denoiser at most, in place of --steps: the solver takes the steps that fit.",
+        "Budget of evaluations per sample (NFE), in place of --steps.",
         recorded=False,
     )
 

@@ -57,7 +57,7 @@ class NoOptions:
 class ChurnOptions(AddedNoise):
     """Added noise of the stochastic sampler (Karras et al. 2022, algorithm 2)."""
 
-    s_churn: float = option(0.0, "Stochasticity of heun and dpm.")
+    s_churn: float = option(0.0, "Stochasticity (churn) of heun and dpm.")
     s_tmin: float = option(0.0, "Smallest noise level with churn.")
     s_tmax: float = option(inf, "Largest noise level with churn.")
 
@@ -99,7 +99,7 @@ class RestartOptions(AddedNoise):
 
     restarts: str = option(
         "",
-        "Intervals that --sampler restart samples again: N,K,tmin,tmax;... is K times from tmax to tmin on N levels.",
+        "Intervals that restart samples again: N,K,tmin,tmax;... means K times from tmax to tmin on N levels.",
         recorded=False,
     )
 
@@ -350,7 +350,7 @@ SOLVERS: dict[str, Solver] = {
 class SolverOptions(ChurnOptions, IndexOptions, OrderOptions, SdeOptions, RestartOptions):
     """Which solver, and the options of all of them."""
 
-    sampler: str = option("heun", f"The solver: {', '.join(SOLVERS)}.")
+    sampler: str = option("heun", f"Solver: {', '.join(SOLVERS)}.", common=True)
 
     def check(self) -> None:
         """Raises RequestError: no such solver."""

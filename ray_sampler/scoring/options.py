@@ -21,13 +21,11 @@ class FeatureOptions:
 
     features: str | None = option(
         None,
-        "Extractor of features: inception, dinov2, digits or python:module:function (default: digits with the "
-        "reference digits, else inception).",
+        "Feature extractor: inception, dinov2, digits or python:module:function (default: digits with the reference "
+        "digits, else inception).",
         recorded=False,
     )
-    features_weights: str | None = option(
-        None, "Path or URL of the extractor's weights; passed to the function of python:.", recorded=False
-    )
+    features_weights: str | None = option(None, "Path or URL of the extractor's weights.", recorded=False)
 
     @property
     def extractor(self) -> str:
@@ -48,11 +46,12 @@ class ScoreOptions(FeatureOptions):
 
     score: str | None = option(
         None,
-        "What to compare the pictures with: an npz or pickle of statistics, an archive, a run directory, a folder of "
-        "pictures, or digits (bundled).",
+        "Reference to score against: statistics (npz or pkl), an archive, a run directory, a folder of pictures, or "
+        "digits (bundled).",
+        common=True,
         recorded=False,
     )
-    metrics: str = option("fid", f"What to compute, between commas, of {', '.join(METRICS)}.", recorded=False)
+    metrics: str = option("fid", f"Metrics, between commas: {', '.join(METRICS)}.", recorded=False)
 
     @property
     def extractor(self) -> str:

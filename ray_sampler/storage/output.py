@@ -19,16 +19,18 @@ class OutputOptions:
 
     output: str | None = option(
         None,
-        "The run directory: a local path or any fsspec URL, s3:// and gs:// among them "
-        "(runs/<model>-<start of the fingerprint>).",
+        "Run directory: a path, or a URL such as s3://, gs:// or abfs:// (default: runs/<model>-<fingerprint>).",
+        common=True,
     )
     fragment_format: FragmentFormat = option("parquet", "File format of the fragments.")
     accept_code_change: bool = option(
         False,
-        "Continue a run although the code of its network has changed since it began.",
+        "Resume a run although the code of its network has changed.",
         recorded=False,
     )
-    overwrite: bool = option(False, "Delete an earlier run there first; no other driver may be writing to it.")
+    overwrite: bool = option(
+        False, "Delete an earlier run in --output first; no other driver may be writing to it.", common=True
+    )
 
     def check(self) -> None:
         """Raises RequestError: the output cannot be one."""
