@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+UV ?= $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 ARGS ?=
 PY ?=
 
@@ -15,16 +16,35 @@ OUTPUT := $(if $(filter-out $(SAME),$(filter --%,$(ARGS))),,--output runs/digits
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-venv: .venv/installed ## .venv, with the packages that constraints.txt pins
+venv: .venv/installed ## .venv with everything that constraints.txt pins, for tests and benchmarks; UV= installs with pip
 
-.venv/installed: pyproject.toml constraints.txt
+# uv does not read pip's configuration: it is given the indexes and folders of wheels that pip would use. Where uv fails, pip follows.
+setting = $$($(BIN)/pip config list | sed -n "s/^[^=]*[.]$(1)='\(.*\)'$$/\1/p" | head -n 1)
+pip = $(BIN)/pip install --quiet --disable-pip-version-check
+define install
+@test -z "$(UV)" || test -x "$(UV)" || $(pip) uv || true
+@UV_DEFAULT_INDEX="$(call setting,index-url)" UV_INDEX="$(call setting,extra-index-url)" \
+	UV_FIND_LINKS="$(call setting,find-links)" $(or $(UV),false) pip install --quiet --python $(BIN)/python \
+	--index-strategy unsafe-best-match --constraints constraints.txt --editable ".[$(EXTRAS)]" || \
+	$(pip) --constraint constraints.txt --editable ".[$(EXTRAS)]"
+@touch $@
+endef
+
+.venv/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("the pinned packages need Python 3.11 or newer, and $(PYTHON) is %d.%d; name another, as in make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,examples,s3,gcs,azure]"
-	@touch $@
 
-sample: venv ## 1,000 handwritten digits into runs/digits, and their score; ARGS="--num_samples 2000" passes flags on
-	$(BIN)/python jobs/sample.py $(OUTPUT) --num_samples 1000 --batch_size 25 --score digits $(ARGS)
+.venv/installed-core: EXTRAS := s3
+.venv/installed: EXTRAS := dev,examples,s3,gcs,azure
+
+.venv/installed-core: pyproject.toml constraints.txt | .venv/bin/python
+	$(install)
+
+.venv/installed: .venv/installed-core
+	$(install)
+
+sample: .venv/installed-core ## 1,000 handwritten digits into runs/digits, and their score; ARGS="--num_samples 2000" passes flags on
+	$(BIN)/python jobs/sample.py $(OUTPUT) --num_samples 1000 --score digits $(ARGS)
 
 test: lint ## linter, type checker and all tests but those of `make accidents`
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -117,7 +117,20 @@ def test_make_has_the_targets(page: str, command: str) -> None:
     ).stdout
     if target == "sample":
         started = re.sub(r"^.*jobs/sample\.py", "", dry.strip().splitlines()[-1])
-        assert cli.request_of(cli.parse(["sample", *shlex.split(started)])[1]).batch_size == 25
+        assert cli.request_of(cli.parse(["sample", *shlex.split(started)])[1]).score == "digits"
+
+
+def test_make_sample_and_the_plain_command_of_the_readme_are_the_same_request() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    dry = ["make", "--no-print-directory", "-n", "sample"]
+    made = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
+    (plain,) = {
+        tuple(words) for page, words in ours() if page == "README.md" and words[-2:] == ["--output", "runs/digits"]
+    }
+    requests = [cli.request_of(cli.parse(["sample", *made.split("jobs/sample.py")[1].split()])[1])]
+    requests.append(cli.request_of(cli.parse([*plain])[1]))
+    assert requests[0] == requests[1]
 
 
 @pytest.mark.parametrize(("page", "command"), [each for each in commands() if each[1].startswith("ray ")])
