@@ -28,7 +28,7 @@ __all__ = [
     "run",
     "score",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def run(config: RunConfig) -> RunResult:

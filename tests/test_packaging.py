@@ -13,9 +13,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import ray_sampler
 from tests.cluster.processes import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +56,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ray_sampler(installed: Path, elsewhere: Path, *arguments: str) -> str:
+def called(installed: Path, elsewhere: Path, *arguments: str) -> str:
     """What the installed command prints, called in another folder."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(installed / "bin" / "ray-sampler"), *arguments]
@@ -96,6 +98,21 @@ def test_the_wheel_holds_models_templates_and_types_and_no_tests(wheel: Path) ->
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 
+def test_every_folder_of_weights_has_a_card_with_a_licence() -> None:
+    folders = {path.parent for path in (ROOT / "ray_sampler").rglob("*.safetensors")}
+    assert len(folders) > 1
+    for folder in folders:
+        assert "\n## Licence\n" in (folder / "MODEL_CARD.md").read_text(), folder
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {version} == {ray_sampler.__version__, citation["version"]}
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f":{version}" in (ROOT / "deploy" / "kuberay-rayjob.yaml").read_text()
+
+
 def test_its_metadata_names_the_extras(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (name,) = [each for each in archive.namelist() if each.endswith(".dist-info/METADATA")]
@@ -105,10 +122,10 @@ def test_its_metadata_names_the_extras(wheel: Path) -> None:
 
 
 def test_the_installed_command_plans_a_run_from_any_folder(installed: Path, tmp_path: Path) -> None:
-    shown = json.loads(ray_sampler(installed, tmp_path, "sample", "--num_samples", "20", "--dry_run"))
+    shown = json.loads(called(installed, tmp_path, "sample", "--num_samples", "20", "--dry_run"))
     assert (shown["model"], shown["num_samples"], shown["image_size"]) == ("digits", 20, 32)
     assert list(tmp_path.iterdir()) == []
-    assert "cd-imagenet64-lpips" in ray_sampler(installed, tmp_path, "presets")
+    assert "cd-imagenet64-lpips" in called(installed, tmp_path, "presets")
 
 
 def test_the_installed_package_is_the_one_that_runs_and_samples_its_model(installed: Path, tmp_path: Path) -> None:
