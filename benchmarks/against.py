@@ -1,7 +1,7 @@
-"""Is anything slower or larger than in version 1? The same programs of both commits, in turn, on the same cores.
+"""Is anything slower or larger than at an earlier commit? The same programs of both, in turn, on the same cores.
 
 Rows that both have, by their question; "ours" is this commit's value and "theirs" the other's, each what `ours` is in
-the program itself. Another commit than version 1's last: --revision NAME.
+the program itself. Another commit: --revision NAME.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from table import Goal, Row, parser, read_report, report
 
 ROOT = Path(__file__).resolve().parent.parent
-VERSION_1 = "876cd7c"
+EARLIER = "876cd7c"
 PROGRAMS = ("engine", "driver", "merge", "memory")
 RATES = ("images/s", "shards/s")
 """Units in which more is better."""
@@ -48,7 +48,7 @@ def compared(mine: list[list[Row]], other: list[list[Row]], program: str) -> lis
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--revision", default=VERSION_1, help="the commit to compare with (version 1)")
+    made.add_argument("--revision", default=EARLIER, help="the commit to compare with (876cd7c)")
     made.add_argument("programs", nargs="*", help=f"({' '.join(PROGRAMS)})")
     arguments = made.parse_args()
     rows: list[Row] = []

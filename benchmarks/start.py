@@ -1,4 +1,4 @@
-"""How soon does a newcomer see pictures, and where do the seconds of `make sample` go?
+"""How soon does a new user see pictures, and where do the seconds of `make sample` go?
 
 The command of `make sample`, as a process of its own, in a new folder each time: when its parts are there, in seconds
 since it was typed, packages installed. Nothing else is compared.
@@ -33,7 +33,7 @@ ORDER = (*list(MARKS)[:3], *FILES, list(MARKS)[3], END)
 
 def timeline(output: Path) -> dict[str, float]:
     """Seconds from the start of the command to each mark."""
-    command = [sys.executable, "jobs/sample.py", "--output", str(output), "--num_samples", "1000", "--batch_size", "25"]
+    command = [sys.executable, "jobs/sample.py", "--output", str(output), "--num_samples", "1000"]
     found: dict[str, float] = {}
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
