@@ -6,7 +6,7 @@ UV ?= $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 ARGS ?=
 PY ?=
 
-# Flags that make another run, as `make sample ARGS="--guidance 3"`, give it a folder of its own, runs/<model>-<fingerprint>.
+# Flags that change samples, for example `make sample ARGS="--guidance 3"`, start another run in runs/<model>-<fingerprint>.
 SAME := --num_samples% --max_actors% --progress% --shard_size% --overwrite% --score% --metrics%
 OUTPUT := $(if $(filter-out $(SAME),$(filter --%,$(ARGS))),,--output runs/digits)
 

@@ -1,6 +1,6 @@
 """Distil the bundled digits model into a consistency model (Song et al. 2023, algorithm 2).
 
-Interrupted, it goes on from its last checkpoint when the same command is run again.
+After an interruption, the same command continues from the last checkpoint.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Train the bundled digits model: a class-conditional EDM UNet on 4,500 real digits, in three cycles.
 
-The first made the teacher of `digits-cd`, the second `digits-v1`, the third `digits`. Interrupted, it goes on from its
-last checkpoint when the same command is run again.
+The first made the teacher of `digits-cd`, the second `digits-v1`, the third `digits`. After an interruption, the same
+command continues from the last checkpoint.
 """
 
 from __future__ import annotations
