@@ -130,7 +130,7 @@ WRONG = [
     ("--class_cond False", ["--class_cond True (not False)"]),
     ("--image_size 9 --channel_mult 1,1", ["--channel_mult 1 (not 1,1)"]),
     ("--output a-file", ["a-file", "folder"]),
-    ("--output a-file/below", ["a-file/below", "a file stands where a folder must be"]),
+    ("--output a-file/below", ["a-file/below", "a file is in the place of a folder"]),
     ("--output memory://run", ["--output", "memory://run"]),
     ("--output nonsense://run", ["nonsense://run", "protocol"]),
     ("--output s3://", ["--output", "s3://", "bucket"]),

@@ -291,7 +291,7 @@ def archive_intact(run_dir: RunDir, layout: ArchiveLayout) -> bool:
 
 
 def values_crc32(file: Readable, size: int, crc32: int) -> int | None:
-    """CRC-32 going on from `crc32` over the next `size` bytes, None if there are fewer."""
+    """CRC-32 continued from `crc32` over the next `size` bytes, None if there are fewer."""
     while size:
         chunk = file.read(min(size, CHUNK_BYTES))
         if not chunk:

@@ -47,7 +47,7 @@ def crc32_combine(crc1: int, crc2: int, len2: int) -> int:
 
 
 class Member(NamedTuple):
-    """One array of the archive, with what stands before its values."""
+    """One array of the archive, with what precedes its values."""
 
     header: bytes
     """The zip's local header and the npy header."""

@@ -68,7 +68,7 @@ class AzureStore(BucketStore):
         return sync(self.filesystem.loop, made)
 
     async def _found_credentials(self) -> None:
-        """Look once for the credentials that nobody gave; a metadata server that never answers is not waited for."""
+        """Look once for default credentials, without waiting for a metadata server that never answers."""
         credential = self.filesystem.credential
         if self._looked or not hasattr(credential, "get_token"):
             return

@@ -49,7 +49,7 @@ class Page(NamedTuple):
 
 
 class Version(NamedTuple):
-    """What stands under a key."""
+    """The object at a key."""
 
     size: int
     tag: str
@@ -57,10 +57,10 @@ class Version(NamedTuple):
 
 
 class BucketStore(ObjectStore):
-    """A folder in a bucket; every request that fails for the moment is tried again.
+    """A folder in a bucket; every transient failure of a request is retried.
 
-    The methods that begin with `_request` are single requests. They raise FileNotFoundError where there is no such
-    object or upload.
+    The methods that begin with `_request` are single requests. They raise FileNotFoundError where the
+    object or upload does not exist.
     """
 
     bucket: str
@@ -138,7 +138,7 @@ class BucketStore(ObjectStore):
                     self._move(key.removeprefix(f"{self.prefix}/"), source, target)
 
     def _move(self, path: str, source: str, target: str) -> None:
-        """Move one object: it is read and written, as a copy within the store needs rights of its own."""
+        """Move one object: it is read and written, since a copy within the store needs further permissions."""
         data = self._retry(lambda: self._fetch(path))
         self._retry(lambda: self._pipe(target + path.removeprefix(source), data))
         self._retry(lambda: self._request_delete(self._key(path)))
@@ -155,7 +155,7 @@ class BucketStore(ObjectStore):
                 collections.deque(pool.map(delete, keys[start : start + KEYS_HELD]), maxlen=0)
 
     def _version(self, key: str) -> Version | None:
-        """What stands under a key, None where there is nothing."""
+        """The object at a key, None if there is none."""
         return self._unless_absent(lambda: self._request_version(key))
 
     @contextlib.contextmanager
@@ -224,8 +224,7 @@ class BucketStore(ObjectStore):
                 if code(error) in NO_BUCKET_WORDS:
                     raise
                 raise NotCommitted(
-                    f"cannot write {self.url}/{path}: the store dropped the upload before it was whole "
-                    f"({said(error)}); {AGAIN}"
+                    f"cannot write {self.url}/{path}: the store aborted the upload ({said(error)}); {AGAIN}"
                 ) from None
 
     def _complete(self, key: str, upload: Any, parts: Sequence[Any], size: int, before: Version | None) -> None:

@@ -58,12 +58,12 @@ CAUSES: dict[int, tuple[type[RequestError | RunError], str]] = {
     errno.EMFILE: (RunError, f"this process has too many files open; raise `ulimit -n` and {AGAIN}"),
     errno.ENFILE: (RunError, f"this machine has too many files open; raise fs.file-max and {AGAIN}"),
     errno.EROFS: (RequestError, "the file system is read-only; choose another output"),
-    errno.ENOTDIR: (RequestError, "a file stands where a folder must be; choose another output"),
-    errno.EEXIST: (RequestError, "a file stands where a folder must be; choose another output"),
+    errno.ENOTDIR: (RequestError, "a file is in the place of a folder; choose another output"),
+    errno.EEXIST: (RequestError, "a file is in the place of a folder; choose another output"),
     errno.ELOOP: (RequestError, "a link in it leads back to itself; choose another output"),
     errno.ENAMETOOLONG: (RequestError, "a name in it is too long for that disk; choose a shorter one"),
-    errno.EACCES: (RequestError, "permission denied; get the right to, or choose another output"),
-    errno.EPERM: (RequestError, "permission denied; get the right to, or choose another output"),
+    errno.EACCES: (RequestError, "permission denied; fix the permissions or choose another output"),
+    errno.EPERM: (RequestError, "permission denied; fix the permissions or choose another output"),
 }
 """What an error means, and what to do about it."""
 
@@ -80,7 +80,7 @@ def failure(error: OSError, action: str, path: str) -> RequestError | RunError:
     if number in (errno.EACCES, errno.EPERM) and action in READING:
         return RequestError(f"cannot {action} {path}: permission denied; ask its owner for the right to read it")
     if number == errno.ELOOP and Path(path).is_symlink():
-        return RunError(f"cannot {action} {path}: a link stands in place of the run's own file; delete it and {AGAIN}")
+        return RunError(f"cannot {action} {path}: a link is in the place of the run's file; delete it and {AGAIN}")
     if number in CAUSES:
         kind, sentence = CAUSES[number]
         return kind(f"cannot {action} {path}: {sentence}")
@@ -130,7 +130,7 @@ def rename_again(source: Path, target: Path) -> None:
         try:
             rename(source, target)
         except FileNotFoundError:
-            # Done by an attempt whose answer was lost: what was renamed stands there.
+            # Done by an attempt whose answer was lost: the renamed file is there.
             after = os.stat(target)
             if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 raise

@@ -29,7 +29,7 @@ WRITES_AT_ONCE = max(8, min(32, os.cpu_count() or 1))
 def export(source: str, output: str, subdirs: bool = False) -> tuple[int, int]:
     """Write the pictures of a run or an archive as <output>/000000.png and so on, and labels as labels.csv.
 
-    A PNG that is there with the same pixels is kept, and any other of such a name is replaced, so an interrupted
+    An existing PNG with the same pixels is kept, and any other file of that name is replaced, so an interrupted
     export continues.
 
     Args:

@@ -1,6 +1,6 @@
-"""What a store's answer means: whether it may pass, and its cause and remedy in one sentence.
+"""What a store's answer means: whether it is transient, and its cause and remedy in one sentence.
 
-The HTTP status decides. The store's own word for a failure only refines that, as each store has words of its own.
+The HTTP status decides. The store's error code only refines that, since each store has different codes.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class StoreError(OSError):
 
 
 class ForeignAnswer(ConnectionError):
-    """What answered is no store, but perhaps a proxy or a network that wants a login; the store may answer later."""
+    """The answer is not from a store, but perhaps from a proxy or a network that wants a login; retrying may help."""
 
 
 def told(answer: Mapping[str, Any], name: str) -> str:
@@ -197,7 +197,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def garbled(error: BaseException) -> bool:
-    """Whether what came was no whole HTTP answer. aiohttp gives such a failure a status of its own, 400."""
+    """Whether the HTTP answer was incomplete or malformed, to which aiohttp gives status 400."""
     return any("HttpProcessingError" in kinds(each) for each in chain(error))
 
 
@@ -317,4 +317,4 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
             "proxy's or a network's login page does not; check the network and the endpoint, as AWS_ENDPOINT_URL, "
             f"then {AGAIN}"
         )
-    return RunError(f"cannot {action} {url}: the store did not answer as it should ({said(error)}); {AGAIN}")
+    return RunError(f"cannot {action} {url}: unexpected response from the store ({said(error)}); {AGAIN}")

@@ -1,4 +1,4 @@
-"""One range of samples as Parquet or npz, with a record that proves them: encoded and decoded in memory."""
+"""One range of samples as Parquet or npz, with a record that verifies them: encoded and decoded in memory."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ READER_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
     OSError,  # Arrow's, of a footer or page that makes no sense
-    ValueError,  # of bytes that are no text, array or schema, by any of the readers
-    TypeError,  # of metadata of another kind, as a column type without a width
-    KeyError,  # zipfile's and Arrow's, of a name that is nowhere
-    IndexError,  # of a group or buffer that is nowhere
+    ValueError,  # of bytes that are not a text, array or schema, by any of the readers
+    TypeError,  # of unexpected metadata, for example a column type without a width
+    KeyError,  # zipfile's and Arrow's, of a missing name
+    IndexError,  # of a missing group or buffer
     AttributeError,  # of a column of a type that has no such buffers
     EOFError,  # zipfile's, of a member that ends early
     OverflowError,  # of a number in a header that no C integer holds
     RuntimeError,  # zipfile's, of a member that is encrypted, or of a version that it cannot read
 )
-"""What the readers of the two formats raise over a file that is none of theirs, or is one no more. MemoryError is not
-among it: sizes are checked before they are believed, so it says something of this machine, not of the file."""
+"""What the readers of the two formats raise for a corrupt or foreign file. MemoryError is not among them: sizes are
+checked before they are trusted, so it concerns this machine, not the file."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def decode(data: bytes, name: FragmentName, fingerprint: str | None) -> Fragment
         fingerprint: of the run it must belong to; None means any.
 
     Raises:
-        DamagedFragment: it is not whole, was changed, or belongs elsewhere.
+        DamagedFragment: it is corrupt, was changed, or belongs elsewhere.
     """
     record, groups = decode_groups(data, name, fingerprint)
     rows = record.stop - record.start
@@ -130,7 +130,7 @@ def read_fragment(url: str | os.PathLike[str]) -> Fragment:
 
     Raises:
         RequestError: there is no such file, or its name is no fragment's.
-        DamagedFragment: it is not whole.
+        DamagedFragment: it is corrupt.
     """
     url = path_text(url, "a fragment")
     folder, _, filename = url.rpartition("/")

@@ -242,7 +242,7 @@ def unix_time(text: str) -> float:
 
 
 def credential_option() -> dict[str, Any]:
-    """How gcsfs is to find credentials, unless fsspec's configuration says so: as it would by itself, but quickly.
+    """How gcsfs is to find credentials, unless fsspec's configuration sets it: as it would by itself, but quickly.
 
     By itself it asks for the metadata server of a Google machine twice, the second time for more than a minute.
     """

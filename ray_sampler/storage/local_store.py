@@ -48,7 +48,7 @@ Result = TypeVar("Result")
 
 
 class LinkRefused(RequestError):
-    """A link stands where a folder of the run must be."""
+    """A link is in the place of a folder of the run."""
 
 
 class LocalStore:
@@ -71,7 +71,7 @@ class LocalStore:
             return retried(request, f"{self.url}/{path}".rstrip("/"))
 
     def is_file(self) -> bool:
-        """Whether something stands in this folder's place that is none."""
+        """Whether something other than a folder is in this folder's place."""
         return self._try("read", "", lambda: self.root.exists() and not self.root.is_dir())
 
     def _inside(self, folder: str) -> Path:
@@ -108,7 +108,7 @@ class LocalStore:
     def _write_whole(self, target: Path, data: bytes, place: Callable[[Path], Result]) -> Result:
         """Write and sync a hidden file, and have `place` give it its name.
 
-        Where any of it fails, all of it is to be done again: after a failed sync nobody knows what the disk holds.
+        If any step fails, all of them must be repeated: after a failed sync the content of the disk is unknown.
         """
         temporary = self._temporary(target)
         try:
@@ -195,7 +195,7 @@ class LocalStore:
                     os.fsync(file.fileno())
                     file.close()
                 except OSError as error:
-                    if is_passing(error):  # what the disk holds now, nobody knows
+                    if is_passing(error):  # the content of the disk is now unknown
                         raise NotCommitted(str(failure(error, "write", str(target)))) from error
                     raise
                 rename_again(temporary, target)
@@ -274,7 +274,7 @@ def end_of(target: Path, size: int) -> bytes | None:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is no file's that anybody means: an unfinished write's, or a deleted file's that is still open."""
+    """Whether a name is to be ignored: of an unfinished write, or of a deleted file that is still open."""
     return is_unfinished(name) or is_leftover(name)
 
 
@@ -317,7 +317,7 @@ def lock(descriptor: int) -> bool:
 
 
 def is_unlocked(path: str) -> bool:
-    """Whether this is a file whose lock nobody holds."""
+    """Whether this is a file that is not locked."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

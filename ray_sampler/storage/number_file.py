@@ -27,7 +27,7 @@ def read_labels(text: str) -> np.ndarray:
         text: as of `read_numbers`; an .npz has them in arr_1.
 
     Raises:
-        RequestError: as of `read_numbers`, or one is no whole number.
+        RequestError: as of `read_numbers`, or one is not a whole number.
     """
     values = read_numbers(text, "--labels", "arr_1", "random, balanced, a list as 0,3,999")
     wrong = ~((np.floor(values) == values) & (np.abs(values) < EXACT))
@@ -71,7 +71,7 @@ def read_numbers(text: str, flag: str, member: str, expected: str) -> np.ndarray
         expected: what the flag may be besides a file.
 
     Raises:
-        RequestError: there is no such file, or it holds no list of numbers.
+        RequestError: the file does not exist, or does not hold a list of numbers.
     """
     try:
         return np.array([float(part) for part in text.removesuffix(",").split(",")])
@@ -95,7 +95,7 @@ def read_given(url: str, flag: str, expected: str) -> bytes:
         with fsspec.open(url, "rb") as file:
             content: bytes = file.read()
             return content
-    except Exception as error:  # each filesystem has exceptions of its own, which may tell the URL's credentials
+    except Exception as error:  # filesystems raise different exceptions, which may contain the URL's credentials
         raise RequestError(
             f"{flag} is {shortened(url)!r}; it must be {expected}, or a readable file ({type(error).__name__})"
         ) from None

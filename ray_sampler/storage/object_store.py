@@ -1,4 +1,4 @@
-"""A folder on any filesystem that fsspec knows. S3's, Google's and Azure's have requests of their own."""
+"""A folder on any filesystem that fsspec knows. S3, Google and Azure have separate modules."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ObjectStore:
         return persist(request, is_passing, said, f"the store of {self.url}")
 
     def _unless_absent(self, request: Callable[[], Result]) -> Result | None:
-        """What a request gives, tried again where that helps; None where there is no such file."""
+        """The result of a request, retried where that helps; None if the file does not exist."""
         try:
             return self._retry(request)
         except FileNotFoundError as error:
@@ -116,7 +116,7 @@ class ObjectStore:
                     return False
                 if getattr(error, "errno", None) != errno.ENOSYS and status(error) not in (400, 501):
                     raise
-                # The store may know no conditions: the caller reads back what stands there.
+                # The store may not support conditions: the caller reads the file back.
                 self._retry(lambda: self._pipe(path, data))
             return True
 
@@ -186,7 +186,7 @@ class ObjectStore:
 
 
 def modified(info: Mapping[str, Any]) -> float | None:
-    """When a file was last written, as unix time, where a listing says so: each filesystem has a name of its own."""
+    """When a file was last written, as unix time, if the listing has it: filesystems use different names for it."""
     found = next((info[key] for key in ("mtime", "last_modified", "LastModified", "created") if key in info), None)
     if isinstance(found, datetime):
         return found.timestamp()

@@ -62,7 +62,7 @@ def open_pictures(url: str | os.PathLike[str]) -> Pictures:
     """
     text = path_text(url, "pictures")
     if "://" not in text:
-        text = os.path.abspath(os.path.expanduser(text))  # actors have working directories of their own
+        text = os.path.abspath(os.path.expanduser(text))  # actors have different working directories
     with refusals_told(text):
         try:
             files, path = fsspec.core.url_to_fs(text)

@@ -47,9 +47,9 @@ class Listing(NamedTuple):
     fragments: list[FragmentName]
     """As `in_order` sorts them."""
     foreign: list[str]
-    """Names of ranges that folders and links have, which stand in the way of a file."""
+    """Names of ranges that belong to folders and links, which are in the way of a file."""
     modified: dict[FragmentName, float]
-    """Unix time of each range's last write, where the store tells."""
+    """Unix time of each range's last write, if the store has it."""
 
 
 class RangeSet:
@@ -57,7 +57,7 @@ class RangeSet:
 
     Args:
         rejects: the folder to which damaged files move.
-        holds: columns without which a file is damaged; None stands for a column of any shape and dtype.
+        holds: columns without which a file is damaged; None means a column of any shape and dtype.
     """
 
     def __init__(self, store: Store, folder: str, rejects: str, holds: Mapping[str, Column | None]) -> None:
@@ -95,7 +95,7 @@ class RangeSet:
 
         Raises:
             MissingFragment: it is not there.
-            DamagedFragment: it is not whole, or of another run.
+            DamagedFragment: it is corrupt, or of another run.
         """
         fragment = decode(self._bytes(name), name, fingerprint)
         self._check_columns(fragment.record)
@@ -111,7 +111,7 @@ class RangeSet:
         """What a range says about itself. Of a Parquet file only the end is read, so its columns are not checked.
 
         Raises:
-            DamagedFragment: it is not there, cannot be read, is not whole, or of another run.
+            DamagedFragment: it is missing, unreadable, corrupt, or of another run.
         """
         if name.format != "parquet":
             return self.read(name, fingerprint).record
@@ -128,7 +128,7 @@ class RangeSet:
         """The samples [start, stop), from whatever files hold them.
 
         Raises:
-            DamagedFragment: a file is not whole.
+            DamagedFragment: a file is corrupt.
             RunError: a sample is missing.
         """
         parts = []
@@ -169,7 +169,7 @@ class RangeSet:
         What cannot be moved is left where it is, with a warning; its note stays, for `noted` to find.
 
         Raises:
-            RequestError: a link stands in place of one of the two folders.
+            RequestError: a link is in the place of one of the two folders.
         """
         if not is_plain(filename):
             logger.warning("%s/%s holds %r, which cannot be moved", self._store.url, self.folder, filename)
@@ -185,9 +185,9 @@ class RangeSet:
             self._taken.add(target)
 
     def noted(self) -> dict[FragmentName, str]:
-        """Ranges that were found damaged and could not be moved, with the path of the note that says so.
+        """Ranges that were found damaged and could not be moved, with the path of the note about it.
 
-        By now each may have been replaced by a whole one: only reading it tells.
+        Each may have been replaced by a valid one since: only reading it shows that.
         """
         there = {entry.name for entry in self._store.list(self.rejects)}
         notes = {name.removesuffix(NOTE): f"{self.rejects}/{name}" for name in there if name.endswith(NOTE)}

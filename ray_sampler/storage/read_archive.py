@@ -50,7 +50,7 @@ class Values:
     offset: int = field(repr=False)
     """Of the first value in the file."""
     header: bytes = field(repr=False)
-    """What stands before the values in the zip's member."""
+    """What precedes the values in the zip's member."""
     crc32: int = field(repr=False)
     """Of header and values."""
 
@@ -120,8 +120,8 @@ def read_archive(url: str | os.PathLike[str], size: int | None = None) -> Archiv
         size: samples of a range; as many as make about 64 MiB unless given.
 
     Raises:
-        RequestError: there is no such file, or it is no archive of images as `numpy.savez` stores them; nothing in it
-            is unpickled.
+        RequestError: the file does not exist, or is not an archive of images as `numpy.savez` stores them; nothing in
+            it is unpickled.
     """
     text = path_text(url, "an archive")
     require(

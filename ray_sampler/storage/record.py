@@ -80,7 +80,7 @@ class FragmentName(NamedTuple):
 def in_order(fragments: Iterable[FragmentName]) -> list[FragmentName]:
     """By the smallest start, then the largest stop, then the file name: the order in which overlaps are decided.
 
-    Three stable sorts, the least important first: a million names need no key of their own, which would take longest.
+    Three stable sorts, the least important first: a million separate keys would take longest.
     """
     names = sorted(fragments, key=itemgetter(2))
     names.sort(key=itemgetter(1), reverse=True)
@@ -106,7 +106,7 @@ LABEL = Column("int32")
 
 
 def check_column(name: str, column: Column) -> None:
-    """Raises ValueError: no file may hold such a column."""
+    """Raises ValueError: a column of this kind cannot be stored."""
     dtype, shape = column
     if not COLUMN_NAME.fullmatch(name) or name in RESERVED:
         raise ValueError(f"a column is called {name!r}; it must be a small letter, and more, digits or _ after it")
@@ -203,7 +203,7 @@ class Record:
         """The record that `to_json` wrote.
 
         Raises:
-            DamagedFragment: it is not whole, or of another version.
+            DamagedFragment: it is corrupt, or of another version.
         """
         try:
             body = json.loads(text)
@@ -237,7 +237,7 @@ def json_crc32(body: Mapping[str, Any]) -> int:
 
 
 def checksums(samples: Samples, before: Mapping[str, int] | None = None) -> dict[str, int]:
-    """CRC-32 of each column's bytes, little-endian, in C order; goes on from those of the samples `before` these."""
+    """CRC-32 of each column's bytes, little-endian, in C order, continued from those of the samples `before` these."""
     columns = {"index": np.arange(samples.start, samples.stop, dtype="<i8"), **samples.columns}
     for name in WIDENED.keys() & columns.keys():
         columns[f"{name}_int64"] = columns[name].astype(WIDENED[name])

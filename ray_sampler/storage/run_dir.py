@@ -65,7 +65,7 @@ class RunDir:
         """run.json, None where there is none.
 
         Raises:
-            RunError: it is not whole.
+            RunError: it is corrupt.
         """
         data = self._store.read(RUN)
         if data is None:
@@ -76,13 +76,12 @@ class RunDir:
             run = None
         if not is_whole(run):
             raise RunError(
-                f"{self.url}/{RUN} is not whole; delete that file alone and run the same command again, "
-                "which keeps every finished sample"
+                f"{self.url}/{RUN} is corrupt; delete it and run the same command again (finished samples are kept)"
             )
         return dict(run)
 
     def create_run(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        """Write run.json unless there is one, and return what stands there: this one, or a rival's."""
+        """Write run.json unless there is one, and return its content: this one, or a rival's."""
         self._store.create(RUN, run_json(run))
         standing = look_again(self.read_run, f"{self.url}/{RUN}", retry.HIDDEN_S)
         if standing is None:
@@ -249,7 +248,7 @@ class RunDir:
             RequestError: as of `deletable`.
         """
         names = self.deletable()
-        # run.json goes last: while it stands, the same request can be made again.
+        # run.json is deleted last: while it exists, the same request can be repeated.
         for name in [n for n in names if n in (FRAGMENTS, *PRODUCTS, REJECTED, *OUTCOME) or ARCHIVE.fullmatch(n)]:
             self._store.remove(name)
         if RUN in names:

@@ -1,7 +1,7 @@
 """A folder on disk or in a bucket: whole files in, whole files out.
 
-There are stores with the same methods, `LocalStore`, `S3Store` and `ObjectStore`; `open_store` tells which one a URL
-needs. All keep one promise: under its name a file is complete or absent, whatever happens while it is written.
+`LocalStore`, `S3Store` and `ObjectStore` have the same methods; `open_store` chooses one for a URL.
+All keep one promise: under its name a file is complete or absent, whatever happens while it is written.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Store(Protocol):
         """Write a whole file unless there is one; whether it was written."""
 
     def list(self, path: str, times: bool = False) -> list[Entry]:
-        """What is in a folder, unfinished writes apart; nothing where there is no folder.
+        """The content of a folder, without unfinished writes; empty if there is no folder.
 
         When each was written is sure to be said with `times` only: a disk has to be asked for every file.
         """
@@ -109,7 +109,7 @@ class Store(Protocol):
         """
 
     def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
-        """Remove the unfinished writes in a folder that were begun so long ago that nobody is at them any more."""
+        """Remove the unfinished writes in a folder that were begun so long ago that they must be abandoned."""
 
 
 def unfinished_name(name: str) -> str:

@@ -133,7 +133,7 @@ def test_an_archive_that_is_written_again_is_looked_at_again_from_the_start(tmp_
         if len(attempts) == 1:
             for _ in chunks:
                 if attempts[0]:
-                    raise NotCommitted("the store dropped the upload")
+                    raise NotCommitted("the store aborted the upload")
         upload(path, chunks, size)
 
     monkeypatch.setattr(run_dir._store, "upload", dropping)

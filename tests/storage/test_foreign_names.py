@@ -118,7 +118,7 @@ def test_a_link_in_place_of_a_file_is_replaced_and_what_it_names_stays(tmp_path)
     run_dir.write_archive(archive, [b"ours"])
     run_dir.write_file("preview.png", b"ours")
     assert run_dir.read_file("preview.png") == run_dir.read_file(archive) == b"ours"
-    with pytest.raises(RunError, match="a link stands in place"):
+    with pytest.raises(RunError, match="a link is in the place"):
         run_dir.read_file("summary.json")
     (tmp_path / "run" / "run.json").unlink()
     (tmp_path / "run" / "run.json").symlink_to(outside)
