@@ -137,6 +137,19 @@ def test_only_holders_of_the_token_reach_the_cluster(cluster: dict[str, Any]) ->
     assert not any("--dashboard-host=0.0.0.0" in command for command in cluster["head_start_ray_commands"])
 
 
+def test_workers_on_google_cloud_have_an_account_with_fewer_rights_than_the_heads() -> None:
+    types = yaml.safe_load((ROOT / "deploy" / "gcp.yaml").read_text())["available_node_types"]
+    accounts = {
+        account["email"].partition("@")[0]
+        for name, kind in types.items()
+        if name != "head"
+        for account in kind["node_config"]["serviceAccounts"]
+    }
+    (account,) = accounts
+    assert account != "ray-autoscaler-sa-v1"
+    assert f"gcloud iam service-accounts create {account}" in (ROOT / "docs" / "cluster.md").read_text()
+
+
 def test_the_watcher_for_spot_notices_runs_on_the_workers_beside_what_was_installed(cluster: dict[str, Any]) -> None:
     """One at a time, and after the shell that starts it has ended."""
     *_, ray, spot = cluster["worker_start_ray_commands"]

@@ -19,16 +19,20 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import pytest
+from safetensors.torch import save
 
 from tests.chaos.damage import spoil
 from tests.cluster.fleets import Fleet, send
-from tests.cluster.runs import flags_of, leave, sampled, savez, small
+from tests.cluster.runs import flags_of, leave, random_weights, sampled, savez, small
+from tests.faults.disk import DiskFault, faulty_disk
 from tests.faults.proxy import Fault, FaultProxy
 from tests.faults.servers import BUCKET
 
@@ -47,6 +51,10 @@ NOTICED_S = 60.0
 
 IN_BUCKET = 0.4
 """Share of the rounds whose output is a bucket."""
+ON_DISK = 0.25
+"""Share of the rounds whose output is a disk that can be full."""
+FULL_S = (1.0, 30.0)
+"""How long the disk stays full; a run gives up after 15 s in which nothing could be written."""
 FAULTS = (
     Fault("503", probability=0.04),
     Fault("500", probability=0.02),
@@ -65,8 +73,10 @@ DRIVER_SIGNALS = {
     "driver SIGTERM": signal.SIGTERM,
     "driver SIGINT": signal.SIGINT,
 }
-KILLS = ("actor", "all actors", "actor frozen", "node", "all nodes", "node frozen", *DRIVER_SIGNALS)
-"""A node is its raylet and all that it started."""
+SWAPPED = "checkpoint swapped"
+FULL = "disk full"
+KILLS = ("actor", "all actors", "actor frozen", "raylet", "node", "all nodes", "node frozen", *DRIVER_SIGNALS, SWAPPED)
+"""A node is its raylet and all that it started. The driver is killed when the checkpoint is swapped."""
 
 
 @dataclass
@@ -75,6 +85,7 @@ class Score:
 
     rounds: int = 0
     in_bucket: int = 0
+    on_disk: int = 0
     kills: Counter[str] = field(default_factory=Counter)
     damages: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
@@ -96,6 +107,7 @@ class Score:
         return [
             ("rounds", str(self.rounds)),
             ("  into a bucket whose requests fail", str(self.in_bucket)),
+            ("  onto a disk that can be full", str(self.on_disk)),
             *counted("kills", self.kills),
             *counted("faults of storage requests", self.faults),
             *counted("fragments corrupted", self.damages),
@@ -138,7 +150,9 @@ class Chaos:
 
     def __init__(self, checkpoint: Path, folder: Path, proxy: FaultProxy, seed: int) -> None:
         self.chance = random.Random(seed)
-        self.checkpoint = checkpoint
+        self.checkpoint = Path(shutil.copy(checkpoint, folder / "model.safetensors"))
+        self.right_weights = self.checkpoint.read_bytes()
+        self.other_weights = save({name: 2 * tensor for name, tensor in random_weights().items()})
         self.folder = folder
         self.proxy = proxy
         self.score = Score()
@@ -148,23 +162,39 @@ class Chaos:
         self.foreign = next((folder / "foreign" / "fragments").iterdir())
         self.fleet = Fleet(WORKERS)
         self.frozen: list[psutil.Process] = []
+        self.beheaded: list[Any] = []
+        self.full = folder / "full"
+        self.opened = ExitStack()
+        try:
+            self.disk: Path | None = self.opened.enter_context(
+                faulty_disk(folder, [DiskFault("write", "ENOSPC", during=str(self.full))])
+            )
+        except pytest.skip.Exception as reason:
+            print(f"no round on a disk that can be full: {reason}", file=sys.stderr)
+            self.disk = None
 
     def close(self) -> None:
         send(signal.SIGKILL, self.frozen)
         self.fleet.close()
+        self.opened.close()
 
-    def round(self, in_bucket: bool | None = None, most: int = DISTURBANCES) -> None:
+    def round(self, place: str | None = None, most: int = DISTURBANCES) -> None:
         """One run, disturbed up to `most` times and given again until it ends.
 
-        Into a bucket or a folder by chance, unless it is said.
+        Args:
+            place: "bucket", "disk" or "folder"; by chance, unless it is given.
         """
         name = f"round-{self.score.rounds}"
-        if in_bucket is None:
-            in_bucket = self.chance.random() < IN_BUCKET
+        if place is None:
+            chance = self.chance.random()
+            place = "bucket" if chance < IN_BUCKET else "disk" if chance < IN_BUCKET + ON_DISK else "folder"
+        folders = {"bucket": self.folder / "bucket" / BUCKET, "disk": self.disk or self.folder, "folder": self.folder}
+        self.kinds = (*KILLS, *([FULL] * 3 if place == "disk" and self.disk else []))
         self.score.rounds += 1
-        self.score.in_bucket += in_bucket
-        self.output = f"s3://{BUCKET}/{name}" if in_bucket else str(self.folder / name)
-        self.files = self.folder / "bucket" / BUCKET / name if in_bucket else self.folder / name
+        self.score.in_bucket += place == "bucket"
+        self.score.on_disk += FULL in self.kinds
+        self.files = folders[place] / name
+        self.output = f"s3://{BUCKET}/{name}" if place == "bucket" else str(self.files)
         self.log = self.folder / f"{name}.log"
         self.proxy.plan(*FAULTS)
         failure = self._disturbed_run(left=self.chance.randrange(1, most + 1))
@@ -184,8 +214,17 @@ class Chaos:
                 if driver.poll() is not None:
                     break
                 left -= 1
-                kind = self.chance.choice(KILLS)
+                kind = self.chance.choice(self.kinds)
                 self._spoil()
+                if kind == SWAPPED:
+                    if failure := self._swap(driver):
+                        return failure
+                    codes = {0, -signal.SIGKILL}
+                    break
+                if kind == FULL:
+                    self._fill_disk(driver)
+                    codes = {0, 1}
+                    continue
                 self._kill(kind, driver)
                 if kind in DRIVER_SIGNALS:
                     number = DRIVER_SIGNALS[kind]
@@ -198,8 +237,39 @@ class Chaos:
                 return f"exit code {code}: {self._said()[-1][:300]}"
             self._spoil()
 
+    def _swap(self, driver: subprocess.Popen[bytes]) -> str | None:
+        """Put other weights into the checkpoint's place and kill the driver: the command must then be refused."""
+        if not (self.files / "run.json").exists():  # the run would be one of the other weights
+            return None
+        self.score.kills[SWAPPED] += 1
+        self._put_checkpoint(self.other_weights)
+        driver.kill()
+        driver.wait()
+        try:
+            code = self._wait(self._start())
+        finally:
+            self._put_checkpoint(self.right_weights)
+        said = self._said()[-1]
+        return None if code == 2 and "weights" in said else f"exit code {code} with another checkpoint: {said[:300]}"
+
+    def _put_checkpoint(self, data: bytes) -> None:
+        hidden = self.folder / "hidden"
+        hidden.write_bytes(data)
+        hidden.replace(self.checkpoint)
+
+    def _fill_disk(self, driver: subprocess.Popen[bytes]) -> None:
+        """Let nothing be written for some time, or until the driver gives up."""
+        self.score.kills[FULL] += 1
+        self.full.touch()
+        until = time.monotonic() + self.chance.uniform(*FULL_S)
+        while driver.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        self.full.unlink()
+
     def _count(self, failure: str | None) -> None:
         """Add up a round, and remove what it left if all is well."""
+        while self.beheaded:
+            self.fleet.cluster.remove_node(self.beheaded.pop(), allow_graceful=False)
         self.proxy.plan()
         self.score.faults += self.proxy.faults
         self.proxy.clear()
@@ -258,7 +328,7 @@ class Chaos:
     def _kill(self, kind: str, driver: subprocess.Popen[bytes]) -> None:
         if kind in DRIVER_SIGNALS:
             os.kill(driver.pid, DRIVER_SIGNALS[kind])
-        elif "node" in kind:
+        elif "node" in kind or kind == "raylet":
             self._strike_nodes(kind, driver)
         else:
             actors = self._actors()
@@ -278,7 +348,10 @@ class Chaos:
         reports = self._losses()
         began = time.monotonic()
         for node in struck:
-            if kind == "node frozen":
+            if kind == "raylet":
+                self.fleet.behead(node)
+                self.beheaded.append(node)
+            elif kind == "node frozen":
                 self.frozen += self.fleet.freeze(node)
                 self.fleet.workers.remove(node)
             else:

@@ -19,8 +19,8 @@ def test_runs_that_are_killed_and_spoiled_end_in_the_bytes_of_an_undisturbed_one
     with faulty_bucket(tmp_path / "bucket", tmp_path / "aws") as proxy:
         chaos = Chaos(checkpoint, tmp_path, proxy, SEED)
         try:
-            for in_bucket in (False, True):
-                chaos.round(in_bucket, most=2)
+            for place in ("folder", "bucket"):
+                chaos.round(place, most=2)
         finally:
             chaos.close()
     score = chaos.score

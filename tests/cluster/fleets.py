@@ -76,6 +76,11 @@ class Fleet:
         self.workers.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
 
+    def behead(self, node: Any) -> None:
+        """The raylet alone dies; what it started is left to notice that."""
+        send(signal.SIGKILL, self.processes(node)[:1])
+        self.workers.remove(node)
+
     def freeze(self, node: Any) -> list[psutil.Process]:
         """Everything on a node stops without a word, as in a partition; returns what to thaw."""
         frozen = self.processes(node)

@@ -46,6 +46,8 @@ class DiskFault:
     """How often it succeeds before."""
     old: bool = False
     """Whether it concerns those files only that were there when the disk was mounted."""
+    during: str = ""
+    """A file: it fails only while that is there."""
 
 
 @contextlib.contextmanager
@@ -92,6 +94,8 @@ def serve(backing: str, mount: str, plan: Sequence[dict[str, Any]]) -> None:
     def check(operation: str, path: str | None) -> None:
         for i, fault in enumerate(faults):
             if fault.operation != operation or fault.name not in (path or ""):
+                continue
+            if fault.during and not os.path.exists(fault.during):
                 continue
             if not fault.old or (os.path.exists(backing + str(path)) and os.stat(backing + str(path)).st_ino in old):
                 met[i] += 1
