@@ -40,7 +40,10 @@ NEVER_RAN = "never ran"
 """What Ray 2.60 says of an actor that still waited at a node when that one died."""
 
 LOOK_S = 1.0
-"""Silent actors are looked for so many seconds apart at most; stragglers, where there was none."""
+"""Stragglers are looked for so many seconds apart at most, where there was none."""
+
+LOOKS = 40
+"""How often silent actors are looked for within the time after which an actor is silent."""
 
 
 class Pool:
@@ -359,7 +362,7 @@ class Pool:
         now = self.calls.now()
         if now < self.silence_due:
             return events
-        self.silence_due = now + min(LOOK_S, self.shard_timeout / 40)
+        self.silence_due = now + self.shard_timeout / LOOKS
         # No limit is shorter than the timeout.
         if all(now - member.last_sign <= self.shard_timeout / 4 for member in self.members):
             return events

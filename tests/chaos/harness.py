@@ -103,7 +103,8 @@ class Score:
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and figures, for a table."""
-        noticed = f"{statistics.median(self.noticed_s):.1f} s, longest {max(self.noticed_s):.1f} s"
+        seconds = self.noticed_s
+        noticed = f"{statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s" if seconds else "not seen"
         return [
             ("rounds", str(self.rounds)),
             ("  into a bucket whose requests fail", str(self.in_bucket)),
@@ -116,7 +117,7 @@ class Score:
             ("  lost with their actor", str(self.passed_on)),
             ("  set aside as damaged or foreign", str(self.set_aside)),
             ("  deleted", str(self.damages["gone"])),
-            ("from a node's death to its shards' going to others", noticed if self.noticed_s else "not seen"),
+            ("from a node's death to its shards' going to others", noticed),
             ("archives identical to the undisturbed run's", f"{self.identical} of {self.rounds}"),
             ("samples lost", str(self.lost)),
             ("failures", "; ".join(self.failures) or "none"),
