@@ -45,6 +45,10 @@ FAKE_HEAD = "f" * 51 + "00000"
 """Node id under which Ray's fake provider knows the head."""
 
 
+ATTEMPTS = 3
+"""To start a node."""
+
+
 class Fleet:
     """A head without CPUs, on which drivers run, and worker nodes of one CPU each."""
 
@@ -61,7 +65,13 @@ class Fleet:
 
     def add(self) -> Any:
         """A new node; it is there when this returns."""
-        self.workers.append(self.cluster.add_node(num_cpus=1, **NODE))
+        for attempt in reversed(range(ATTEMPTS)):
+            try:
+                self.workers.append(self.cluster.add_node(num_cpus=1, **NODE))
+                break
+            except Exception:  # Ray's own class: its raylet has 30 s to start, which a busy machine may not give it
+                if not attempt:
+                    raise
         return self.workers[-1]
 
     def processes(self, node: Any) -> list[psutil.Process]:
