@@ -14,24 +14,33 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import ray_sampler
 from ray_sampler.commands import (
     declare_export,
+    declare_folder,
+    declare_inspect,
     declare_reference,
     declare_score,
+    declare_spot,
+    declare_status,
     execute_export,
+    execute_inspect,
+    execute_merge,
+    execute_presets,
+    execute_preview,
     execute_reference,
     execute_score,
+    execute_spot,
+    execute_status,
+    execute_verify,
+    request_of,
 )
 from ray_sampler.errors import RequestError, RunError, debugging, printable, show_traceback
-from ray_sampler.flags import Parser, flags_among, given_values, spelled, unknown_argument, without_value
+from ray_sampler.flags import Parser, flags_among, spelled, unknown_argument, without_value
 from ray_sampler.interrupts import end_now, interruptible
 from ray_sampler.streams import OutputLost, sturdy_streams
-
-if TYPE_CHECKING:
-    from ray_sampler.config import RunConfig
 
 DONE, FAILED, WRONG = 0, 1, 2
 
@@ -249,116 +258,24 @@ def declare_sample(parser: Parser) -> None:
     parser.epilog = EXAMPLES
 
 
-def request_of(arguments: argparse.Namespace) -> RunConfig:
-    """The request of the arguments of `sample` or `inspect`.
-
-    Raises:
-        RequestError: a value is not of its flag's kind.
-    """
-    from ray_sampler.config import RunConfig
-
-    return RunConfig(**given_values(arguments, RunConfig))
-
-
 def execute_sample(arguments: argparse.Namespace) -> int:
-    from ray_sampler.resolve import dry_run, without_file
+    from ray_sampler.resolve import check, dry_run, missing_files, without_file
 
     config = request_of(arguments)
+    check(config)  # what is wrong is said before torch and Ray are imported
+    for sentence in missing_files(config):
+        if not config.dry_run:
+            raise RequestError(sentence)
+        say(sentence)
     if config.dry_run:
         print(json.dumps(dry_run(config), indent=2))
         return DONE
-    without_file(config)  # what is wrong is said before torch and Ray are imported
+    without_file(config)
     from ray_sampler.cluster.driver import run
 
     result = run(config)
     with suppress(OutputLost):  # the archive stands all the same
         print(result.archive, flush=True)
-    return DONE
-
-
-def declare_folder(parser: Parser) -> None:
-    parser.add_argument("url", nargs="?", metavar="URL", help="the run directory: a local path or any fsspec URL")
-
-
-def declare_status(parser: Parser) -> None:
-    declare_folder(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--watch", action="store_true", help="print again every 10 seconds, until the run is complete")
-
-
-def folder_of(command: str, arguments: argparse.Namespace) -> str:
-    """Raises RequestError: the run directory is missing."""
-    if arguments.url is None:
-        raise RequestError(f"`ray-sampler {command}` needs the path or URL of a run directory")
-    url: str = arguments.url
-    return url
-
-
-def execute_status(arguments: argparse.Namespace) -> int:
-    from ray_sampler.run_folder import print_status
-
-    return print_status(folder_of("status", arguments), arguments.json, arguments.watch)
-
-
-def execute_verify(arguments: argparse.Namespace) -> int:
-    from ray_sampler.run_folder import verify_run
-
-    return verify_run(folder_of("verify", arguments))
-
-
-def execute_merge(arguments: argparse.Namespace) -> int:
-    from ray_sampler.run_folder import merge_run
-
-    return merge_run(folder_of("merge", arguments))
-
-
-def execute_preview(arguments: argparse.Namespace) -> int:
-    from ray_sampler.run_folder import preview_run
-
-    return preview_run(folder_of("preview", arguments))
-
-
-def declare_inspect(parser: Parser) -> None:
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a bundled model, a checkpoint or python:module:function"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    from ray_sampler.networks.families import ArchitectureOptions
-    from ray_sampler.presets import ModelOptions
-
-    components = ModelOptions, ArchitectureOptions
-    parser.declare("model and architecture", flags_among(components, leave_out=("model", "model_path")))
-
-
-def execute_inspect(arguments: argparse.Namespace) -> int:
-    from ray_sampler.inspection import print_inspection
-
-    if arguments.model is None and arguments.preset is None:
-        raise RequestError(
-            "`ray-sampler inspect` needs a model: a bundled one, a checkpoint's path or URL, or --preset"
-        )
-    return print_inspection(request_of(arguments), arguments.json)
-
-
-def declare_spot(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "when", nargs="?", default="", metavar="aws|gcp|now", help="whose notice to wait for; now waits for none"
-    )
-    parser.add_argument("--seconds", metavar="FLOAT", default="100", help="of now: how long the node stays (100)")
-    parser.add_argument("--node_id", metavar="TEXT", help="the Ray node (all that run on this machine)")
-
-
-def execute_spot(arguments: argparse.Namespace) -> int:
-    from ray_sampler.cluster.spot import leave_when
-
-    leave_when(arguments.when, arguments.seconds, arguments.node_id)
-    return DONE
-
-
-def execute_presets(arguments: argparse.Namespace) -> int:
-    from ray_sampler.preset_table import print_presets
-
-    print_presets()
     return DONE
 
 

@@ -1,14 +1,115 @@
-"""Commands of `ray-sampler` that take pictures and write something else: their arguments, and what they do."""
+"""Commands of `ray-sampler` other than `sample`: their arguments, and what they do."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ray_sampler.errors import RequestError
 from ray_sampler.flags import Parser, flags_among, given_values
 from ray_sampler.options import flags_of
+
+if TYPE_CHECKING:
+    from ray_sampler.config import RunConfig
+
+
+def request_of(arguments: argparse.Namespace) -> RunConfig:
+    """The request of the arguments of `sample` or `inspect`.
+
+    Raises:
+        RequestError: a value is not of its flag's kind.
+    """
+    from ray_sampler.config import RunConfig
+
+    return RunConfig(**given_values(arguments, RunConfig))
+
+
+def declare_folder(parser: Parser) -> None:
+    parser.add_argument("url", nargs="?", metavar="URL", help="the run directory: a local path or any fsspec URL")
+
+
+def declare_status(parser: Parser) -> None:
+    declare_folder(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--watch", action="store_true", help="print again every 10 seconds, until the run is complete")
+
+
+def folder_of(command: str, arguments: argparse.Namespace) -> str:
+    """Raises RequestError: the run directory is missing."""
+    if arguments.url is None:
+        raise RequestError(f"`ray-sampler {command}` needs the path or URL of a run directory")
+    url: str = arguments.url
+    return url
+
+
+def execute_status(arguments: argparse.Namespace) -> int:
+    from ray_sampler.run_folder import print_status
+
+    return print_status(folder_of("status", arguments), arguments.json, arguments.watch)
+
+
+def execute_verify(arguments: argparse.Namespace) -> int:
+    from ray_sampler.run_folder import verify_run
+
+    return verify_run(folder_of("verify", arguments))
+
+
+def execute_merge(arguments: argparse.Namespace) -> int:
+    from ray_sampler.run_folder import merge_run
+
+    return merge_run(folder_of("merge", arguments))
+
+
+def execute_preview(arguments: argparse.Namespace) -> int:
+    from ray_sampler.run_folder import preview_run
+
+    return preview_run(folder_of("preview", arguments))
+
+
+def declare_inspect(parser: Parser) -> None:
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a bundled model, a checkpoint or python:module:function"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    from ray_sampler.networks.families import ArchitectureOptions
+    from ray_sampler.presets import ModelOptions
+
+    components = ModelOptions, ArchitectureOptions
+    parser.declare("model and architecture", flags_among(components, leave_out=("model", "model_path")))
+
+
+def execute_inspect(arguments: argparse.Namespace) -> int:
+    from ray_sampler.inspection import print_inspection
+
+    if arguments.model is None and arguments.preset is None:
+        raise RequestError(
+            "`ray-sampler inspect` needs a model: a bundled one, a checkpoint's path or URL, or --preset"
+        )
+    return print_inspection(request_of(arguments), arguments.json)
+
+
+def declare_spot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "when", nargs="?", default="", metavar="aws|gcp|now", help="whose notice to wait for; now waits for none"
+    )
+    parser.add_argument("--seconds", metavar="FLOAT", default="100", help="of now: how long the node stays (100)")
+    parser.add_argument("--node_id", metavar="TEXT", help="the Ray node (all that run on this machine)")
+
+
+def execute_spot(arguments: argparse.Namespace) -> int:
+    from ray_sampler.cluster.spot import leave_when
+
+    leave_when(arguments.when, arguments.seconds, arguments.node_id)
+    return 0
+
+
+def execute_presets(arguments: argparse.Namespace) -> int:
+    from ray_sampler.preset_table import print_presets
+
+    print_presets()
+    return 0
 
 
 def declare_export(parser: Parser) -> None:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ray_sampler.errors import RequestError, RunError, require
+from ray_sampler.errors import RequestError, RunError, redact, require
 from ray_sampler.networks.families import ArchitectureOptions
 from ray_sampler.options import Request, option
 from ray_sampler.presets import ModelOptions
@@ -101,9 +101,24 @@ class FleetOptions:
             gpus is None or 0 <= gpus <= 1,
             f"--gpus_per_actor is {gpus}; it must be 0, a fraction of 1, or 1: an actor computes on one GPU",
         )
+        check_address(self.address or "auto")
         require(
             0 < self.shard_timeout < math.inf, f"--shard_timeout is {self.shard_timeout}; it must be above 0 seconds"
         )
+
+
+def check_address(address: str) -> None:
+    """Raises RequestError: it cannot be a cluster's."""
+    require(
+        address == "auto" or ":" in address,
+        f"--address is {address!r}; it must be auto or host:port, where the port of a cluster is 6379 unless it was "
+        "started with another",
+    )
+    require(
+        not address.startswith(("http://", "https://")),
+        f"--address is {redact(address)!r}, which is a dashboard's; submit the run with `ray job submit`, or give "
+        "host:port of the cluster itself, where the port is 6379 unless it was started with another",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

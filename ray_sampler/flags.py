@@ -124,7 +124,9 @@ def spelled(arguments: Sequence[str], parser: Parser) -> list[str]:
         elif argument.startswith(DASHES):
             flag = "--" + argument.partition("=")[0].lstrip("-" + "".join(DASHES)).replace("_", "-")
             if flag in known:
-                raise RequestError(f"{argument} begins with a dash that is not a hyphen; write {flag}")
+                raise RequestError(
+                    f"{argument} begins with a dash that is not a hyphen; write --{flag[2:].replace('-', '_')}"
+                )
         result.append(argument)
     return result
 
@@ -178,25 +180,54 @@ def given_values(arguments: argparse.Namespace, request: type) -> dict[str, Any]
 
 
 SYNONYMS = {
-    **dict.fromkeys(("ckpt", "ckpt_path", "checkpoint", "checkpoint_path", "weights_path"), "--model"),
-    **dict.fromkeys(("network", "net", "network_pkl"), "--model"),
-    **dict.fromkeys(("outdir", "out_dir", "output_dir", "out", "sample_dir", "save_dir", "logdir"), "--output"),
-    **dict.fromkeys(("num_sampling_steps", "num_steps", "num_inference_steps", "sampling_steps"), "--steps"),
-    "timestep_respacing": "--steps",
-    "use_ddim": "--sampler euler, which is DDIM without noise",
-    **dict.fromkeys(("cfg_scale", "cfg", "guidance_scale", "w"), "--guidance"),
-    **dict.fromkeys(("class", "class_idx", "class_labels", "class_label", "classes"), "--labels"),
-    **dict.fromkeys(("num", "n", "num_fid_samples", "n_samples", "number", "samples"), "--num_samples"),
-    **dict.fromkeys(("batch", "per_proc_batch_size", "max_batch_size", "bs"), "--batch_size"),
-    **dict.fromkeys(("global_seed", "random_seed"), "--seed"),
-    **dict.fromkeys(("gnet", "guidance_network"), "--guide"),
-    **dict.fromkeys(("solver", "sampler_type", "sampling_method", "scheduler", "mode"), "--sampler"),
-    **{"S_churn": "--s_churn", "S_min": "--s_tmin", "S_max": "--s_tmax", "S_noise": "--s_noise"},
-    **dict.fromkeys(("seeds", "seed_range"), "--generator edm --seed FIRST --num_samples COUNT"),
-    **dict.fromkeys(("fp16", "half"), "--precision fp16"),
-    "vae": "--decoder",
+    **dict.fromkeys(("ckpt", "ckpt_path", "checkpoint", "checkpoint_path", "weights_path"), "use --model"),
+    **dict.fromkeys(("network", "net", "network_pkl", "pretrained_model_name_or_path", "model_id"), "use --model"),
+    **dict.fromkeys(("outdir", "out_dir", "output_dir", "out", "sample_dir", "save_dir", "logdir"), "use --output"),
+    **dict.fromkeys(("num_sampling_steps", "num_steps", "num_inference_steps", "sampling_steps"), "use --steps"),
+    "timestep_respacing": "use --steps",
+    "use_ddim": "use --sampler euler, which is DDIM without noise",
+    **dict.fromkeys(("cfg_scale", "cfg", "guidance_scale", "w"), "use --guidance"),
+    **dict.fromkeys(("class", "class_idx", "class_labels", "class_label", "classes"), "use --labels"),
+    **dict.fromkeys(("num", "n", "num_fid_samples", "n_samples", "number", "samples"), "use --num_samples"),
+    "num_images_per_prompt": "use --num_samples",
+    **dict.fromkeys(("batch", "per_proc_batch_size", "max_batch_size", "bs"), "use --batch_size"),
+    **dict.fromkeys(("global_seed", "random_seed"), "use --seed"),
+    **dict.fromkeys(("gnet", "guidance_network"), "use --guide"),
+    **dict.fromkeys(("solver", "sampler_type", "sampling_method", "mode"), "use --sampler"),
+    "scheduler": "use --sampler for the solver, and --schedule for the spacing of the noise levels",
+    **dict.fromkeys(("disc", "discretization"), "use --schedule"),
+    "S_churn": "use --s_churn",
+    "S_min": "use --s_tmin",
+    "S_max": "use --s_tmax",
+    "S_noise": "use --s_noise",
+    **dict.fromkeys(("seeds", "seed_range"), "use --generator edm --seed FIRST --num_samples COUNT"),
+    **dict.fromkeys(("fp16", "half", "amp"), "use --precision fp16"),
+    **dict.fromkeys(("bf16", "use_bf16"), "use --precision bf16"),
+    **dict.fromkeys(("fp32", "tf32", "no_half"), "use --precision fp32"),
+    **dict.fromkeys(("dtype", "torch_dtype", "mixed_precision"), "use --precision"),
+    **dict.fromkeys(("device", "cuda", "cpu"), "GPUs are used where there are any; --gpus_per_actor 0 takes CPUs"),
+    **dict.fromkeys(
+        ("gpus", "num_gpus", "n_gpus", "ngpu", "devices", "num_workers", "workers", "nproc_per_node", "world_size"),
+        "use --max_actors, of which each takes one GPU; without it all are used",
+    ),
+    **dict.fromkeys(
+        ("resume", "resume_from", "resume_from_checkpoint", "continue"),
+        "running the same command again resumes, and so does `ray-sampler resume DIR`",
+    ),
+    **dict.fromkeys(("force", "replace"), "use --overwrite, which deletes the earlier run in --output"),
+    **dict.fromkeys(("quiet", "silent", "q", "no_progress"), "use --progress none"),
+    **dict.fromkeys(("verbose", "v", "debug"), "set RAY_SAMPLER_DEBUG=1 in the environment to see tracebacks"),
+    **dict.fromkeys(("ema", "use_ema"), "averaged (EMA) weights are used where a file has them; --weights_key chooses"),
+    **dict.fromkeys(("config", "cfg_file", "config_file", "yaml"), "there are no configuration files: give flags"),
+    **dict.fromkeys(("prompt", "prompts", "negative_prompt"), "there are no text prompts: models take class --labels"),
+    **dict.fromkeys(("height", "width", "resolution", "size"), "the model decides the size of its pictures"),
+    **dict.fromkeys(("compile_mode", "torch_compile"), "use --compile"),
+    **dict.fromkeys(("fid", "eval", "ref", "ref_batch", "reference"), "use --score"),
+    **dict.fromkeys(("name", "run_name", "exp_name"), "use --output"),
+    "subdirs": "the pictures become files by `ray-sampler export RUN --output DIR --subdirs`",
+    "vae": "use --decoder",
 }
-"""What other samplers call our flags. `--seeds 0-49999` is `--generator edm --seed 0 --num_samples 50000` here."""
+"""What is to be done for flags of other samplers: guided-diffusion's, EDM's, DiT's, diffusers'."""
 
 
 def unknown_argument(command: str, parser: Parser, token: str) -> str:
@@ -206,7 +237,7 @@ def unknown_argument(command: str, parser: Parser, token: str) -> str:
     flag = token.partition("=")[0]
     name = flag.lstrip("-").replace("-", "_")
     if command == "sample" and name in SYNONYMS:
-        return f"{flag} is not a flag of {command}; use {SYNONYMS[name]}"
+        return f"{flag} is not a flag of {command}; {SYNONYMS[name]}"
     known = [action.dest for action in parser.declared if action.option_strings]
     close = difflib.get_close_matches(name, known, 1, SIMILAR)
     hint = f"did you mean --{close[0]}?" if close else f"`ray-sampler {command} --help` lists the flags"

@@ -93,6 +93,11 @@ def model_of(options: ModelOptions) -> tuple[Any, dict[str, Any]]:
             f"{_closest(options.preset, PRESETS) or '`ray-sampler presets` lists them'}",
         )
         preset = PRESETS[options.preset]
+        require(
+            not isinstance(weights, str) or weights not in BUNDLED,
+            f"--preset is {options.preset!r} beside --model {weights}, a bundled model that brings its own settings; "
+            "give one of the two",
+        )
         weights = weights or preset.url
     weights = weights or DEFAULT_MODEL
     if not isinstance(weights, str):
@@ -109,7 +114,7 @@ def model_of(options: ModelOptions) -> tuple[Any, dict[str, Any]]:
         )
         hint = _closest(weights, BUNDLED) or f"the bundled models are {', '.join(BUNDLED)}"
         raise RequestError(f"--model is {weights!r}, which is neither a file nor a bundled model; {hint}")
-    return weights, {**(bundled.settings if bundled else {}), **(preset.settings if preset else {})}
+    return weights, dict(bundled.settings if bundled else preset.settings if preset else {})
 
 
 def check_bundled(model: str, given: Mapping[str, Any]) -> None:

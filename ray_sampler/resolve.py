@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ray_sampler.config import RunConfig
 from ray_sampler.errors import redact, require, shortened
 from ray_sampler.networks.families import ARCHITECTURE, BROUGHT, told_by_flags
+from ray_sampler.networks.sources import not_there
 from ray_sampler.options import flags_of, of
-from ray_sampler.presets import model_name, model_of
+from ray_sampler.presets import BUNDLED, model_name, model_of
 from ray_sampler.sampling.multistep_solvers import IndexOptions, indices_of
 from ray_sampler.sampling.options import NoiseOptions, PlanOptions, check_seeds
 from ray_sampler.sampling.schedules import name_of
@@ -24,7 +26,7 @@ from ray_sampler.sampling.stepping import (
     sigmas_of,
     still_brought,
 )
-from ray_sampler.storage.number_file import read_levels
+from ray_sampler.storage.number_file import listed_numbers, read_levels
 
 if TYPE_CHECKING:
     from ray_sampler.networks.family import NetworkSpec
@@ -117,6 +119,29 @@ def without_file(config: RunConfig) -> RunConfig:
     """
     check(config)
     return resolve(config, *model_of(config), None)
+
+
+def missing_files(config: RunConfig) -> list[str]:
+    """What is to be said of local files that a request names and that are not there; nothing is opened.
+
+    Raises:
+        RequestError: as of `model_of`.
+    """
+    model, _ = model_of(config)
+    rules = ("random", "balanced")
+    labels = config.labels if config.labels not in rules and not listed_numbers(config.labels or "0") else None
+    networks = {"model": model if isinstance(model, str) else None, "guide": config.guide}
+    files = {name: getattr(config, name) for name in ("weights", "guide_weights", "score", "features_weights")}
+    names = {name: value for name, value in (networks | files | {"labels": labels}).items() if value}
+    return [
+        f"--{name} is {redact(value)}; {not_there(value) if name in networks else 'there is no such file'}"
+        for name, value in names.items()
+        if "://" not in value
+        and not value.startswith("python:")
+        and value not in BUNDLED
+        and value != "null"
+        and not os.path.exists(os.path.expanduser(value))
+    ]
 
 
 def labels_of(settings: Mapping[str, Any], hint: str) -> str | None:

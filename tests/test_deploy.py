@@ -20,6 +20,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
 from ray_sampler import cli
+from ray_sampler.commands import request_of
 from ray_sampler.resolve import dry_run
 
 ROOT = Path(__file__).parent.parent
@@ -268,7 +269,7 @@ def test_the_ray_jobs_command_is_one_that_finds_its_output_again_and_waits_for_g
     shell, flag, line = shlex.split(ray_job["spec"]["entrypoint"])
     program, *argv = shlex.split(line.partition("||")[0])
     assert (shell, flag, program) == ("sh", "-c", "ray-sampler")
-    config = cli.request_of(cli.parse(argv)[1])
+    config = request_of(cli.parse(argv)[1])
     assert str(config.output).startswith("s3://")
     assert config.gpus_per_actor == 1
     dry_run(config)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from ray_sampler import cli
+from ray_sampler.commands import request_of
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.flags import SYNONYMS
 from ray_sampler.storage.run_dir import FragmentName, RunDir
@@ -102,7 +103,7 @@ def test_our_commands_are_taken(
     if command is cli.COMMANDS["sample"]:
         assert cli.main([*arguments, "--dry_run"]) == 0
         shown = json.loads(capsys.readouterr().out)
-        given = cli.request_of(parsed)
+        given = request_of(parsed)
         assert shown["num_samples"] == (given.num_samples or 10_000)
         assert shown["output"] == given.output
 
@@ -117,7 +118,7 @@ def test_make_has_the_targets(page: str, command: str) -> None:
     ).stdout
     if target == "sample":
         started = re.sub(r"^.*jobs/sample\.py", "", dry.strip().splitlines()[-1])
-        assert cli.request_of(cli.parse(["sample", *shlex.split(started)])[1]).score == "digits"
+        assert request_of(cli.parse(["sample", *shlex.split(started)])[1]).score == "digits"
 
 
 def test_make_sample_and_the_plain_command_of_the_readme_are_the_same_request() -> None:
@@ -128,8 +129,8 @@ def test_make_sample_and_the_plain_command_of_the_readme_are_the_same_request() 
     (plain,) = {
         tuple(words) for page, words in ours() if page == "README.md" and words[-2:] == ["--output", "runs/digits"]
     }
-    requests = [cli.request_of(cli.parse(["sample", *made.split("jobs/sample.py")[1].split()])[1])]
-    requests.append(cli.request_of(cli.parse([*plain])[1]))
+    requests = [request_of(cli.parse(["sample", *made.split("jobs/sample.py")[1].split()])[1])]
+    requests.append(request_of(cli.parse([*plain])[1]))
     assert requests[0] == requests[1]
 
 

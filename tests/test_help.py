@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from ray_sampler.cli import COMMANDS, main, parse, request_of
+from ray_sampler.cli import COMMANDS, main, parse
+from ray_sampler.commands import request_of
 from ray_sampler.config import RunConfig
 from ray_sampler.options import flags_of
 from ray_sampler.presets import BUNDLED, PRESETS, model_of

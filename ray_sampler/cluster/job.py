@@ -298,7 +298,8 @@ def refuse_another(job: Job, there: dict[str, Any] | None) -> None:
     if there is None or there.get("fingerprint") == job.fingerprint:
         return
     earlier = there.get("identity", {})
-    keys = sorted(key for key in earlier.keys() | job.identity.keys() if earlier.get(key) != job.identity.get(key))
+    keys = [key for key in earlier.keys() | job.identity.keys() if earlier.get(key) != job.identity.get(key)]
+    keys.sort(key=lambda key: (key not in ("model", "weights"), key))
     differences = ", ".join(
         f"{printable(key)} {short(earlier.get(key))} there and {short(job.identity.get(key))} here" for key in keys
     )

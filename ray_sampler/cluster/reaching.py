@@ -158,6 +158,9 @@ def cannot_join(error: BaseException, given: str) -> RequestError:
         if "ersion mismatch" in text and len(versions) >= 2 and versions[0] != versions[1]:
             return RequestError(f"{given}: {other_version(versions[0], versions[1], what, versions[0])}")
     reason = text.splitlines()[0] if text else type(error).__name__
+    reason += "; a cluster's own port is 6379 as a rule" * (
+        isinstance(error, ConnectionRefusedError) and ":6379" not in given
+    )
     return RequestError(
         f"{given}, where no Ray cluster answers ({reason}); give the address of a running one, or leave out both "
         "--address and RAY_ADDRESS to start a local Ray"

@@ -22,6 +22,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ray_sampler.errors import RequestError, redact, require
 
+SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors", ".pkl", ".bin")
+"""How names of checkpoints end."""
+
 ATTEMPTS = 3
 CHUNK = 2**20
 
@@ -78,7 +81,7 @@ def opened(url: str, flag: str = "--model") -> Iterator[Source | Folder]:
         except RequestError as error:
             raise RequestError(f"{flag} is {shown}; {error}") from None
         except FileNotFoundError:
-            reach = "no such file can be reached" if "://" in url else "there is no such file"
+            reach = "no such file can be reached" if "://" in url else not_there(url)
             raise RequestError(f"{flag} is {shown}; {reach}") from None
         except Exception as error:  # each filesystem has exceptions of its own
             # The address may be spelled anew in it, signature and all: %2F becomes a slash.
@@ -95,6 +98,18 @@ def opened(url: str, flag: str = "--model") -> Iterator[Source | Folder]:
             before == _state(found),
             f"{flag} is {shown}; it changed while it was read; try again when it is written to the end",
         )
+
+
+def not_there(name: str) -> str:
+    """What to do about a model that is not where its path says, as a user of other samplers may have given it."""
+    if re.fullmatch(r"(DiT|SiT)-(S|B|L|XL)/[248]", name):
+        return "there is no such file; give the path of the checkpoint, whose size is read from its weights"
+    if re.fullmatch(r"(hf://)?[\w.-]+/[\w.-]+", name) and Path(name).suffix.lower() not in SUFFIXES:
+        return (
+            "there is no such file; where that is a repository of a hub, download its checkpoint and give the path of "
+            "the file (pipelines of diffusers cannot be sampled)"
+        )
+    return "there is no such file"
 
 
 def _state(found: Source | Folder) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ Symbols are those of Karras et al. 2022 ("Elucidating the design space of diffus
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -354,4 +355,28 @@ class SolverOptions(ChurnOptions, IndexOptions, OrderOptions, SdeOptions, Restar
 
     def check(self) -> None:
         """Raises RequestError: no such solver."""
-        require(self.sampler in SOLVERS, f"--sampler is {self.sampler!r}; it must be one of {', '.join(SOLVERS)}")
+        known = re.sub("^(k|sample)_|_?karras$", "", re.sub(r"[\s-]+", "_", self.sampler.lower()))
+        hint = (
+            f"what others call that is --sampler {ELSEWHERE[known]} here"
+            if known in ELSEWHERE
+            else (f"it must be one of {', '.join(SOLVERS)}")
+        )
+        require(self.sampler in SOLVERS, f"--sampler is {self.sampler!r}; {hint}")
+
+
+ELSEWHERE = {
+    **dict.fromkeys(("ddim", "ode", "euler_ode", "eulerdiscretescheduler"), "euler (DDIM without noise)"),
+    **dict.fromkeys(("euler_a", "euler_ancestral", "ddim_ancestral"), "ancestral"),
+    **dict.fromkeys(("edm", "heundiscretescheduler", "heun2"), "heun"),
+    **dict.fromkeys(("dpm2", "dpm_2"), "dpm"),
+    **dict.fromkeys(
+        ("dpm++", "dpmpp", "dpm++_2m", "dpm_solver++", "dpmsolver++", "dpm_solver", "dpmsolver"), "dpmpp_2m"
+    ),
+    **dict.fromkeys(("dpm++_sde", "dpmpp_sde", "dpm++_2m_sde", "sde_dpmsolver++"), "dpmpp_2m_sde"),
+    **dict.fromkeys(("dpm++_3m",), "dpmpp_3m"),
+    **dict.fromkeys(("dpm++_3m_sde",), "dpmpp_3m_sde"),
+    **dict.fromkeys(("plms", "pndm", "lms"), "ipndm"),
+    **dict.fromkeys(("uni_pc", "unipc_bh2"), "unipc"),
+    **dict.fromkeys(("lcm", "cm", "consistency"), "multistep or onestep"),
+}
+"""Solvers by their names in other samplers, in lower case and without what stands for Karras levels."""

@@ -89,6 +89,11 @@ def open_store(url: str) -> LocalStore | ObjectStore:
             ) from None
         raise RequestError(f"{shown} has an unknown protocol; use a local path, s3://, gs:// or abfs://") from None
     except families() as error:
+        if protocol == "hdfs":
+            raise RequestError(
+                f"{shown} needs Hadoop's client, libhdfs, which does not start here ({type(error).__name__}); set "
+                "HADOOP_HOME and CLASSPATH as pyarrow's HadoopFileSystem wants them, or use another store"
+            ) from None
         raise failure(error, "open", shown) from None
 
 
@@ -101,6 +106,7 @@ def bucket_store(protocol: str, url: str, shown: str) -> ObjectStore:
     if protocol in ("gs", "gcs"):
         from ray_sampler.storage.gcs_store import GcsStore, credential_option
 
+        fsspec.get_filesystem_class(protocol)  # before credentials are looked for: it may not be installed
         # A name may hold "#", which gcsfs would take for the number of a version.
         return GcsStore(connected(url.partition("#")[0], credential_option())[0], path_of(url), shown)
     if protocol in ("abfs", "abfss", "az"):

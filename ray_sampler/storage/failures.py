@@ -112,6 +112,13 @@ class Cause(NamedTuple):
 
 AGAIN = "run the same command again"
 
+ENDPOINTS = {
+    **dict.fromkeys(("s3", "s3a"), "AWS_ENDPOINT_URL"),
+    **dict.fromkeys(("gs", "gcs"), "STORAGE_EMULATOR_HOST"),
+    **dict.fromkeys(("abfs", "abfss", "az"), "AZURE_STORAGE_ACCOUNT_NAME"),
+}
+"""The variable that says where a store is, by protocol."""
+
 CAUSES = (
     Cause("its bucket does not exist; create it or correct the URL", words=frozenset(NO_BUCKET_WORDS)),
     Cause(
@@ -270,6 +277,8 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
         hint: what helps where the store refused the request itself, and for no reason that is known here.
     """
     word, number = code(error), status(error)
+    variable = ENDPOINTS.get(url.partition("://")[0])
+    endpoint = f" ({variable})" if variable else ""
     if word in COLD_WORDS:
         return UnreadableFile(
             f"cannot {action} {url}: it lies in an archive class of the store, as Glacier ({word}), where it cannot be "
@@ -289,7 +298,7 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
     if number == 405 or word == "MethodNotAllowed":
         return RequestError(
             f"cannot {action} {url}: permission denied ({word or number}); the store does not allow that there, or "
-            "what answers is no store: check the endpoint, as AWS_ENDPOINT_URL"
+            f"what answers is no store: check the endpoint{endpoint}"
         )
     if number == 403 or isinstance(error, PermissionError) or word in ("AccessDenied", "AllAccessDisabled"):
         return RequestError(
@@ -309,12 +318,11 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
     if unreachable(error):
         return RunError(
             f"cannot {action} {url}: no server was reached at the store's address ({said(error)}); check the network "
-            f"and the endpoint, as AWS_ENDPOINT_URL, then {AGAIN}"
+            f"and the endpoint{endpoint}, then {AGAIN}"
         )
     if kinds(error) & {"ResponseParserError", "ForeignAnswer"}:
         return RunError(
             f"cannot {action} {url}: what answers there does not speak the store's protocol ({said(error)}), as a "
-            "proxy's or a network's login page does not; check the network and the endpoint, as AWS_ENDPOINT_URL, "
-            f"then {AGAIN}"
+            f"proxy's or a network's login page does not; check the network and the endpoint{endpoint}, then {AGAIN}"
         )
     return RunError(f"cannot {action} {url}: unexpected response from the store ({said(error)}); {AGAIN}")

@@ -9,8 +9,10 @@ import json
 import logging
 import os
 import secrets
+import socket
 import threading
 import urllib.parse
+import urllib.request
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from fsspec.asyn import sync
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
-from ray_sampler.storage.failures import ForeignAnswer, StoreError, failure, is_passing, status, told
+from ray_sampler.storage.failures import AGAIN, ForeignAnswer, StoreError, failure, is_passing, status, told
 
 # It logs tracebacks, which are for those who set logging up, and not for standard error.
 logging.getLogger("gcsfs").addHandler(logging.NullHandler())
@@ -33,6 +35,7 @@ logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=20)
 """Seconds; large parts over slow lines take as long as they take, as long as they move."""
 
+HOST = "storage.googleapis.com"
 LOOKS_S = 15.0
 """How long credentials are looked for: a metadata server that does not answer would hold a run for minutes."""
 
@@ -250,6 +253,7 @@ def credential_option() -> dict[str, Any]:
         return {}
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         return {"token": "anon"}
+    require_name_service()
     found = found_credentials()
     if found is None:
         raise RequestError(
@@ -259,6 +263,18 @@ def credential_option() -> dict[str, Any]:
     if found:
         return {"token": "google_default"}
     return {"token": "cache" if os.path.exists(os.path.expanduser("~/.gcs_tokens")) else "anon"}
+
+
+def require_name_service() -> None:
+    """Raises RunError: the store's name has no address here. Each request would be tried again for half a minute."""
+    if urllib.request.getproxies():  # which may be what looks names up
+        return
+    try:
+        socket.getaddrinfo(HOST, 443)
+    except OSError:
+        raise RunError(
+            f"the name {HOST} cannot be looked up; check the network and its name service (DNS), then {AGAIN}"
+        ) from None
 
 
 def found_credentials() -> bool | None:

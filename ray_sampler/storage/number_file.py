@@ -73,10 +73,9 @@ def read_numbers(text: str, flag: str, member: str, expected: str) -> np.ndarray
     Raises:
         RequestError: the file does not exist, or does not hold a list of numbers.
     """
-    try:
-        return np.array([float(part) for part in text.removesuffix(",").split(",")])
-    except ValueError:
-        data = read_given(text, flag, expected)
+    if (listed := listed_numbers(text)) is not None:
+        return np.array(listed)
+    data = read_given(text, flag, expected)
     try:
         values = numbers_in(data, member)
     except Exception as error:  # what is damaged fails in zipfile, its decompressors or numpy, each in its own way
@@ -89,6 +88,14 @@ def read_numbers(text: str, flag: str, member: str, expected: str) -> np.ndarray
     return values.reshape(-1).astype(np.float64)
 
 
+def listed_numbers(text: str) -> list[float] | None:
+    """The numbers of a list such as 80,10,1; None for what names a file."""
+    try:
+        return [float(part) for part in text.removesuffix(",").split(",")]
+    except ValueError:
+        return None
+
+
 def read_given(url: str, flag: str, expected: str) -> bytes:
     """The content of a file that a flag names by its path or URL. Raises RequestError: it cannot be read."""
     try:
@@ -96,8 +103,9 @@ def read_given(url: str, flag: str, expected: str) -> bytes:
             content: bytes = file.read()
             return content
     except Exception as error:  # filesystems raise different exceptions, which may contain the URL's credentials
+        reason = "there is none of that name" if isinstance(error, FileNotFoundError) else type(error).__name__
         raise RequestError(
-            f"{flag} is {shortened(url)!r}; it must be {expected}, or a readable file ({type(error).__name__})"
+            f"{flag} is {shortened(url)!r}; it must be {expected}, or a readable file ({reason})"
         ) from None
 
 
