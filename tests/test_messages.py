@@ -17,7 +17,7 @@ MEANT = [
     ("--sampler dpm++", ["dpm++", "dpmpp_2m"]),
     ("--sampler k_euler_ancestral", ["k_euler_ancestral", "--sampler ancestral"]),
     ("--scheduler ddim", ["--scheduler", "--sampler", "--schedule"]),
-    ("--preset edm-imagenet64 --model digits", ["--preset", "edm-imagenet64", "--model", "'digits'"]),
+    ("--preset edm-imagenet64 --model digits", ["--preset", "edm-imagenet64", "--model digits"]),
     ("--model stabilityai/stable-diffusion-2", ["--model", "stabilityai/stable-diffusion-2", "hub", "path"]),
     ("--model DiT-XL/2", ["--model", "DiT-XL/2", "path"]),
     ("--guide nowhere.pt --guidance 2", ["--guide", "nowhere.pt", "no such file"]),
