@@ -37,7 +37,7 @@ def inspected(config: RunConfig) -> tuple[dict[str, Any], str | None]:
         config: with options of the model and its architecture.
 
     Raises:
-        RequestError: there is no such file, it is no checkpoint that can be sampled, or a flag contradicts it.
+        RequestError: there is no such file, it is not a checkpoint that can be sampled, or a flag contradicts it.
     """
     model, brought = model_of(config)
     check_bundled(model, given_values(config))

@@ -56,7 +56,7 @@ class Sturdy:
         try:
             self.stream.write(text)
         except UnicodeEncodeError:
-            # A path may hold bytes that are no text, and a stream may know few letters.
+            # A path may hold bytes that are not text, and a stream may know few letters.
             self.stream.flush()
             self.stream.buffer.write(as_on_disk(text))
 

@@ -164,7 +164,7 @@ def test_read_fragment_refuses_what_is_none(configure: Configure, tmp_path: Path
     path = tmp_path / "run" / "fragments" / "000000000008-000000000024.parquet"
     with pytest.raises(RequestError, match="there is no"):
         read_fragment(str(path).replace("024", "025"))
-    with pytest.raises(RequestError, match="no fragment's name"):
+    with pytest.raises(RequestError, match="not a fragment's name"):
         read_fragment(str(tmp_path / "run" / "run.json"))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedFragment):

@@ -242,7 +242,7 @@ def test_preview_without_a_fragment_says_so(configure: Configure, output: Path, 
     assert not (output / "preview.png").exists()
 
 
-# Directories that are no run's
+# Directories that are not a run's
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "merge", "preview"])

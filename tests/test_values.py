@@ -84,7 +84,7 @@ def test_another_value_is_a_wrong_request_and_nothing_is_written(name: str, valu
 
 
 def test_a_fragment_is_named_by_text_or_a_path():
-    with pytest.raises(RequestError, match="no fragment's name"):
+    with pytest.raises(RequestError, match="not a fragment's name"):
         read_fragment(Path("a/b.parquet"))
     with pytest.raises(RequestError, match="cannot name a fragment"):
         read_fragment(3)  # type: ignore[arg-type]

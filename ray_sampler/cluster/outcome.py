@@ -68,7 +68,7 @@ def write_outcome(
         weights=job.fetched(),
     )
     page = render_report(summary, preview.finish(merged.tiles), class_rows_of(merged.tiles))
-    # A path may hold bytes that are no text.
+    # A path may hold bytes that are not text.
     job.run_dir.write_view(REPORT, page.encode(errors="backslashreplace"))
     job.run_dir.write_file(SUMMARY, json.dumps(summary, indent=1).encode())
     return summary

@@ -1,4 +1,4 @@
-"""The generators of the consistency-models repository, whose streams go on from call to call."""
+"""The generators of the consistency-models repository, whose streams continue from call to call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class GlobalGenerator:
 class SeededGenerator:
     """Streams whose rows belong to samples: row j of a call is sample done_samples + j, the last one at most.
 
-    Streams go on from call to call, on each device by themselves. Where torch.distributed runs, row j of
+    Streams continue from call to call, separately on each device. Where torch.distributed runs, row j of
     rank r is sample done_samples + r + j * ranks.
     """
 
@@ -48,7 +48,7 @@ class SeededGenerator:
         self.set_seed(seed)
 
     def set_seed(self, seed: int) -> None:
-        """Begin all streams anew, from `seed`; `get_seed` goes on to give the first one."""
+        """Begin all streams anew, from `seed`; `get_seed` still gives the first one."""
         self._stream_seed = seed
         self._streams: dict[tuple[torch.device, int], torch.Generator] = {}
 

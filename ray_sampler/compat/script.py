@@ -66,7 +66,7 @@ def check_launcher(script: str) -> None:
 
 
 def check_script(script: str) -> None:
-    """Raises RequestError: `script` is no file that can be read."""
+    """Raises RequestError: `script` is not a file that can be read."""
     try:
         with open(script, "rb"):
             pass

@@ -27,4 +27,4 @@ def str2bool(v: str | bool) -> bool:
         return True
     if v.lower() in ("no", "false", "f", "n", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"{v!r} is no boolean; write True or False")
+    raise argparse.ArgumentTypeError(f"{v!r} is not a boolean; write True or False")

@@ -25,7 +25,7 @@ UNKNOWN_DROPOUT = 0.1
 
 
 PLACEHOLDERS = {"image_size": "SIZE", "num_head_channels": "CHANNELS"}
-"""For values that the weights do not tell, in the command that `inspect` prints."""
+"""For values that the weights do not determine, in the command that `inspect` prints."""
 
 
 def recognises(checkpoint: Checkpoint) -> bool:
@@ -35,7 +35,7 @@ def recognises(checkpoint: Checkpoint) -> bool:
 def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozenset[str]) -> Opened:
     """The network that the flags and the checkpoint's own tensors describe.
 
-    What the tensors tell is used where no given flag contradicts it.
+    The settings of the tensors are used where no given flag contradicts them.
 
     Raises:
         RequestError: flags contradict the tensors, or the tensors are those of no ADM network.
@@ -87,8 +87,8 @@ def overruled(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozen
 def label_dropout(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozenset[str]) -> float:
     """The share of labels that training dropped; what counts is whether it is above 0.
 
-    The settings tell of a network that they are given for. A guide's number of classes is only expected to be that of
-    the network it guides: one row more in its own label_emb is for the null label, whether that network has one or not.
+    The settings describe the network that they are given for. A guide is only expected to have the classes of the
+    network that it guides: one more row in its label_emb is for the null label, whether that network has one or not.
     """
     dropout: float = settings.get("label_dropout") or 0.0
     table = checkpoint.tensors.get("label_emb.weight")
@@ -98,27 +98,27 @@ def label_dropout(checkpoint: Checkpoint, settings: Mapping[str, Any], given: fr
 
 
 def untold(settings: Mapping[str, Any]) -> list[str]:
-    """Flags of which the weights tell nothing, and the settings neither."""
+    """Flags that neither the weights nor the settings determine."""
     size = [] if settings.get("image_size") else ["image_size"]
     return size if settings.get("num_head_channels") or settings.get("num_heads") else [*size, "num_head_channels"]
 
 
 def assumed(options: AdmOptions, settings: Mapping[str, Any]) -> str | None:
-    """Which defaults are taken where neither the weights nor the settings tell."""
+    """Which defaults are used where neither the weights nor the settings determine a value."""
     flags = ["num_heads" if name == "num_head_channels" else name for name in untold(settings)]
     if not flags:
         return None
     values = " and ".join(f"--{name} {getattr(options, name)}" for name in flags)
     return (
-        f"{values} {'is' if len(flags) == 1 else 'are'} assumed, which the weights do not tell: if the network has "
+        f"{values} {'is' if len(flags) == 1 else 'are'} assumed; the weights do not determine them: if the network has "
         f"others, its pictures are noise; give --{' and --'.join(untold(settings))}"
     )
 
 
 def described(told: Mapping[str, Any], settings: Mapping[str, Any], given: frozenset[str]) -> AdmOptions:
-    """The options that the tensors tell; of the flags, those that the user gave and those that leave no trace in them.
+    """The options that follow from the tensors; of the flags, those that the user gave or that leave no trace in them.
 
-    A given flag is kept as it is written, as 1.0,2 for the multipliers 1,2.
+    A given flag is kept as it is written, for example 1.0,2 for the multipliers 1,2.
     """
     options = of(AdmOptions, settings)
     names = {f.name for f in fields(AdmOptions)}

@@ -106,7 +106,7 @@ class AdmOptions(AdmFlags):
         return self.num_heads if self.num_heads_upsample == -1 else self.num_heads_upsample
 
     def heads_at(self, channels: int, num_heads: int) -> int:
-        """Attention heads of a block with so many channels, where `num_heads` is asked for."""
+        """Attention heads of a block with these channels, where `num_heads` is asked for."""
         return num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
 
     def validate(self) -> None:

@@ -1,4 +1,4 @@
-"""What the names and shapes of an ADM state dict tell of its architecture."""
+"""The architecture of an ADM network, from the names and shapes of its state dict."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def adm_flags(tensors: Mapping[str, Tensor], null_label: bool = False) -> dict[str, Any] | None:
-    """Everything that the state dict of an ADM network tells, by flag name; None for a network of another kind.
+    """The settings that follow from the state dict of an ADM network, by flag name; None for another kind of network.
 
     Args:
         tensors: the state dict.
-        null_label: whether the last row of label_emb is no class.
+        null_label: whether the last row of label_emb is not a class.
 
     Returns:
         num_channels, channel_mult, num_res_blocks, resblock_updown (where there is more than one level),
@@ -93,7 +93,7 @@ def _resampling(shapes: Shapes, part: str) -> list[bool]:
 
 
 def _multiplier(channels: int, width: int) -> str:
-    """The shortest text that gives so many channels; they are rounded down."""
+    """The shortest text that gives these numbers of channels, which are rounded down."""
     ratio = channels / width
     for text in (f"{ratio:g}", repr(ratio), repr(math.nextafter(ratio, math.inf))):
         if int(float(text) * width) == channels:
@@ -164,7 +164,7 @@ def _attention(told: Mapping[str, Any], flags: Mapping[str, Any]) -> list[str]:
 
 
 def _heads(told: Mapping[str, Any], flags: Mapping[str, Any]) -> list[str]:
-    """The head flags, where the file's widths cannot be split as they say. The weights do not tell the heads."""
+    """The head flags, where they do not divide the file's widths. The weights do not determine the heads."""
     widths = told["attention_channels"]
     shared = math.gcd(*widths)
     size, heads = flags.get("num_head_channels", -1), flags.get("num_heads", 1)

@@ -23,7 +23,7 @@ the one under which diffusers' EMAModel keeps it."""
 
 EMA_PARTS = ("ema", "model_ema", "ema_model")
 MODEL_PARTS = ("state_dict", "model", "module", "_orig_mod")
-"""Beginnings of names, before a dot, that make a part of a state dict where other names stand beside."""
+"""Beginnings of names, before a dot, that make a part of a state dict where there are other names too."""
 
 WRAPPERS = frozenset(
     (
@@ -38,7 +38,7 @@ FIRST = ("input_blocks.0.0.weight", "x_embedder.proj.weight", "unet.emb_fourier.
 
 INFIX = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 EXTRAS = ("num_updates", "decay", "n_averaged", "initted", "step", "optimization_step", "global_step")
-"""What stands among the weights of an average."""
+"""Extra entries among the weights of an average."""
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 SHADOW = "shadow_params"
@@ -48,7 +48,7 @@ PERSISTENT = "persistence._reconstruct_persistent_obj"
 SAVE = "save its state dict alone, with torch.save(model.state_dict(), ...)"
 MAX_DEPTH = 4
 LEAST = 8
-"""Tensors under a name that is not known; with fewer it is no network, but figures of its training."""
+"""Tensors under a name that is not known; with fewer it is not a network, but figures of its training."""
 LISTED = 8
 
 Tensors = dict[str, Entry]
@@ -286,7 +286,7 @@ def _at(root: Any, key: str, found: list[tuple[str, Tensors]]) -> Tensors | None
 
 
 def _parts(path: str, tensors: Iterable[str]) -> list[str]:
-    """Keys of the parts of a state dict that names tell apart."""
+    """Keys of the parts of a state dict that names separate."""
     heads = {name.partition(".")[0] for name in tensors if "." in name}
     return [f"{path}.{head}" if path else head for head in _heads_of_parts(tensors, heads)] if len(heads) > 1 else []
 
@@ -364,7 +364,7 @@ def _refuse(content: Any) -> None:
     for key, value in (("", content), *((items or {}).items())):
         _require_data(value, key, [])
     if isinstance(content, Foreign):
-        raise Refused(f"it holds an object of {_class(content)}, whose code is not run; {SAVE}")
+        raise Refused(f"it holds an object of {_class(content)}, whose code is not executed; {SAVE}")
     if items is not None and (
         "param_groups" in items or any(_is_optimizer(key, value) for key, value in items.items())
     ):
@@ -388,7 +388,8 @@ def _require_data(value: Any, key: Any, others: list[str]) -> None:
     if isinstance(value, Foreign) and isinstance(value.state, dict) and "_modules" in value.state:
         where = f" under {ascii(key)[:80]}" if key else ""
         instead = f"; or take other weights with --weights_key {others[0]}" if others else ""
-        raise Refused(f"it holds a pickled module ({_class(value)}){where}, whose code is not run; {SAVE}{instead}")
+        module = f"a pickled module ({_class(value)}){where}"
+        raise Refused(f"it holds {module}; loading it would execute code; {SAVE}{instead}")
 
 
 def _class(value: Foreign) -> str:

@@ -44,7 +44,7 @@ class Model:
             or an object with the methods of `ray_sampler.sampling.parameterisation.Parameterisation`.
         shape: (C, H, W) of x.
         num_classes: 0 for an unconditional network.
-        null_label: the label that stands for none, for guidance; None where the network knows none.
+        null_label: the label for "no class", for guidance; None where the network has none.
         sigma_min, sigma_max: the range of noise levels that is sampled by default; None: the ends of an alphas table,
             0.002 to 10,000 for flows (t from 0.0001 beside noise), else 0.002 to 80.
         decoder: None where x is a picture in [-1, 1]; "sd" or "edm2" where it is a latent of that rule.
@@ -143,7 +143,7 @@ def open_custom(model: Any, settings: Mapping[str, Any], given: frozenset[str]) 
         given: names of the settings that the user gave.
 
     Raises:
-        RequestError: there is no such function, it raises, or it returns something else; its weights are no finite
+        RequestError: there is no such function, it raises, or it returns something else; its weights are not finite
             numbers; a given setting contradicts it.
     """
     weights, tag = settings.get("weights"), settings.get("tag")
@@ -235,7 +235,7 @@ def tensors_of(network: nn.Module, shown: str) -> dict[str, Tensor]:
             if isinstance(tensor, Tensor):
                 try:
                     found[key] = tensor if tensor.is_meta or is_lazy(tensor) else dense(tensor)
-                except Exception as error:  # whatever torch raises of what it cannot do with such a tensor
+                except Exception as error:  # whatever torch raises for an unsupported tensor
                     kind = f"{str(tensor.dtype).removeprefix('torch.')}, {tensor.layout}"
                     raise RequestError(
                         f"{shown}; its tensor {key} ({kind}) cannot be read as numbers; make it a dense one"

@@ -37,7 +37,7 @@ def dhariwal_to_adm(saved: SavedNetwork) -> tuple[dict[str, Any], dict[str, Tens
     `label_emb` has a last row of zeros, for the null label `num_classes`: see `as_dhariwal`.
 
     Raises:
-        Refused: it is no DhariwalUNet, or its tensors are not those of its arguments.
+        Refused: it is not a DhariwalUNet, or its tensors are not those of its arguments.
     """
     arguments = Arguments(saved.arguments)
     arguments.choice("model_type", ("DhariwalUNet",))

@@ -91,7 +91,7 @@ def options_from(saved: SavedNetwork) -> SongUNetOptions:
     """What a snapshot's network was made with.
 
     Raises:
-        Refused: it is no SongUNet, or has an argument that makes no sense or that no published network has.
+        Refused: it is not a SongUNet, or has an invalid argument or one that no published network has.
     """
     arguments = Arguments(saved.arguments)
     arguments.choice("model_type", ("SongUNet",))
@@ -129,7 +129,7 @@ def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def groups_of(channels: int) -> int:
-    """Into how many groups EDM's networks normalise so many channels."""
+    """The number of groups in which EDM's networks normalise these channels."""
     return max(min(32, channels // 4), 1)
 
 

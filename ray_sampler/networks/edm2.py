@@ -56,7 +56,7 @@ def options_from(saved: SavedNetwork) -> Edm2Options:
     """What a snapshot's network was made with.
 
     Raises:
-        Refused: it is no EDM2 network, or has an argument that makes no sense.
+        Refused: it is not an EDM2 network, or has an invalid argument.
     """
     arguments = Arguments(saved.arguments)
     width = arguments.number("model_channels")

@@ -26,7 +26,7 @@ DAMAGED = "the file is not what its recorded arguments say"
 
 @dataclass(frozen=True)
 class Recorded:
-    """Options that a file records, or its shapes tell."""
+    """Options that a file records, or that follow from its shapes."""
 
     network: Any
     """The network's own dataclass."""
@@ -173,14 +173,14 @@ def checked(
         )
     elif saved is None and not settings.get("num_head_channels") and any("attn_qkv" in name for name in tensors):
         note = (
-            f"--num_head_channels {edm2.CHANNELS_PER_HEAD} is assumed, as in all published networks, which the weights "
-            "do not tell: if the network has others, its pictures are wrong; give --num_head_channels"
+            f"--num_head_channels {edm2.CHANNELS_PER_HEAD} is assumed, as in all published networks, since the weights "
+            "do not determine it: if the network has another, its pictures are wrong; give --num_head_channels"
         )
     return Opened(spec, tensors, parameters, note)
 
 
 def told_by(network: Any, kind: str) -> dict[str, Any]:
-    """What a file tells of its network, by the names of ADM's flags; a function is whether a given value says so.
+    """The settings of a file's network, by the names of ADM's flags; a function decides whether a given value matches.
 
     A flag that is left out here is one that such a network cannot use.
     """
@@ -243,7 +243,7 @@ def build_edm(spec: NetworkSpec, precision: Precision) -> nn.Module:
 
 
 def build_edm2(spec: NetworkSpec, precision: Precision) -> nn.Module:
-    """As stored; a worker folds it, so that what travels is no larger than the file."""
+    """As stored; a worker folds it, so that no more than the file is sent."""
     return edm2.Edm2UNet(spec.options.network)
 
 

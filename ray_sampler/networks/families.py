@@ -15,7 +15,7 @@ BROUGHT = ("clip_denoised", "rounding", "state", "steps", "sigma_min", "sigma_ma
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureOptions(AdmFlags, TrainingOptions):
-    """The options of every family; a family with options of its own is one more base here."""
+    """The options of every family; a family with more options is one more base here."""
 
 
 INERT = tuple(name for name, flag in flags_of(TrainingOptions).items() if flag.inert)
@@ -26,7 +26,7 @@ ARCHITECTURE = tuple(name for name in flags_of(ArchitectureOptions) if name not 
 
 
 def told_by_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of the network that `settings` describe, by flag name; None for what only a file can tell.
+    """Defaults of the network that `settings` describe, by flag name; None for those that only a file determines.
 
     Settings that name options of a family describe a network of that family.
     """

@@ -47,7 +47,7 @@ class NetworkSpec:
     num_classes: int = 0
     """0: unconditional."""
     null_label: int | None = None
-    """The label that stands for none; None where the network knows none."""
+    """The null label (no class); None where the network has none."""
     sigma_min: float | None = 0.002
     sigma_max: float | None = 80.0
     """The range of levels that is sampled by default; None: its kind's."""
@@ -85,7 +85,7 @@ class NetworkSpec:
         return family | {"weights": weights} | dict(self.options.identity())
 
     def check_given(self, given: Mapping[str, Any], told: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """Check settings that the user gave against what the file tells; to repeat it is no mistake.
+        """Check settings that the user gave against those of the file; repeating them is allowed.
 
         Args:
             told: by flag name, beside the size and the classes: a value, or one with another way to compare.
@@ -113,7 +113,7 @@ class NetworkSpec:
 
 
 class Told(NamedTuple):
-    """What a file tells, where different values of a flag say the same."""
+    """A setting of the file that several values of a flag match."""
 
     shown: str
     says: Callable[[Any], bool]
@@ -130,7 +130,7 @@ class Opened(NamedTuple):
     note: str | None = None
     """What the user should know of what was assumed."""
     untold: Mapping[str, str] = MappingProxyType({})
-    """Flags whose values neither the file nor the settings tell, with a placeholder for each."""
+    """Flags whose values neither the file nor the settings determine, with a placeholder for each."""
 
 
 def as_it_is(module: nn.Module, precision: Precision) -> nn.Module:
@@ -162,7 +162,7 @@ class Network:
 
     spec: NetworkSpec
     build: Callable[[Precision], nn.Module]
-    """The module in a precision, without memory of its own unless a user made it."""
+    """The module in a precision, without memory unless a user made it."""
     prepare: Callable[[nn.Module, Precision], nn.Module]
     tensors: dict[str, Tensor]
     """By the module's names, as stored. Whoever ships them takes them out one by one."""
@@ -175,7 +175,7 @@ class Network:
     note: str | None = None
     """What the user should know of how the file was read."""
     untold: Mapping[str, str] = field(default_factory=dict)
-    """Flags whose values neither the file nor the settings tell, with a placeholder for each."""
+    """Flags whose values neither the file nor the settings determine, with a placeholder for each."""
     sha256: str | None = None
     """Of a file that was fetched."""
     as_stored: bool = False
@@ -203,7 +203,7 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], advice: str) -> 
         RequestError: they do not; ends in `advice`.
     """
     problems = misfits(module, tensors)
-    require(not problems, f"--model does not fit the architecture: of its tensors, {', '.join(problems)}; {advice}")
+    require(not problems, f"--model does not match the architecture: of its tensors, {', '.join(problems)}; {advice}")
     for name in module.state_dict():
         kind = tensors[name].dtype
         require(kind.is_floating_point, f"--model has {name} as {kind}; weights must be floating-point numbers")

@@ -81,7 +81,7 @@ ODD = {
     "_rebuild_qtensor": "a quantised tensor",
     "_rebuild_device_tensor_from_numpy": "an array of NumPy",
     "_rebuild_xla_tensor": "an array of NumPy",
-    "_rebuild_wrapper_subclass": "a tensor of a class of its own",
+    "_rebuild_wrapper_subclass": "a tensor of a custom class",
 }
 
 
@@ -92,7 +92,7 @@ class Storage:
     size: int
     """In bytes."""
     load: Callable[[], Tensor] | None = None
-    """Reads it, as uint8, into memory of its own."""
+    """Reads it, as uint8, into new memory."""
     position: int = 0
     """In the file, where storages are read in this order."""
     part: int = 0
@@ -144,7 +144,7 @@ def content_of(file: BinaryIO, head: bytes) -> Any:
         head: its first kilobytes.
 
     Raises:
-        Refused: it is no checkpoint, or damaged.
+        Refused: it is not a checkpoint, or damaged.
     """
     reader: Callable[[BinaryIO], Any]
     if head.startswith(b"PK\x03\x04"):
@@ -161,7 +161,7 @@ def content_of(file: BinaryIO, head: bytes) -> Any:
 
 
 def _foreign_kind(head: bytes) -> str:
-    """What a file is that is no checkpoint, by its first bytes, and what to do with it."""
+    """What a file other than a checkpoint is, by its first bytes, and what to do with it."""
     text = head[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()
     if not head:
         return "it is empty: truncated, or not written yet"
@@ -177,7 +177,7 @@ def _foreign_kind(head: bytes) -> str:
         return "it is compressed with gzip; unpack it with gunzip"
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in text):
         return "it is text, not a checkpoint; name a file with weights"
-    return "it is truncated, damaged, or no checkpoint (torch.save, safetensors or pickle)"
+    return "it is truncated, damaged, or not a checkpoint (torch.save, safetensors or pickle)"
 
 
 def _read_zip(file: BinaryIO) -> Any:
@@ -204,7 +204,7 @@ def _read_zip(file: BinaryIO) -> Any:
     def persistent(saved: Any) -> View:
         kind, dtype, key, _location, _count = saved
         if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise Refused(f"{DAMAGED}: it refers to something that is no storage of a known type")
+            raise Refused(f"{DAMAGED}: it refers to something that is not a storage of a known type")
         if key not in storages:
             info = archive.getinfo(f"{folder}/data/{key}")
             load = partial(_record, archive, info, dtype if swapped else None)
@@ -224,7 +224,7 @@ def _record(archive: zipfile.ZipFile, info: zipfile.ZipInfo, swapped: torch.dtyp
 
 
 def _filled(file: Any, count: int) -> Tensor:
-    """The next bytes of a file, (count,) uint8, in memory of their own."""
+    """The next bytes of a file, (count,) uint8, in new memory."""
     data = torch.empty(count, dtype=torch.uint8)
     view = memoryview(data.numpy())  # type: ignore[arg-type]  # numpy's stubs know no Buffer before 3.12
     done = 0
@@ -324,7 +324,7 @@ def load(tensors: Mapping[Any, Stored]) -> dict[Any, Tensor]:
 
 
 def _rebuilt(view: Any, offset: int, shape: Any, strides: Any, *others: Any, dtype: torch.dtype | None = None) -> Entry:
-    """The stand-in for torch._utils._rebuild_tensor and its like; `dtype` is None where the storage tells it."""
+    """The stand-in for torch._utils._rebuild_tensor and its like; `dtype` is None where the storage has it."""
     if not isinstance(view, View):
         raise Refused(f"{DAMAGED}: a tensor in it has no storage")
     if any(isinstance(other, dict) and (other.get("conj") or other.get("neg")) for other in others):

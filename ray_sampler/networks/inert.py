@@ -102,10 +102,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if not self.allowed(full):
-            raise Refused(
-                f"it asks for {ascii(full)[1:-1][:100]}, which no known network needs; "
-                "loading it would run code, so it is refused"
-            )
+            raise Refused(f"it references {ascii(full)[1:-1][:100]}; loading it could execute code, so it is refused")
         return self.known.get((module, name)) or type("Foreign", (Foreign,), {"name": full})
 
 
@@ -124,7 +121,7 @@ def unpickle(
 
     Raises:
         Refused: a name that is not allowed.
-        One of `BROKEN`: bytes that are no pickle.
+        One of `BROKEN`: bytes that are not a pickle.
     """
     _check_memo(file)
     unpickler = _Unpickler(file, encoding="latin1")

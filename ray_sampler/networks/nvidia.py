@@ -50,7 +50,7 @@ class SavedNetwork:
     with, and their attributes. "model_type" is the class name of the network in it."""
     tensors: dict[str, Tensor] = field(repr=False)
     """Parameters and persistent buffers by dotted name, on the CPU, in the dtype in which they are stored, contiguous,
-    each in memory of its own."""
+    each in separate memory."""
     parameters: int = 0
     """Numbers in all parameters; buffers do not count."""
     changed: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ def _class_and_state(value: Foreign) -> tuple[str, dict[str, Any]]:
         return value.name, value.state
     (meta,) = value.args
     if not isinstance(meta["class_name"], str):
-        raise TypeError("the name of a class is no text")
+        raise TypeError("the name of a class is not text")
     return meta["class_name"], meta["state"]
 
 

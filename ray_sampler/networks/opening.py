@@ -38,7 +38,7 @@ def open_network(
         flag: that named the model, for messages.
 
     Raises:
-        RequestError: there is no such file, it is no checkpoint of a known family, or the settings contradict it.
+        RequestError: there is no such file, it is not a checkpoint of a known family, or the settings contradict it.
     """
     try:
         return opened(model, settings, given, flag)
@@ -71,10 +71,10 @@ def opened(model: Any, settings: Mapping[str, Any], given: frozenset[str], flag:
 
 
 def check_passed(model: Any, settings: Mapping[str, Any], given: frozenset[str], flag: str) -> None:
-    """Check what is passed to a function of the user's, or stands for it in the fingerprint.
+    """Check the argument of a user's function, and the tag that identifies it in the fingerprint.
 
     Raises:
-        RequestError: the model is no such function, or there is no such file.
+        RequestError: the model is not such a function, or there is no such file.
     """
     weights = settings.get("weights")
     passed = {

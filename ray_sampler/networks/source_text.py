@@ -91,7 +91,7 @@ def changed(text: str, classes: Iterable[str]) -> list[str]:
 
 
 def names(line: Line) -> set[str]:
-    """Words of a line that are no attributes."""
+    """Words of a line that are not attributes."""
     words = (each for before, each in zip(["", *line], line, strict=False) if each.isidentifier() and before != ".")
     return {word for word in words if not iskeyword(word)}
 

@@ -83,7 +83,7 @@ def opened(url: str, flag: str = "--model") -> Iterator[Source | Folder]:
         except FileNotFoundError:
             reach = "no such file can be reached" if "://" in url else not_there(url)
             raise RequestError(f"{flag} is {shown}; {reach}") from None
-        except Exception as error:  # each filesystem has exceptions of its own
+        except Exception as error:  # filesystems raise different exceptions
             # The address may be spelled anew in it, signature and all: %2F becomes a slash.
             said = re.sub(r"[\w+.-]+://[^\s'\"]+", lambda _: shown, str(error).replace(url, shown))
             if isinstance(error, OSError) and error.strerror and "://" not in url:
@@ -183,7 +183,7 @@ def _again(fetch: Callable[[], Any]) -> Any:
             return fetch()
         except (FileNotFoundError, PermissionError):
             raise
-        except Exception as error:  # each filesystem has exceptions of its own
+        except Exception as error:  # filesystems raise different exceptions
             refused = 400 <= getattr(error, "status", 0) < 500
             if refused or attempt == ATTEMPTS - 1:
                 raise

@@ -72,7 +72,7 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
 def remember(network: nn.Module) -> Callable[[], None]:
     """What puts attributes and buffers back as they are now; parameters, which nothing writes, are not looked at.
 
-    Objects that are attributes are put back as deep copies. Attributes of TorchScript that are no buffers stay.
+    Objects that are attributes are put back as deep copies. Attributes of TorchScript that are not buffers stay.
     """
     fixed = {id(each): each for each in (*network.modules(), *network.parameters())}
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = []

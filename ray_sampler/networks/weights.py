@@ -1,7 +1,7 @@
 """The weights of a checkpoint, from whatever file people have, without running anything in it.
 
-What a file is, its content tells and never its name. Each file is read once, from one descriptor, into memory of this
-process, so the tensors that are hashed are the tensors that are used, whatever happens to the file.
+The content of a file decides what it is, never its name. Each file is read once, from one descriptor, into memory of
+this process, so the tensors that are hashed are the tensors that are used, whatever happens to the file.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _note(chosen: Part) -> str | None:
 
 
 def _loaded(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    """The floating-point tensors, read and checked; others that are no weights are left out."""
+    """The floating-point tensors, read and checked; others that are not weights are left out."""
     odd = [f"{_shown(name)} as {entry.what}" for name, entry in entries.items() if isinstance(entry, Odd)]
     if odd:
         raise Refused(
@@ -158,7 +158,7 @@ def _loaded(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise Refused("it is damaged: the name of a tensor is no text") from None
+            raise Refused("it is damaged: the name of a tensor is not text") from None
     tensors = load(floats)
     _require_finite(tensors)
     return tensors

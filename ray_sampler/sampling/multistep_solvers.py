@@ -244,12 +244,12 @@ class IndexOptions:
     ts: str = option("", "Indices into the schedule for multistep, such as 0,22,39.", numbers=True)
 
     def check(self) -> None:
-        """Raises RequestError: the text is no list of numbers."""
+        """Raises RequestError: the text is not a list of numbers."""
         indices_of(self)
 
 
 def indices_of(options: IndexOptions) -> tuple[int, ...]:
-    """The indices that --ts gives. Raises RequestError: the text is no list of numbers."""
+    """The indices that --ts gives. Raises RequestError: the text is not a list of numbers."""
     try:
         return tuple(int(part) for part in options.ts.split(",")) if options.ts else ()
     except ValueError:

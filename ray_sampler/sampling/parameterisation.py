@@ -181,7 +181,7 @@ def of_table(
     fraction unless `rounded_index`; beyond the table's ends it is the end's. The ends are the default range.
 
     Raises:
-        RequestError: alphas is no such table.
+        RequestError: alphas is not such a table.
     """
     wanted = "it must be a falling table of cumulative alphas between 0 and 1"
     try:

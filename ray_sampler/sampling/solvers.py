@@ -105,12 +105,12 @@ class RestartOptions(AddedNoise):
     )
 
     def check(self) -> None:
-        """Raises RequestError: the text is no list of intervals."""
+        """Raises RequestError: the text is not a list of intervals."""
         intervals_of(self)
 
 
 def intervals_of(options: RestartOptions) -> tuple[Restart, ...]:
-    """The intervals that --restarts gives. Raises RequestError: the text is no list of intervals."""
+    """The intervals that --restarts gives. Raises RequestError: the text is not a list of intervals."""
     try:
         parts = [part.split(",") for part in options.restarts.split(";") if part.strip()]
         return tuple(Restart(int(n), int(k), float(low), float(high)) for n, k, low, high in parts)

@@ -107,7 +107,7 @@ def npz(pictures: Pictures, arrays: dict[str, np.ndarray]) -> Iterator[bytes]:
 
 
 class Sink(io.RawIOBase):
-    """What a zip file is written to when its bytes go on at once."""
+    """A target for a zip file whose bytes are passed on at once."""
 
     def __init__(self) -> None:
         self.held: list[bytes] = []

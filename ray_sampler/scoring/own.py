@@ -19,7 +19,7 @@ def open_own(name: str, weights: str | None, shape: tuple[int, ...]) -> Extracto
     """The extractor that a user's function returns, called once with the path of its weights or None.
 
     Raises:
-        RequestError: there is no such function, it raises, or what it returns makes no float32 (B, D) of pictures.
+        RequestError: there is no such function, it raises, or its result does not map pictures to float32 (B, D).
     """
     shown = f"--features is {printable(name)}"
     module_name, _, function_name = name.removeprefix(FUNCTION).partition(":")

@@ -145,7 +145,7 @@ def _of_edm2(file: BinaryIO, extractor: Extractor, shown: str) -> dict[str, Any]
 
 
 def _items(value: Any) -> dict[Any, Any]:
-    """A dictionary of a pickle, or one of a class of its own."""
+    """A dictionary of a pickle, or one of a custom class."""
     return value.items if isinstance(value, Foreign) else dict(value)
 
 

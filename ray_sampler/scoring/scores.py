@@ -50,7 +50,7 @@ class Scoring:
             )
 
     def notes(self, count: int) -> list[str]:
-        """What the user should know of a score of so many samples."""
+        """What the user should know of a score of this number of samples."""
         notes = []
         if "fid" in self.asked and count <= self.extractor.dims:
             notes.append(
@@ -84,7 +84,7 @@ class Scoring:
         return self.identity(count) | subsets | {"metrics": dict(metrics)}
 
     def answered_by(self, scores: Mapping[str, Any], count: int) -> bool:
-        """Whether the content of a scores.json is what this would give for so many samples."""
+        """Whether the content of a scores.json is what this would give for this number of samples."""
         wanted = {name for metric in self.asked for name in KEYS[metric]}
         return scores.items() >= self.identity(count).items() and scores.get("metrics", {}).keys() == wanted
 

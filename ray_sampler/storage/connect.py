@@ -98,7 +98,7 @@ def open_store(url: str) -> LocalStore | ObjectStore:
 
 
 def bucket_store(protocol: str, url: str, shown: str) -> ObjectStore:
-    """The store of a URL that is no local path."""
+    """The store of a URL that is not a local path."""
     if protocol in ("s3", "s3a"):
         from ray_sampler.storage.s3_store import S3Store
 

@@ -298,7 +298,7 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
     if number == 405 or word == "MethodNotAllowed":
         return RequestError(
             f"cannot {action} {url}: permission denied ({word or number}); the store does not allow that there, or "
-            f"what answers is no store: check the endpoint{endpoint}"
+            f"what answers is not a store: check the endpoint{endpoint}"
         )
     if number == 403 or isinstance(error, PermissionError) or word in ("AccessDenied", "AllAccessDisabled"):
         return RequestError(

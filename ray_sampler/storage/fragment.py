@@ -98,7 +98,7 @@ def explained(name: FragmentName) -> Iterator[None]:
     try:
         yield
     except READER_ERRORS as error:
-        raise DamagedFragment(f"it is no readable {name.format} file ({type(error).__name__})") from error
+        raise DamagedFragment(f"it is not a readable {name.format} file ({type(error).__name__})") from error
 
 
 def checked(record: Record, groups: Iterator[dict[str, np.ndarray]], name: FragmentName) -> Iterator[Samples]:
@@ -129,14 +129,14 @@ def read_fragment(url: str | os.PathLike[str]) -> Fragment:
         url: a local path or any fsspec URL, ending in the fragment's own name.
 
     Raises:
-        RequestError: there is no such file, or its name is no fragment's.
+        RequestError: there is no such file, or its name is not a fragment's.
         DamagedFragment: it is corrupt.
     """
     url = path_text(url, "a fragment")
     folder, _, filename = url.rpartition("/")
     name = FragmentName.parse(filename)
     if name is None:
-        raise RequestError(f"{filename!r} is no fragment's name; one looks like 000000000000-000000000512.parquet")
+        raise RequestError(f"{filename!r} is not a fragment's name; one looks like 000000000000-000000000512.parquet")
     store = open_store(folder or ("/" if url.startswith("/") else "."))
     data = store.read(filename)
     if data is None:

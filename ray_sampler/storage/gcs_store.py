@@ -237,7 +237,7 @@ def parsed(answer: Answer) -> Mapping[str, Any]:
     try:
         return dict(json.loads(answer.body))
     except (ValueError, TypeError):
-        raise ForeignAnswer("the answer is no JSON") from None
+        raise ForeignAnswer("the answer is not JSON") from None
 
 
 def unix_time(text: str) -> float:

@@ -78,6 +78,6 @@ def npy_values(content: bytes) -> np.ndarray:
     """
     header = NPY_HEADER.match(content)
     if header is None or header.end() != 10 + int.from_bytes(content[8:10], "little"):
-        raise DamagedFragment("a member is no npy array as fragments hold them")
+        raise DamagedFragment("a member is not an npy array as fragments hold them")
     shape = tuple(map(int, header[2].replace(b",", b" ").split()))
     return np.frombuffer(memoryview(content)[header.end() :], np.dtype(header[1].decode())).reshape(shape)

@@ -135,7 +135,7 @@ def read_archive(url: str | os.PathLike[str], size: int | None = None) -> Archiv
                 if cause is not None and status(cause):
                     raise cause from cause.__cause__
             reason = str(error) if isinstance(error, RequestError) else "it is cut short, or no npz file"
-            raise RequestError(f"{redact(text)} is no archive of samples: {reason}") from error
+            raise RequestError(f"{redact(text)} is not an archive of samples: {reason}") from error
     return Archive(text, size or max(1, RANGE_BYTES // max(1, images.row_bytes)), images, labels)
 
 
@@ -216,7 +216,7 @@ def member(file: IO[bytes], info: zipfile.ZipInfo, size: int, dtypes: tuple[str,
     header = NPY_HEADER.match(file.read(min(NPY_HEADER_BYTES, info.file_size)))
     require(
         header is not None and header.end() == 10 + int.from_bytes(header[0][8:10], "little"),
-        f"its {name} is no plain array of numbers",
+        f"its {name} is not a plain array of numbers",
     )
     assert header is not None
     descr, shape = header[1].decode(), tuple(map(int, header[2].replace(b",", b" ").split()))

@@ -237,7 +237,7 @@ class RunDir:
         names = [entry.name for entry in self._store.list("")]
         if RUN not in names and set(names) - {PROBE}:
             raise RequestError(
-                f"{self.url} holds files but no {RUN}, so it is no run's; --overwrite deletes nothing there"
+                f"{self.url} holds files but no {RUN}, so it is not a run's; --overwrite deletes nothing there"
             )
         return names
 
@@ -278,5 +278,5 @@ def run_json(run: Mapping[str, Any]) -> bytes:
 
 def own_name(name: str) -> str:
     if not is_plain(name):
-        raise RequestError(f"{name!r} is no file's name; give a name without a folder")
+        raise RequestError(f"{name!r} is not a file name; give a name without a folder")
     return name

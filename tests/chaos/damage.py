@@ -37,7 +37,7 @@ def empty(victim: Path, foreign: Path, chance: random.Random) -> None:
 
 
 def garbage(victim: Path, foreign: Path, chance: random.Random) -> None:
-    """It is no Parquet."""
+    """It is not a Parquet."""
     victim.write_bytes(chance.randbytes(victim.stat().st_size))
 
 

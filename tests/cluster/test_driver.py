@@ -247,11 +247,11 @@ def test_damaged_foreign_and_overlapping_fragments_are_set_aside_and_the_archive
     assert (tmp_path / "run" / ARCHIVE).read_bytes() == savez(samples)
     reasons = {row["name"]: row["reason"] for row in summary["rejected"]}
     expected = {
-        name(0, 8): "no readable parquet",
+        name(0, 8): "not a readable parquet",
         name(8, 16): "CRC-32 of image",
         name(24, 32): "belongs to another run",
         name(32, 40): "its name says samples 32 to 40, its record 16 to 24",
-        name(38, 40): "no readable parquet",
+        name(38, 40): "not a readable parquet",
         name(20, 30): "a folder or a link",
         name(0, 40): "a folder or a link",
     }

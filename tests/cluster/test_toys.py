@@ -1,4 +1,4 @@
-"""A solver and a family with options of their own, a finisher with a second network, and a condition that is no label.
+"""A solver and a family with their options, a finisher with a second network, and a condition that is not a label.
 
 Each is registered in one place, as its author would do it; a whole job on Ray then survives a kill and resumes.
 """
@@ -96,7 +96,7 @@ def build_painter(spec: NetworkSpec, precision: Precision) -> nn.Module:
     return Painter(spec.options.tint)
 
 
-# A condition that is no label: three numbers a sample, of the seed and the index.
+# A condition that is not a label: three numbers a sample, of the seed and the index.
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def test_workers_need_no_file_of_the_users(function: str, files: Path, tmp_path:
 
 
 def test_every_tensor_arrives_and_what_is_one_stays_one(files: Path) -> None:
-    """Parameters, buffers of both sorts, whole numbers, tensors that are no parameters; tied weights are sent once."""
+    """Parameters, buffers of both sorts, whole numbers, tensors that are not parameters; tied weights are sent once."""
     opened = open_network("python:entry_of_user:make", {})
     sent: Any = opened.build("fp32")
     shipped = shipping.ship(opened, "fp32")

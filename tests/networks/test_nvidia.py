@@ -157,7 +157,7 @@ class Calls:
 )
 def test_whatever_else_is_named_is_refused_by_name(thing, name, capsys):
     text = refusal(dumped({"ema": module("Precond", random_tensors(SHAPES)), "loss_fn": thing}))
-    assert f"it asks for {name}, " in text
+    assert f"it references {name}; " in text
     assert capsys.readouterr().out == ""
 
 

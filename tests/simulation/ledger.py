@@ -65,7 +65,7 @@ class Ledger:
     def failed(self, task: Task, kind: str) -> None:
         """Raises Broken: a shard that fails is tried too often."""
         self.fell(task)
-        if kind != "refused":  # which is no shard's fault
+        if kind != "refused":  # which is not a shard's fault
             self.raised[number_of(task), kind] += 1
             most = NON_FINITE_ATTEMPTS if kind == "not finite" else ATTEMPTS
             if self.raised[number_of(task), kind] > most + 1:  # a second copy may be on its way

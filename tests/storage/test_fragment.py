@@ -135,7 +135,7 @@ def test_a_fragment_under_the_other_formats_name_is_refused():
     names = FragmentName(4, 12, "parquet"), FragmentName(4, 12, "npz")
     for written, read in (names, reversed(names)):
         _, data, *_ = encoded(written.format)
-        with pytest.raises(DamagedFragment, match="no readable"):
+        with pytest.raises(DamagedFragment, match="not a readable"):
             decode(data, read, FINGERPRINT)
 
 
@@ -323,7 +323,7 @@ def test_read_fragment_gives_arrays_from_a_path_and_a_url(format, tmp_path, monk
         assert_same(fragment.samples, samples)
     with pytest.raises(RequestError, match="there is no"):
         read_fragment(str(tmp_path / FragmentName(0, 1, format).filename))
-    with pytest.raises(RequestError, match="no fragment's name"):
+    with pytest.raises(RequestError, match="not a fragment's name"):
         read_fragment(str(tmp_path / "samples.parquet"))
 
 

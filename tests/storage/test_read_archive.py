@@ -105,7 +105,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch):
     np.savez(tmp_path / "objects.npz", np.array([Harm()], dtype=object))
     (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Harm()))
     for name in ("objects.npz", "pickle.npz"):
-        with pytest.raises(RequestError, match="no archive of samples"):
+        with pytest.raises(RequestError, match="not an archive of samples"):
             read_archive(tmp_path / name)
     assert not (tmp_path / "harm").exists()
 
@@ -139,7 +139,7 @@ def oversold() -> bytes:
         (member(arr_0=np.zeros((3, 2))), "of type"),
         (member(arr_0=np.zeros((3, 2), np.uint8)), "of shape"),
         (member(arr_0=IMAGES, arr_1=LABELS[:3]), "arr_1 is of shape"),
-        (member(arr_0=np.asfortranarray(IMAGES)), "no plain array"),
+        (member(arr_0=np.asfortranarray(IMAGES)), "not a plain array"),
         (compressed(), "compressed"),
         (oversold(), "has not the size"),
         (b"", "cut short"),

@@ -164,7 +164,7 @@ def test_delete_removes_a_run_and_nothing_else(output):
     assert run_dir.probe_seen("driver")  # actors of the run that takes the place have started
     run_dir.probes_clear()
     assert names_in(run_dir) == {"notes.txt", "samples_mine.npz"}
-    with pytest.raises(RequestError, match="no run's"):
+    with pytest.raises(RequestError, match="not a run's"):
         run_dir.delete()
     assert names_in(run_dir) == {"notes.txt", "samples_mine.npz"}
 

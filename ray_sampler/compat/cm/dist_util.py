@@ -19,7 +19,7 @@ from ray_sampler.networks.weights import read_checkpoint
 def setup_dist() -> None:
     """Start torch.distributed, unless it runs: the ranks of RANK and WORLD_SIZE, as torchrun sets them, or one process.
 
-    The backend is nccl where each process of a node has a GPU of its own, else gloo.
+    The backend is nccl where each process of a node has a separate GPU, else gloo.
     """
     if dist.is_initialized():
         return
