@@ -1,0 +1,33 @@
+"""Read samples without the archive, also while a run goes on: fragments are Parquet files that prove themselves.
+
+python examples/read_fragments.py     # writes runs/fragments/means.png
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset
+from PIL import Image
+
+from ray_sampler import RunConfig, read_fragment, run
+
+
+def main(num_samples: int = 200) -> str:
+    """Returns the path of a picture with the mean of each digit."""
+    run(RunConfig(model="digits-cd", labels="balanced", num_samples=num_samples, output="runs/fragments"))
+    sums, counts = np.zeros((10, 32, 32)), np.zeros(10)
+    for path in sorted(Path("runs/fragments/fragments").iterdir()):
+        fragment = read_fragment(path)  # raises where a checksum differs
+        for image, label in zip(fragment.samples.images, fragment.samples.labels, strict=True):
+            sums[label] += image[..., 0]
+            counts[label] += 1
+    means = (sums / counts[:, None, None]).astype(np.uint8)
+    Image.fromarray(np.concatenate(means, axis=1)).save("runs/fragments/means.png")
+
+    table = pyarrow.dataset.dataset("runs/fragments/fragments").to_table(columns=["index", "label"])
+    print(table.group_by("label").aggregate([("index", "count")]).sort_by("label").to_pydict())
+    return "runs/fragments/means.png"
+
+
+if __name__ == "__main__":
+    main()
