@@ -388,8 +388,7 @@ def _require_data(value: Any, key: Any, others: list[str]) -> None:
     if isinstance(value, Foreign) and isinstance(value.state, dict) and "_modules" in value.state:
         where = f" under {ascii(key)[:80]}" if key else ""
         instead = f"; or take other weights with --weights_key {others[0]}" if others else ""
-        module = f"a pickled module ({_class(value)}){where}"
-        raise Refused(f"it holds {module}; loading it would execute code; {SAVE}{instead}")
+        raise Refused(f"it holds a pickled module ({_class(value)}){where}; loading would run code; {SAVE}{instead}")
 
 
 def _class(value: Foreign) -> str:
