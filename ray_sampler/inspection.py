@@ -46,17 +46,17 @@ def inspected(config: RunConfig) -> tuple[dict[str, Any], str | None]:
     spec = network.spec
     name = model if isinstance(model, str) else spec.options.name
     resolved = resolve(config, name, brought, spec)
-    kind = parameterisation_of(spec, resolved.sigma_min)
     if network.own:
+        kind = parameterisation_of(spec, resolved.sigma_min)
         try_own(network, kind, (resolved.sigma_max, resolved.sigma_min))
+    levels = {name: getattr(resolved, name) for name in ("sigma_min", "sigma_max")}
     found = {
         "family": spec.family,
         "parameters": network.parameters,
         "shape": [spec.shape[0], None, None] if "image_size" in network.untold else list(spec.shape),
         "num_classes": spec.num_classes,
         "null_label": spec.null_label,
-        "sigma_min": float(resolved.sigma_min),
-        "sigma_max": float(resolved.sigma_max),
+        **{name: None if level is None else float(level) for name, level in levels.items()},
         "weights_key": network.key,
         "weights": network.weights,
         "defaults": {name: getattr(resolved, name) for name in SHOWN},
@@ -96,6 +96,12 @@ def command(model: str, config: RunConfig, network: Network) -> str:
     return " ".join(("ray-sampler sample", *words))
 
 
+def levels_of(found: dict[str, Any]) -> str:
+    """The range that is sampled by default, for people."""
+    low, high = found["sigma_min"], found["sigma_max"]
+    return "?" if None in (low, high) else f"{low:g} to {high:g}"
+
+
 def print_inspection(config: RunConfig, as_json: bool) -> int:
     """Print what a model is, as JSON or for people."""
     found, note = inspected(config)
@@ -113,7 +119,7 @@ def print_inspection(config: RunConfig, as_json: bool) -> int:
         "shape of x": shape,
         "classes": str(classes),
         "null label": "none" if found["null_label"] is None else str(found["null_label"]),
-        "noise levels": f"{found['sigma_min']:g} to {found['sigma_max']:g}",
+        "noise levels": levels_of(found),
         "weights": found["weights"][:16]
         + (f" under {printable(found['weights_key'])}" if found["weights_key"] else ""),
         "defaults": ", ".join(f"{name} {value}" for name, value in found["defaults"].items()),

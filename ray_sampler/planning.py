@@ -14,6 +14,8 @@ from ray_sampler.sampling.conditions import Condition, LabelRule, listed_labels
 from ray_sampler.sampling.finish import FINISHERS, Finisher, pixels
 from ray_sampler.sampling.guidance import check_channels
 from ray_sampler.sampling.options import DecoderOptions, GuidanceOptions, NoiseOptions
+from ray_sampler.sampling.parameterisation import Parameterisation
+from ray_sampler.sampling.path_solvers import TableOptions
 from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan, parameterisation_of
 from ray_sampler.sampling.solvers import SOLVERS, Churn
 from ray_sampler.sampling.stepping import schedule_of
@@ -33,15 +35,23 @@ def plan_of(config: RunConfig, specs: Mapping[str, NetworkSpec]) -> SamplePlan:
     schedule, guidance = schedule_of(config), of(GuidanceOptions, config)
     solver = SOLVERS[config.sampler]
     solver_options: Any = of(solver.options, config)
+    for each in specs.values():
+        require(not each.lacks, each.lacks)
     config.check()
     check_guide(guidance, spec, guide)
     check_channels(guidance, spec.shape[0])
+    kinds = {
+        role: parameterisation_of(each, schedule.sigma_min) for role, each in specs.items() if role in (MAIN, GUIDE)
+    }
+    check_path(config, kinds)
+    solver_options = as_network(solver_options, spec.script, kinds[MAIN])
+    solver.check(schedule, solver_options)
     return SamplePlan(
         shape=spec.shape,
-        parameterisation=parameterisation_of(spec, schedule.sigma_min),
+        parameterisation=kinds[MAIN],
         sampler=config.sampler,
         solver=solver,
-        solver_options=as_script(solver_options, spec.script),
+        solver_options=solver_options,
         schedule=schedule,
         finisher=finisher_of(config, spec),
         noise=of(NoiseOptions, config),
@@ -50,7 +60,7 @@ def plan_of(config: RunConfig, specs: Mapping[str, NetworkSpec]) -> SamplePlan:
         clip_denoised=config.clip_denoised,
         state=config.state,
         guidance=guidance,
-        guide=parameterisation_of(guide, schedule.sigma_min) if guide else None,
+        guide=kinds.get(GUIDE),
         guide_conditioned=bool(guide and guide.num_classes),
         script=spec.script,
     )
@@ -98,8 +108,40 @@ def described(spec: NetworkSpec) -> str:
     return f"shape {'x'.join(map(str, spec.shape))} and {spec.num_classes or 'no'} classes"
 
 
-def as_script(options: Any, script: Script) -> Any:
-    """A solver's options, to be rounded as the script of the network's publication does."""
+SAMPLED = {
+    "flow": ("data_at", "flows, which --prediction velocity or a Model of kind velocity names"),
+    "table": ("alphas", "networks of a table of alphas, as --prediction eps or a Model of kind eps, v or x0"),
+}
+"""By path: what a parameterisation has of it, and the networks that this means."""
+
+
+def check_path(config: RunConfig, kinds: Mapping[str, Parameterisation]) -> None:
+    """Check that a solver can sample a network, and ask its guide.
+
+    Raises:
+        RequestError: one computes something else; or it is to be clamped where nothing can be.
+    """
+    path = SOLVERS[config.sampler].path
+    if path == "any":
+        return
+    named, meant = SAMPLED[path]
+    for role, kind in kinds.items():
+        flag, computes = "--guide" if role == GUIDE else "--model", kind.identity().get("preconditioning")
+        require(
+            getattr(kind, named, None) is not None or (role == GUIDE and path == "table"),
+            f"--sampler is {config.sampler}, which samples {meant}; the network of {flag} is of kind {computes}; give "
+            "another --sampler, as heun",
+        )
+    require(
+        path != "flow" or not config.clip_denoised,
+        f"--clip_denoised is True, but --sampler {config.sampler} has no denoised picture to clamp; leave it out",
+    )
+
+
+def as_network(options: Any, script: Script, kind: Parameterisation) -> Any:
+    """A solver's options with what the network decides: its table, and how its publication's script rounds."""
+    if isinstance(options, TableOptions):
+        return replace(options, alphas=getattr(kind, "alphas", None))
     return replace(options, as_edm=True) if isinstance(options, Churn) and script != "consistency-models" else options
 
 

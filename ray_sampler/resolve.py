@@ -94,7 +94,7 @@ def resolve(
     return resolved
 
 
-def range_of(spec: NetworkSpec, earlier: Mapping[str, Any]) -> dict[str, float]:
+def range_of(spec: NetworkSpec, earlier: Mapping[str, Any]) -> dict[str, float | None]:
     """The range of levels that is sampled by default: the network's own, else that of its kind.
 
     Where it comes from the kind, and a run was begun with the one that every network had first, it stays.
@@ -103,6 +103,8 @@ def range_of(spec: NetworkSpec, earlier: Mapping[str, Any]) -> dict[str, float]:
     from ray_sampler.sampling.plan import parameterisation_of
 
     own = {"sigma_min": spec.sigma_min, "sigma_max": spec.sigma_max}
+    if spec.lacks:  # it is not known what it computes
+        return own
     kinds = getattr(parameterisation_of(spec, LEVELS[0]), "levels", LEVELS) if None in own.values() else LEVELS
     every = zip(own.items(), kinds, LEVELS, strict=True)
     return {
@@ -199,5 +201,10 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         levels |= {"schedule": name_of(schedule), "nfe": nfe_of(resolved, resolved.steps)}
         if resolved.sigma_min is not None and resolved.sigma_max is not None:
             levels["sigmas"] = sigmas_of(resolved, schedule)
-    unknown = {name: None for name in (*ARCHITECTURE, *BROUGHT) if getattr(resolved, name) is None}
+    flags = flags_of(RunConfig)
+    unknown = {
+        name: None
+        for name in (*ARCHITECTURE, *BROUGHT)
+        if getattr(resolved, name) is None and flags[name].default is not None
+    }
     return settings_json(resolved) | unknown | levels

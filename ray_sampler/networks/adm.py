@@ -13,6 +13,7 @@ from ray_sampler.errors import require
 from ray_sampler.networks.adm_options import AdmFlags, AdmOptions
 from ray_sampler.networks.adm_shapes import adm_flags, explain_misfit
 from ray_sampler.networks.adm_unet import UNet
+from ray_sampler.networks.dit_options import DitFlags
 from ray_sampler.networks.family import DTYPES, Family, NetworkSpec, Opened, Precision, check_fit, without_memory
 from ray_sampler.networks.weights import Checkpoint
 from ray_sampler.options import flags_of, of
@@ -63,6 +64,8 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
             options.class_cond or name not in given or not settings[name] or "class_cond" in given,
             f"--{name} is {settings.get(name)}, which an unconditional network cannot use; leave it out",
         )
+    for name in flags_of(DitFlags):
+        require(name not in given, f"--{name} is {settings.get(name)}, which this network cannot use; leave it out")
     advice = (told and explain_misfit(checkpoint.tensors, asdict(options))) or "it is damaged, or of another network"
     check_fit(without_memory(lambda: UNet(options)), checkpoint.tensors, advice)
     return Opened(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_sampler.networks.adm_options import AdmFlags, TrainingOptions
+from ray_sampler.networks.dit_options import DitFlags
 from ray_sampler.options import flags_of
 
 BROUGHT = ("clip_denoised", "rounding", "state", "steps", "sigma_min", "sigma_max")
@@ -14,7 +15,7 @@ BROUGHT = ("clip_denoised", "rounding", "state", "steps", "sigma_min", "sigma_ma
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArchitectureOptions(AdmFlags, TrainingOptions):
+class ArchitectureOptions(AdmFlags, TrainingOptions, DitFlags):
     """The options of every family; a family with more options is one more base here."""
 
 
@@ -30,9 +31,12 @@ def told_by_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Settings that name options of a family describe a network of that family.
     """
+    open_ = dict.fromkeys((*ARCHITECTURE, *BROUGHT))
+    if settings.keys() & flags_of(DitFlags).keys():  # which say nothing of its shape
+        return {**open_, **DitFlags.family_defaults}
     for component in ArchitectureOptions.__bases__:
         if settings.keys() & flags_of(component).keys() - set(INERT) and hasattr(component, "family_defaults"):
             return {name: flag.default for name, flag in flags_of(ArchitectureOptions).items()} | dict(
                 component.family_defaults
             )
-    return dict.fromkeys((*ARCHITECTURE, *BROUGHT))
+    return open_

@@ -61,6 +61,8 @@ class NetworkSpec:
     """What it is given of each sample beside x and the time, by the name of a condition."""
     latent: str | None = None
     """The rule by which x becomes a picture (sd, edm2); None where x is a picture."""
+    lacks: str = ""
+    """What must be given before it can be sampled, as a sentence; empty where that is nothing."""
     script: Script = "consistency-models"
     """Whose script's arithmetic is followed to the last bit, so that published pictures come out again."""
 

@@ -5,6 +5,7 @@ Ho & Salimans 2022 (classifier-free), Karras et al. 2024 (autoguidance), Kynkaan
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -51,12 +52,18 @@ def guidance_identity(options: GuidanceOptions, guide: str) -> dict[str, Any]:
     return {name: value for name, value in result.items() if value is not None}
 
 
-def guided(denoise: Denoiser, pair: Denoiser, guidance: GuidanceOptions) -> SteppedDenoiser:
-    """The guided denoiser.
+Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(x, sigma) -> D and D_ref."""
+
+
+def guided(denoise: Denoiser, pair: Pair, guidance: GuidanceOptions) -> SteppedDenoiser:
+    """The guided denoiser, or a flow's guided velocity: what holds for D holds for all that is affine in it.
+
+    What D has beyond the channels of x, a learned variance, stays that of D.
 
     Args:
         denoise: D alone, for steps without guidance.
-        pair: gives D and D_ref of x, one below the other: (2 B, C, H, W).
+        pair: gives D and D_ref of x.
     """
     low, high = interval_of(guidance)
     low, high = low * (1 - ROUNDING), high * (1 + ROUNDING)
@@ -64,9 +71,9 @@ def guided(denoise: Denoiser, pair: Denoiser, guidance: GuidanceOptions) -> Step
     def denoiser(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
         if not low <= float(sigma if step is None else step) <= high:
             return denoise(x, sigma)
-        conditional, reference = pair(x, sigma).chunk(2)
-        result = torch.lerp(reference, conditional, guidance.guidance)
-        n = guidance.guidance_channels
-        return result if n is None else torch.cat([result[:, :n], conditional[:, n:]], dim=1)
+        conditional, reference = pair(x, sigma)
+        n = guidance.guidance_channels or x.shape[1]
+        result = torch.lerp(reference[:, :n], conditional[:, :n], guidance.guidance)
+        return torch.cat([result, conditional[:, n:]], dim=1)
 
     return denoiser

@@ -29,6 +29,10 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 """D(x, sigma): images (B, C, H, W) at a noise level -> the images expected without noise, in x's dtype. sigma is one
 level for all, 0-d on the host, so that no copy to the device is needed, or one for each, (B,) beside x."""
 
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""v(x, t): states (B, C, H, W) of a flow, x_t = (1 - t) data + t noise, at a time, 0-d on the host, from 1 (noise) to 0
+(data) -> dx_t/dt = noise - data as expected, in x's dtype."""
+
 Scalings = tuple[Tensor, Tensor, Tensor]
 """c_skip, c_out, c_in at a level, elementwise."""
 Time = Callable[[Tensor], Tensor]
@@ -121,8 +125,14 @@ class Preconditioned:
     """Whether scalings and time are computed in float64, and rounded once."""
     at_sigma_min: Callable[[float], Preconditioned] | None = field(default=None, kw_only=True)
     """The same for a run that ends at a level, where it depends on that and was given none."""
+    alphas: tuple[float, ...] | None = field(default=None, kw_only=True)
+    """The table of cumulative alphas of its path, where it has one."""
+    data_at: int | None = field(default=None, kw_only=True)
+    """The t that holds data, 0 or 1, where its path is the straight one of a flow."""
 
-    def denoiser(self, network: Network, y: Tensor | None) -> Denoiser:
+    def denoiser(self, network: Network, y: Tensor | None, with_variance: bool = False) -> Denoiser:
+        """D; what the network gives beyond the channels of x, a learned variance, follows only `with_variance`."""
+
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             whole, level = x.float(), sigma.double() if self.exact else sigma.float()
             time = self.c_noise(level).float()
@@ -131,11 +141,24 @@ class Preconditioned:
             c_skip, c_out, c_in = (each.float() for each in scalings)
             inputs = c_in * whole
             output = network(inputs, times, y)
+            result, variance = output[:, : x.shape[1]], output[:, x.shape[1] :]
             if self.skip:
-                output = c_skip * (whole if self.skip == "x" else inputs) + c_out * output
-            return output.to(x.dtype)
+                result = c_skip * (whole if self.skip == "x" else inputs) + c_out * result
+            return (torch.cat([result, variance], dim=1) if with_variance else result).to(x.dtype)
 
         return denoise
+
+    def velocity(self, network: Network, y: Tensor | None) -> Velocity:
+        """The velocity of a flow, whichever way its own time runs."""
+
+        def ask(x: Tensor, t: Tensor) -> Tensor:
+            whole, time = x.float(), 1 - t if self.data_at else t
+            output = network(whole, whole.new_full((len(whole),), time.item()), y)[:, : x.shape[1]].to(x.dtype)
+            if self.skip is None:
+                return (x - output) / t
+            return -output if self.data_at else output
+
+        return ask
 
     def identity(self) -> dict[str, Any]:
         return dict(self.said)
@@ -211,7 +234,7 @@ def of_table(
     }
     said |= {"rounded_index": True} if rounded_index else {}
     ends = math.sqrt((1 - table[0]) / table[0]), math.sqrt((1 - table[-1]) / table[-1])
-    return Preconditioned(said, scalings, time, skip, levels=ends)
+    return Preconditioned(said, scalings, time, skip, levels=ends, alphas=table)
 
 
 def of_flow(kind: str, skip: Skip, data_at: int | None = None) -> Preconditioned:
@@ -234,7 +257,7 @@ def of_flow(kind: str, skip: Skip, data_at: int | None = None) -> Preconditioned
 
     said = {"preconditioning": kind, "data_at": data_at}
     scalings = partial(velocity_scalings, data_at=data_at)
-    return Preconditioned(said, scalings, time, skip, levels=FLOW_LEVELS, exact=True)
+    return Preconditioned(said, scalings, time, skip, levels=FLOW_LEVELS, exact=True, data_at=data_at)
 
 
 def x0(alphas: Any = None, data_at: int | None = None, rounded_index: bool = False) -> Preconditioned:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from ray_sampler.errors import RequestError
 from ray_sampler.networks.family import NetworkSpec, Script
 from ray_sampler.sampling.conditions import Condition
 from ray_sampler.sampling.finish import Finisher
-from ray_sampler.sampling.guidance import SteppedDenoiser, guidance_identity, guided
+from ray_sampler.sampling.guidance import Pair, SteppedDenoiser, guidance_identity, guided
 from ray_sampler.sampling.noise import make_draws, noise_identity
 from ray_sampler.sampling.options import GuidanceOptions, NoiseOptions, StateType
 from ray_sampler.sampling.parameterisation import (
     Denoiser,
     Network,
     Parameterisation,
+    Preconditioned,
     parameterise,
 )
 from ray_sampler.sampling.schedules import ScheduleOptions, schedule_identity
@@ -139,29 +141,48 @@ def sample_block(
     y = condition.at(draws, indices, device) if condition else None
     denoise = make_denoiser(networks, plan, y)
     sigmas = plan.solver.levels(plan.schedule, plan.solver_options, dtype)
-    x = draws.noise(0).to(dtype) * (plan.schedule.sigma_max if plan.script == "consistency-models" else sigmas[0])
+    first = plan.schedule.sigma_max if plan.script == "consistency-models" else sigmas[0]
+    x = draws.noise(0).to(dtype) * (plan.solver.start(sigmas[0]) if plan.solver.start else first)
     return plan.solver.run(denoise, x, sigmas, draws.noise, plan.solver_options), y
 
 
 def make_denoiser(networks: Mapping[str, Network], plan: SamplePlan, y: Tensor | None) -> SteppedDenoiser:
-    """D of a batch under the condition y, guided and clamped as the plan says."""
-    denoise = plan.parameterisation.denoiser(networks[MAIN], y)
+    """D of a batch under the condition y, guided and clamped as the plan says; for a solver of flows, the velocity."""
+    denoise = asked(plan)(networks[MAIN], y)
     guide = guided(denoise, pair_of(networks, plan, y), plan.guidance) if plan.guidance.guidance != 1 else None
 
     def denoiser(x: Tensor, sigma: Tensor, step: Tensor | None = None) -> Tensor:
         denoised = guide(x, sigma, step) if guide else denoise(x, sigma)
-        return denoised.clamp(-1, 1) if plan.clip_denoised else denoised
+        if not plan.clip_denoised:
+            return denoised
+        clamped, beyond = denoised[:, : x.shape[1]].clamp(-1, 1), denoised[:, x.shape[1] :]
+        return torch.cat([clamped, beyond], dim=1) if beyond.shape[1] else clamped
 
     return denoiser
 
 
-def pair_of(networks: Mapping[str, Network], plan: SamplePlan, y: Tensor | None) -> Denoiser:
-    """D and D_ref, one below the other: of two networks, or of one that is called on a doubled batch."""
+def asked(plan: SamplePlan) -> Callable[[Network, Tensor | None], Denoiser]:
+    """What the solver asks of the network and the condition of a batch."""
+    kind = plan.parameterisation
+    if plan.solver.path == "any":
+        return kind.denoiser
+    assert isinstance(kind, Preconditioned), "the plan was checked"
+    return kind.velocity if plan.solver.path == "flow" else partial(kind.denoiser, with_variance=True)
+
+
+def pair_of(networks: Mapping[str, Network], plan: SamplePlan, y: Tensor | None) -> Pair:
+    """D and D_ref: of two networks, or of one that is called on a doubled batch."""
     if plan.guide is not None:
-        denoise = plan.parameterisation.denoiser(networks[MAIN], y)
-        reference = plan.guide.denoiser(networks[GUIDE], y if plan.guide_conditioned else None)
-        return lambda x, sigma: torch.cat([denoise(x, sigma), reference(x, sigma)])
+        denoise = asked(plan)(networks[MAIN], y)
+        ask = asked(replace(plan, parameterisation=plan.guide)) if plan.solver.path == "flow" else plan.guide.denoiser
+        reference = ask(networks[GUIDE], y if plan.guide_conditioned else None)
+        return lambda x, sigma: (denoise(x, sigma), reference(x, sigma))
     assert plan.condition is not None
     assert y is not None
-    doubled = plan.parameterisation.denoiser(networks[MAIN], torch.cat([y, plan.condition.null(y)]))
-    return lambda x, sigma: doubled(torch.cat([x, x]), sigma)
+    doubled = asked(plan)(networks[MAIN], torch.cat([y, plan.condition.null(y)]))
+
+    def both(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        conditional, reference = doubled(torch.cat([x, x]), sigma).chunk(2)
+        return conditional, reference
+
+    return both

@@ -98,12 +98,12 @@ def levels_of(schedule: ScheduleOptions, dtype: torch.dtype | None = None, n: in
 
 
 def schedule_identity(schedule: ScheduleOptions, used: tuple[str, ...]) -> dict[str, Any]:
-    """What decides a sample where a solver takes the values `used`."""
+    """What decides a sample where a solver uses the values `used`."""
     if schedule.sigmas is not None:
         return {"sigmas": schedule.sigmas}
     name, stepped = name_of(schedule), "steps" in used
     taken = {
-        "sigma_max": True,
+        "sigma_max": "sigma_max" in used,
         "sigma_min": "sigma_min" in used,
         "rho": stepped and name == "karras" and schedule.rho != RHO,
         "shift": stepped and name == "shifted",

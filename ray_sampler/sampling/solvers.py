@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ray_sampler.errors import RequestError, require
 from ray_sampler.options import option
@@ -37,6 +37,19 @@ from ray_sampler.sampling.multistep_solvers import (
     multistep_levels,
     sde_identity,
     unipc,
+)
+from ray_sampler.sampling.path_solvers import (
+    TableOptions,
+    check_table,
+    check_times,
+    ddpm,
+    flow_euler,
+    flow_heun,
+    flow_sde,
+    flow_times,
+    scale_of,
+    sde_times,
+    table_levels,
 )
 from ray_sampler.sampling.schedules import MOST_STEPS, ScheduleOptions, karras_sigmas, levels_of
 
@@ -271,17 +284,21 @@ class Solver(NamedTuple):
     """(schedule, options, dtype of the state) -> sigmas, on the host."""
     draws: Callable[[int, Any], int] = lambda steps, options: 0
     """(steps, options) -> draws that the original makes after x_T, used or not: where its generators stand then."""
-    uses: tuple[str, ...] = ("steps", "sigma_min")
-    """What of the schedule decides a sample, beside sigma_max."""
+    uses: tuple[str, ...] = ("steps", "sigma_max", "sigma_min")
+    """What of the schedule decides a sample."""
     default_schedule: Callable[[int], str] = lambda steps: "karras"
     """steps -> the schedule where none is asked for."""
     visited: slice = slice(None)
     """Which of `levels` a user sees; the rest are parameters."""
     own_levels: bool = False
     """Whether its levels are its own, so that no other schedule and no --sigmas can replace them."""
+    path: Literal["any", "flow", "table"] = "any"
+    """Which networks it samples: any; those of a flow, whose velocity it asks; or those of a table of alphas."""
+    start: Callable[[Tensor], Tensor | float] | None = None
+    """The first level -> what scales x_T; None: that level."""
 
 
-NEW = ("steps", "sigma_min", "schedule")
+NEW = ("steps", "sigma_max", "sigma_min", "schedule")
 
 
 def log_snr_at_few(steps: int) -> str:
@@ -309,12 +326,26 @@ def of_order(name: str, run: Callable[..., Tensor], orders: tuple[int, int], **m
     return Solver(run, each_step, OrderOptions, identity, check, uses=NEW, **more)
 
 
+def of_flow(name: str, run: Callable[..., Tensor], evaluations: Callable[[int, Any], int] = each_step) -> Solver:
+    """A solver of flows, from t = 1 to 0."""
+    return Solver(
+        run,
+        evaluations,
+        check=check_times(name),
+        levels=flow_times,
+        uses=("steps", "schedule"),
+        default_schedule=lambda steps: "shifted",
+        path="flow",
+        start=lambda t: 1.0,
+    )
+
+
 SOLVERS: dict[str, Solver] = {
     "heun": Solver(heun, lambda steps, options: 2 * steps - 1, Churn, churn_identity, draws=each_step),
     "euler": Solver(euler, each_step),
     "dpm": Solver(dpm, lambda steps, options: 2 * steps, Churn, churn_identity, draws=each_step),
     "ancestral": Solver(ancestral, each_step, draws=each_step),
-    "onestep": Solver(onestep, lambda steps, options: 1, uses=(), visited=slice(1), own_levels=True),
+    "onestep": Solver(onestep, lambda steps, options: 1, uses=("sigma_max",), visited=slice(1), own_levels=True),
     "progdist": Solver(  # without the step to 0, the sampler of progressively distilled models
         euler,
         each_step,
@@ -343,6 +374,22 @@ SOLVERS: dict[str, Solver] = {
     "ipndm": of_order("ipndm", ipndm, IPNDM_ORDERS),
     "deis": of_order("deis", deis, DEIS_ORDERS),
     "restart": Solver(restart, restart_evaluations, RestartOptions, restart_identity, check_intervals, uses=NEW),
+    "flow_euler": of_flow("flow_euler", flow_euler),
+    "flow_heun": of_flow("flow_heun", flow_heun, lambda steps, options: 2 * steps - 1),
+    "flow_sde": of_flow("flow_sde", flow_sde)._replace(levels=sde_times, draws=each_step),
+    "ddpm": Solver(
+        ddpm,
+        each_step,
+        TableOptions,
+        lambda options: {},
+        check_table,
+        levels=table_levels,
+        draws=each_step,
+        uses=("steps",),
+        own_levels=True,
+        path="table",
+        start=scale_of,
+    ),
 }
 """By name; another solver is one function and one line here."""
 

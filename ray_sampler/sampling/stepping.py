@@ -42,6 +42,8 @@ def check_counts(given: Mapping[str, Any]) -> None:
 def unused_options(sampler: str, given: Mapping[str, Any]) -> str | None:
     """One line of warning where options are given that the solver does not use."""
     known = {name: None for solver in SOLVERS.values() for name in flags_of(solver.options)} | {"steps": None}
+    if SOLVERS[sampler].path != "any":  # others depend on both ends, or their networks do
+        known |= {"sigma_min": None, "sigma_max": None}
     mine = {*flags_of(SOLVERS[sampler].options), *SOLVERS[sampler].uses}
     unused = [name for name in known if name in given and name not in mine]
     if not unused:
@@ -95,7 +97,7 @@ def settle(
         )
         schedule = "karras"
     require(
-        "shift" not in given or schedule == "shifted",
+        "shift" not in given or (schedule or solver.default_schedule(settings["steps"] or 1)) == "shifted",
         f"--shift is {settings['shift']:g}, but only --schedule shifted has a shift; give both or leave --shift out",
     )
     settled = {"schedule": schedule}

@@ -15,6 +15,7 @@ from ray_sampler.sampling.schedules import ScheduleOptions
 from ray_sampler.sampling.solvers import SOLVERS, Solver
 
 DATA = 0.3
+ANY_NETWORK = [name for name, solver in SOLVERS.items() if solver.path == "any"]
 RANGES = [(1e-5, 1e5), (1e-3, 1e6), (1e-6, 1e7), (0.99999, 1.0)]
 
 
@@ -32,7 +33,7 @@ def solved(solver: Solver, low: float, high: float, dtype: torch.dtype) -> Tenso
     return solver.run(near_data, noise.to(dtype) * high, levels, lambda draw: noise.flip(0), options)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ANY_NETWORK)
 @pytest.mark.parametrize(("low", "high"), RANGES)
 def test_every_solver_finds_the_data_from_any_level(name: str, low: float, high: float) -> None:
     assert solved(SOLVERS[name], low, high, torch.float32).isfinite().all()

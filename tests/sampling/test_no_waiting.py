@@ -34,7 +34,7 @@ def block(plan: SamplePlan) -> tuple[Tensor, Tensor | None]:
         return sample_block({MAIN: network}, plan, torch.arange(4, 8), META)
 
 
-@pytest.mark.parametrize("sampler", SOLVERS)
+@pytest.mark.parametrize("sampler", [name for name, solver in SOLVERS.items() if solver.path == "any"])
 def test_no_solver_waits(sampler: str) -> None:
     x, labels = block(plan_of(tiny(), sampler=sampler, num_samples=8, **NEEDED.get(sampler, {})))
     assert x.shape == (4, 3, 16, 16)
