@@ -41,7 +41,7 @@ def print_presets() -> None:
             sampler_of(model.settings),
             str(evaluations_of(model.settings)),
             model.score if isinstance(model, Preset) else "",
-            model.file if isinstance(model, Preset) else "in the package",
+            model.file or "give --model" if isinstance(model, Preset) else "in the package",
         )
         shown = dict(zip(COLUMNS, cells, strict=True))
         table.add_row(*(shown[title] for title in titles))

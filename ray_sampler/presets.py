@@ -98,6 +98,10 @@ def model_of(options: ModelOptions) -> tuple[Any, dict[str, Any]]:
             f"--preset is {options.preset!r} beside --model {weights}, a bundled model that brings its own settings; "
             "give one of the two",
         )
+        require(
+            bool(weights or preset.file),
+            f"--preset is {options.preset!r}, whose weights are at no plain address; give --model FILE beside it",
+        )
         weights = weights or preset.url
     weights = weights or DEFAULT_MODEL
     if not isinstance(weights, str):

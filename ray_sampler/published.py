@@ -11,6 +11,7 @@ from typing import Any
 
 CONSISTENCY_MODELS = "https://openaipublic.blob.core.windows.net/consistency/"
 EDM_FOLDER = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
+DIT_FOLDER = "https://dl.fbaipublicfiles.com/DiT/models/"
 EDM2_FOLDER = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/"
 
 
@@ -20,7 +21,7 @@ class Preset:
 
     description: str
     file: str
-    """Its name where it was published."""
+    """Its name where it was published; empty where that is no plain file at an address."""
     parameters: int
     settings: Mapping[str, Any]
     """By flag name."""
@@ -289,7 +290,33 @@ def _edm2_presets() -> Iterator[tuple[str, Preset]]:
         yield f"edm2-{data}-{size}-autog-{measure}", preset
 
 
-PRESETS: dict[str, Preset] = ADM | EDM_SNAPSHOTS | dict(_edm2_presets())
+FIRST_THREE = {"guidance": 1.5, "guidance_channels": 3}
+"""Of DiT and SiT, whose scripts guide three channels of four."""
+EPS = {"prediction": "eps", "sampler": "ddpm", "steps": 250, **FIRST_THREE}
+FLOW = {"prediction": "velocity", "sampler": "flow_sde", "steps": 250}
+
+TRANSFORMERS: dict[str, Preset] = {
+    "dit-xl2-256": Preset(
+        "DiT-XL/2, ImageNet 256x256, latents", "DiT-XL-2-256x256.pt", 675_129_632, EPS, DIT_FOLDER, "FID 2.27"
+    ),
+    "dit-xl2-512": Preset(
+        "DiT-XL/2, ImageNet 512x512, latents", "DiT-XL-2-512x512.pt", 676_014_368, EPS, DIT_FOLDER, "FID 3.04"
+    ),
+    "sit-xl2-256": Preset(
+        "SiT-XL/2, ImageNet 256x256, latents", "", 675_129_632, {**FLOW, "data_at": 1, **FIRST_THREE}, "", "FID 2.06"
+    ),
+    "repa-sit-xl2": Preset(
+        "REPA, SiT-XL/2, ImageNet 256x256, latents",
+        "",
+        675_111_184,
+        {**FLOW, "data_at": 0, "guidance": 1.8, "guidance_interval": "0,0.7"},
+        "",
+        "FID 1.42",
+    ),
+}
+"""Peebles & Xie 2023, Ma et al. 2024, by the SDE, and Yu et al. 2025, whose projectors are not counted."""
+
+PRESETS: dict[str, Preset] = ADM | EDM_SNAPSHOTS | dict(_edm2_presets()) | TRANSFORMERS
 """By name."""
 
 BUNDLED: dict[str, Bundled] = {

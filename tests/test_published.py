@@ -27,6 +27,7 @@ from tests.networks.test_edm2 import on_meta
 EDM2 = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/"
 EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
 CONSISTENCY = "https://openaipublic.blob.core.windows.net/consistency/"
+DIT = "https://dl.fbaipublicfiles.com/DiT/models/"
 
 PLAIN = """
 img512-xs-fid xs-2147483-0.135 FID 3.53
@@ -101,7 +102,8 @@ def test_every_row_of_edm2_is_as_published(row: list[str]) -> None:
 def test_there_are_the_published_presets_and_no_other() -> None:
     assert {name for name in PRESETS if name.startswith("edm2-")} == {f"edm2-{row[0]}" for row in ROWS}
     assert {name for name in PRESETS if PRESETS[name].folder == EDM} == EDM_STEPS.keys()
-    assert {PRESETS[name].folder for name in PRESETS} == {EDM2, EDM, CONSISTENCY}
+    assert {PRESETS[name].folder for name in PRESETS if PRESETS[name].file} == {EDM2, EDM, CONSISTENCY, DIT}
+    assert {name for name in PRESETS if not PRESETS[name].file} == {"sit-xl2-256", "repa-sit-xl2"}
     assert sum(preset.folder == CONSISTENCY for preset in PRESETS.values()) == 12
 
 
@@ -130,7 +132,31 @@ def test_parameters_are_those_of_the_network_and_its_training_weights(data: str,
     assert PRESETS[name].parameters == sum(p.numel() for p in network.parameters()) + uncertainty
 
 
-@pytest.mark.parametrize("name", PRESETS)
+def test_transformers_are_as_published() -> None:
+    three = {"guidance": 1.5, "guidance_channels": 3}
+    ancestral = {"prediction": "eps", "sampler": "ddpm", "steps": 250, **three}
+    flow = {"prediction": "velocity", "sampler": "flow_sde", "steps": 250}
+    expected: dict[str, tuple[str, dict[str, Any], str]] = {
+        "dit-xl2-256": (f"{DIT}DiT-XL-2-256x256.pt", ancestral, "FID 2.27"),
+        "dit-xl2-512": (f"{DIT}DiT-XL-2-512x512.pt", ancestral, "FID 3.04"),
+        "sit-xl2-256": ("", flow | {"data_at": 1} | three, "FID 2.06"),
+        "repa-sit-xl2": ("", flow | {"data_at": 0, "guidance": 1.8, "guidance_interval": "0,0.7"}, "FID 1.42"),
+    }
+    for name, row in expected.items():
+        assert (PRESETS[name].url, PRESETS[name].settings, PRESETS[name].score) == row
+
+
+def test_a_preset_without_an_address_needs_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--preset", "sit-xl2-256", "--dry_run"]) == 2
+    assert "whose weights are at no plain address; give --model FILE" in capsys.readouterr().err
+    assert main(["sample", "--preset", "sit-xl2-256", "--model", "SiT-XL-2.pt", "--dry_run"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    found = {name: shown[name] for name in ("sampler", "nfe", "state", "clip_denoised", "num_heads", "rounding")}
+    expected = {"sampler": "flow_sde", "nfe": 250, "state": "fp64", "clip_denoised": False}
+    assert found == expected | {"num_heads": None, "rounding": None}
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].file])
 def test_a_preset_alone_is_a_request(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     model, brought = model_of(ModelOptions(preset=name))
     assert model == PRESETS[name].url

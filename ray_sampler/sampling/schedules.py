@@ -38,7 +38,7 @@ class ScheduleOptions:
         None,
         "Spacing of the levels from sigma_max to sigma_min: karras, logsnr (even in ln sigma), linear, cosine, or "
         "shifted (flow time, with --shift) (default: logsnr for unipc, dpmpp_3m and dpmpp_3m_sde at 15 steps or fewer, "
-        "else karras).",
+        "shifted for flow_euler, flow_heun and flow_sde, else karras).",
         recorded=False,
     )
     shift: float = option(1.0, "Shift s of the shifted schedule, t' = s t / (1 + (s - 1) t).", recorded=False)

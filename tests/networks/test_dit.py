@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from ray_sampler.cluster.job import Job, prepare
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.networks import dit
 from ray_sampler.networks.dit import DitOptions, Transformer
-from ray_sampler.networks.family import without_memory
+from ray_sampler.networks.family import DTYPES, without_memory
+from ray_sampler.sampling.parameterisation import Preconditioned
 from ray_sampler.sampling.plan import sample_block
 from tests.loading import loaded
 from tests.networks.reference import FOLDER, numbers
@@ -208,7 +210,9 @@ def test_half_precision_is_near_to_float32(precision: Any) -> None:
     inputs = expected["x"], expected["t"], expected["y"]
     difference = (whole(*inputs) - half(*inputs)).abs().max()
     assert 0 < difference < (4e-3 if precision == "fp16" else 3e-2)
-    assert half.blocks[0].attn.qkv.weight.dtype != half.pos_embed.dtype == torch.float32
+    dtypes = {name: tensor.dtype for name, tensor in half.state_dict().items()}
+    assert dtypes["pos_embed"] == dtypes["blocks.0.adaLN_modulation.1.weight"] == torch.float32
+    assert dtypes["blocks.0.attn.qkv.weight"] == DTYPES[precision]
 
 
 def test_a_network_is_one_graph_for_the_compiler() -> None:
@@ -229,7 +233,7 @@ def test_published_sizes_have_the_published_counts_and_heads() -> None:
     sizes = {(384, 12): 32_963_360, (768, 12): 130_512_416, (1024, 24): 458_102_816, (1152, 28): 675_129_632}
     for (width, depth), count in sizes.items():
         shape = options(input_size=32, width=width, depth=depth, mlp_width=4 * width, label_rows=1001)
-        empty = without_memory(lambda shape=shape: Transformer(shape)).state_dict()
+        empty = without_memory(partial(Transformer, shape)).state_dict()
         assert sum(tensor.numel() for tensor in empty.values()) == count
         assert dit.options_from(empty).num_heads == dit.PUBLISHED_HEADS[width, depth]
     larger = options(input_size=64, width=1152, depth=28, mlp_width=4608, label_rows=1001)
@@ -362,6 +366,7 @@ def test_time_may_run_either_way(tmp_path: Path) -> None:
     for data_at in (0, 1):
         made = job(path, prediction="velocity", data_at=data_at, num_heads=3)
         network, kind = loaded(made.networks["main"]), made.plan.parameterisation
+        assert isinstance(kind, Preconditioned)
         x, y, t = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([1, 2]), torch.tensor(0.3).double()
         own = network(x.float(), torch.full((2,), 1 - 0.3 if data_at else 0.3), y).double()
         v = kind.velocity(network, y)(x, t)
