@@ -17,7 +17,7 @@ from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ray_sampler.errors import RequestError, require
+from ray_sampler.errors import require
 from ray_sampler.options import option
 from ray_sampler.sampling.multistep_solvers import (
     DEIS_ORDERS,
@@ -51,7 +51,15 @@ from ray_sampler.sampling.path_solvers import (
     sde_times,
     table_levels,
 )
-from ray_sampler.sampling.schedules import MOST_STEPS, ScheduleOptions, karras_sigmas, levels_of
+from ray_sampler.sampling.restarts import (
+    RestartOptions,
+    check_intervals,
+    intervals_of,
+    restart_evaluations,
+    restart_identity,
+    snapped,
+)
+from ray_sampler.sampling.schedules import ScheduleOptions, karras_sigmas, levels_of
 
 if TYPE_CHECKING:
     import torch
@@ -94,84 +102,6 @@ def churn_identity(churn: ChurnOptions) -> dict[str, Any]:
     """What decides a sample: the rest only where there is churn."""
     rest = {"s_tmin": float(churn.s_tmin), "s_tmax": str(float(churn.s_tmax)), "s_noise": float(churn.s_noise)}
     return {"s_churn": float(churn.s_churn)} | (rest if churn.s_churn > 0 else {})
-
-
-class Restart(NamedTuple):
-    """One interval that is sampled again (Xu et al. 2023): [sigma_min, sigma_max], with N - 1 steps, K times."""
-
-    points: int
-    """N: levels of the interval, both ends included."""
-    times: int
-    """K."""
-    sigma_min: float
-    sigma_max: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class RestartOptions(AddedNoise):
-    """Intervals that --sampler restart samples again."""
-
-    restarts: str = option(
-        "",
-        "Intervals that restart samples again: N,K,tmin,tmax;... means K times from tmax to tmin on N levels.",
-        recorded=False,
-    )
-
-    def check(self) -> None:
-        """Raises RequestError: the text is not a list of intervals."""
-        intervals_of(self)
-
-
-def intervals_of(options: RestartOptions) -> tuple[Restart, ...]:
-    """The intervals that --restarts gives. Raises RequestError: the text is not a list of intervals."""
-    try:
-        parts = [part.split(",") for part in options.restarts.split(";") if part.strip()]
-        return tuple(Restart(int(n), int(k), float(low), float(high)) for n, k, low, high in parts)
-    except ValueError:
-        raise RequestError(
-            f"--restarts is {options.restarts!r}; it must be N,K,tmin,tmax for each interval, with semicolons between "
-            "them, as in 3,2,0.06,0.30"
-        ) from None
-
-
-def check_intervals(schedule: ScheduleOptions, options: RestartOptions) -> None:
-    """Raises RequestError: there is no interval, or one is wrong, or ends nowhere on the schedule."""
-    intervals = intervals_of(options)
-    require(bool(intervals), "--restarts is missing; --sampler restart needs intervals, as in 3,2,0.06,0.30")
-    levels = levels_of(schedule).tolist()
-    for each in intervals:
-        shown = f"{each.points},{each.times},{each.sigma_min:g},{each.sigma_max:g}"
-        require(
-            each.points >= 2 and each.times >= 1 and 0 < each.sigma_min < each.sigma_max < inf,
-            f"--restarts has {shown}; it must be N,K,tmin,tmax with N at least 2, K at least 1 and 0 < tmin < tmax",
-        )
-        require(
-            each.points * each.times <= MOST_STEPS,
-            f"--restarts has {shown}; it must be at most {MOST_STEPS} steps, K times N",
-        )
-        at = snapped(each, levels)
-        require(
-            at > 0 and levels[at] < each.sigma_max,
-            f"--restarts has {shown}, and the level nearest to tmin is {levels[at]:g}; it must be below tmax, and "
-            "not the first",
-        )
-
-
-def restart_identity(options: RestartOptions) -> dict[str, Any]:
-    """What decides a sample, by effective value."""
-    texts = (f"{r.points},{r.times},{r.sigma_min!r},{r.sigma_max!r}" for r in intervals_of(options))
-    return {"restarts": ";".join(texts), "s_noise": float(options.s_noise)}
-
-
-def restart_evaluations(steps: int, options: RestartOptions) -> int:
-    """Of the denoiser for one sample: of heun, and in the intervals."""
-    return 2 * steps - 1 + sum(each.times * 2 * (each.points - 1) for each in intervals_of(options))
-
-
-def snapped(restart: Restart, levels: list[float]) -> int:
-    """Where among falling levels an interval ends: at the positive one that is nearest to its sigma_min."""
-    positive = [i for i, level in enumerate(levels) if level > 0]
-    return min(positive, key=lambda i: abs(levels[i] - restart.sigma_min))
 
 
 def add_churn(x: Tensor, sigmas: Tensor, i: int, noise: Noise, churn: Churn) -> tuple[Tensor, Tensor]:

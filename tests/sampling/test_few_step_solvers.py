@@ -17,8 +17,9 @@ from ray_sampler.errors import RequestError
 from ray_sampler.sampling.multistep_solvers import IndexOptions, OrderOptions, SdeOptions, deis_weights, unipc_weights
 from ray_sampler.sampling.noise import make_draws, philox_normals
 from ray_sampler.sampling.options import NoiseOptions
+from ray_sampler.sampling.restarts import RestartOptions
 from ray_sampler.sampling.schedules import ScheduleOptions, levels_of
-from ray_sampler.sampling.solvers import SOLVERS, NoOptions, RestartOptions
+from ray_sampler.sampling.solvers import SOLVERS, NoOptions
 from tests.sampling import reference_solvers as reference
 from tests.sampling.mixture import STD, gaussian, gaussian_flow, mixture, no_noise, of_levels, start
 
