@@ -32,7 +32,7 @@ __version__ = "0.2.0"
 
 
 def run(config: RunConfig) -> RunResult:
-    """Fill the archive that `config` asks for; go on where an earlier run of it stopped.
+    """Fill the archive that `config` asks for; continue where an earlier run of it stopped.
 
     Uses the Ray that this process is connected to, or that config.address or RAY_ADDRESS names, else starts a local one
     and stops it.
@@ -42,7 +42,7 @@ def run(config: RunConfig) -> RunResult:
 
     Raises:
         RequestError: the request is wrong; nothing was written.
-        RunError: the run failed or is incomplete; what was finished is kept, and the same call goes on with it.
+        RunError: the run failed or is incomplete; finished samples are kept, and the same call continues.
     """
     from ray_sampler.cluster.driver import run as drive
 

@@ -166,8 +166,8 @@ def leave(code: int) -> int:
 
 
 def interrupted(argv: Sequence[str]) -> str:
-    again = "run the same command again to go on" if argv[:1] == ["sample"] else "run it again"
-    return f"interrupted; what was finished is kept: {again}"
+    again = "run the same command again to resume" if argv[:1] == ["sample"] else "run it again"
+    return f"interrupted; finished samples are kept: {again}"
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:

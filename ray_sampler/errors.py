@@ -16,6 +16,11 @@ class RunError(RuntimeError):
     """The run failed or is incomplete: one sentence that says why and what to do."""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 shard", "2 shards"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def debugging() -> bool:
     """Whether RAY_SAMPLER_DEBUG asks for the tracebacks of errors that become sentences."""
     return os.environ.get("RAY_SAMPLER_DEBUG", "0") not in ("", "0")

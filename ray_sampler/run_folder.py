@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ray_sampler.errors import RequestError, RunError, printable
+from ray_sampler.errors import RequestError, RunError, counted, printable
 from ray_sampler.reporting.scores import read_scores
 from ray_sampler.reporting.sheet import PREVIEW, Sheet
 from ray_sampler.reporting.status import FragmentFact, Status, render, status
@@ -41,7 +41,7 @@ def open_run(url: str) -> tuple[RunDir, dict[str, Any]]:
     run_dir = RunDir(url)
     run = run_dir.read_run()
     if run is None:
-        raise RequestError(f"{run_dir.url} holds no run.json; give the --output of a run")
+        raise RequestError(f"{run_dir.url} is not a run directory (no run.json); give the --output of a run")
     if not run.keys() >= NEEDED:
         raise RequestError(f"{run_dir.url}/run.json is not one of ray-sampler's; give the --output of a run")
     return run_dir, run
@@ -140,7 +140,7 @@ def verify_run(url: str) -> int:
         print(printable(f"rejected {name}: {reason}", None))
     gaps = missing(cover(found.records, run["num_samples"]), run["num_samples"])
     keys = {str(record.computed_by.get("numerics_key")) for record in found.records.values()}
-    print(f"{len(found.records)} fragments OK, {len(found.rejected)} rejected")
+    print(f"{counted(len(found.records), 'fragment')} OK, {len(found.rejected)} rejected")
     for folder, product in products.items():
         print(printable(f"{folder}: {len(product.records)} OK, {len(product.rejected)} rejected", None))
     if len(keys) > 1:

@@ -36,20 +36,20 @@ NOTHING_BUT_NON_FINITE = 50
 else."""
 
 SILENCE_FACTOR = 10
-"""An actor is silent when it gave no sign for so many times the median shard, and for the timeout at least."""
+"""An actor is silent after this multiple of the median shard time without a sign, and at least the timeout."""
 
 START_FACTOR = 3
-"""A start may take so many times that long: networks are compiled in it."""
+"""A start may take this many times longer: networks are compiled in it."""
 
 START_S = 180.0
-"""And so many seconds at least: Ray 2.60 gives actors to a frozen node until it declares it dead, and only then
+"""Minimum start timeout in seconds: Ray 2.60 schedules onto a frozen node until it declares it dead, and only then
 gives them elsewhere."""
 
 BROKEN_AFTER = 2
 """Shards in a row that raise on an actor before it is replaced: its device may be broken, and theirs not the fault."""
 
 STRAGGLER_FACTOR = 2
-"""A shard straggles when it has taken so many times the median."""
+"""A shard straggles when it has taken this multiple of the median."""
 
 
 @dataclass

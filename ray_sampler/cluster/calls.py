@@ -100,7 +100,7 @@ class RayCalls:
         return set(cluster_state.get_draining_nodes())
 
     def dead(self, nodes: Collection[str]) -> set[str]:
-        """Ray 2.60 reports the death of a node after tens of seconds; whether it still listens says so at once."""
+        """Ray 2.60 reports the death of a node after tens of seconds; whether it still listens shows that at once."""
         if not nodes:
             return set()
         found = {node["NodeID"]: node for node in ray.nodes() if node["NodeID"] in nodes}

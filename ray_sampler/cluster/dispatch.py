@@ -23,7 +23,7 @@ from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.pool import Pool, reason_of
 from ray_sampler.cluster.session import shared, start_failure, why_unplaced, worker_starting
 from ray_sampler.cluster.worker import IMAGES, Task, TaskResult
-from ray_sampler.errors import RequestError, RunError
+from ray_sampler.errors import RequestError, RunError, counted
 from ray_sampler.reporting.progress import Rates, Reporter, Snapshot
 from ray_sampler.reporting.summary import Timeline
 from ray_sampler.sampling.engine import NonFiniteError, OutOfDeviceMemoryError
@@ -159,7 +159,7 @@ class Dispatch:
         """When the output began to refuse writes."""
         self.given_up: dict[Task, str] = {}
         self.told_unplaced = False
-        """Whether the user knows that no actor has a place."""
+        """Whether the user knows that no actor could be scheduled."""
 
     def run(self) -> dict[Task, str]:
         """Compute everything; returns the shards that were given up, with the reason.
@@ -194,14 +194,14 @@ class Dispatch:
         return self.given_up
 
     def _check_placement(self) -> None:
-        """Say what no actor gets. Raises RunError: no other machine will come to a Ray of our own."""
+        """Report resources that no actor gets. Raises RunError: no other machine can join a local Ray."""
         unplaced_s, fleet = self.pool.unplaced_s(), self.pool.fleet
         if unplaced_s < PLACE_S:
             self.told_unplaced = False
         elif not fleet.local:
             if not self.told_unplaced:
                 self.told_unplaced = True
-                self.reporter.message(f"no actor has a place in {unplaced_s:.0f} s: {why_unplaced(fleet)}", "warning")
+                self.reporter.message(f"no actor has started in {unplaced_s:.0f} s: {why_unplaced(fleet)}", "warning")
         elif not shared() and (unplaced_s > WORKER_START_S or not worker_starting()):
             raise RunError(f"no actor has started on this machine in {unplaced_s:.0f} s: {why_unplaced(fleet)}")
 
@@ -268,7 +268,7 @@ class Dispatch:
             RunError: one actor after another dies.
         """
         self._count_failure(lost.tasks)
-        self.reporter.message(f"lost an actor; its {len(lost.tasks)} shards go to others: {lost.reason}", "warning")
+        self.reporter.message(f"lost an actor; requeued {counted(len(lost.tasks), 'shard')}: {lost.reason}", "warning")
         if not lost.died:
             for shard in reversed(lost.tasks):
                 self._return(shard, front=shard not in self.suspects, give_up=False)
@@ -346,8 +346,8 @@ class Dispatch:
         now = self.now()
         if self.refused_since is None:
             self.refused_since = now
-            shown = f"samples {shard.start} to {shard.stop - 1} failed, and others would as well"
-            self.reporter.message(f"{shown}; tried again for {REFUSED_S:.0f} s: {reason}", "warning")
+            shown = f"samples {shard.start} to {shard.stop - 1} could not be written"
+            self.reporter.message(f"{shown}; retrying for {REFUSED_S:.0f} s: {reason}", "warning")
         elif now - self.refused_since >= REFUSED_S:
             raise RunError(reason)
         self._return(shard, front=False, give_up=False)

@@ -25,7 +25,7 @@ from ray_sampler.cluster.shipping import Shipped, ship
 from ray_sampler.cluster.tasks import Damage, show_task
 from ray_sampler.cluster.worker import Loaded, RunSpec, Task, TaskResult
 from ray_sampler.config import RunConfig
-from ray_sampler.errors import RunError, require
+from ray_sampler.errors import RunError, counted, require
 from ray_sampler.options import of
 from ray_sampler.reporting.options import ReportingOptions
 from ray_sampler.reporting.progress import Reporter, reporter
@@ -45,7 +45,7 @@ REPAIR_ROUNDS = 5
 LOOK_S = 0.2
 
 PADDING_SHARE = 0.25
-"""Of the samples: so many images may be computed beyond them before the run says so."""
+"""Share of the samples that may be computed in excess before the run warns."""
 
 
 Summary = dict[str, Any]
@@ -62,13 +62,13 @@ class RunResult(NamedTuple):
 
 
 def run(config: RunConfig) -> RunResult:
-    """Fill the archive that `config` asks for; go on where an earlier run of it stopped.
+    """Fill the archive that `config` asks for; continue where an earlier run of it stopped.
 
     Uses the Ray that this process is connected to, or the one at config.address or RAY_ADDRESS, else starts its own.
 
     Raises:
         RequestError: the request is wrong; nothing was written.
-        RunError: the run failed or is incomplete; what was finished is kept.
+        RunError: the run failed or is incomplete; finished samples are kept.
     """
     require(isinstance(config, RunConfig), f"run takes a RunConfig, not {config!r}; give run(RunConfig(...))")
     began = time.monotonic()
@@ -87,7 +87,7 @@ def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> 
 
     Raises:
         RequestError: a directory was taken by another run meanwhile.
-        RunError: a job failed or is incomplete; what was finished, of it and of the others, is kept.
+        RunError: a job failed or is incomplete; finished samples, of it and of the others, are kept.
     """
     began = time.monotonic() if began is None else began
     results: dict[int, RunResult] = {}
@@ -161,7 +161,7 @@ class Filling:
     ) -> None:
         self.jobs = jobs
         self.done = done
-        """The summaries of those whose archives stand."""
+        """The summaries of those with complete archives."""
         self.tried = tried
         """Whether the user's networks among theirs have been called once."""
         self.report = report
@@ -190,7 +190,7 @@ class Filling:
         """The networks, once they are in the object store."""
 
     def run(self) -> list[RunResult]:
-        """Sample what is missing and merge, until every archive stands.
+        """Sample what is missing and merge, until every archive is complete.
 
         Raises:
             RunError: one does not; those that can be finished are.
@@ -254,7 +254,7 @@ class Filling:
             return None if all(f is None for f in found) else [task for f in found for task in f or ()]
 
         def claim_rest() -> None:
-            """What --overwrite deletes stands until an actor has started: the request may fail before."""
+            """--overwrite deletes only after an actor has started: the request may fail before."""
             for job in self.unclaimed:
                 claim(job)
             self.unclaimed = []
@@ -283,8 +283,8 @@ class Filling:
             return None
         ranges = "; ".join(f"{t.start} to {t.stop - 1}: {reason}" for t, reason in list(given_up.items())[:3])
         return RunError(
-            f"{len(given_up)} shards could not be sampled (samples {ranges}); the others are kept, "
-            "and the same command tries these again"
+            f"{counted(len(given_up), 'shard')} could not be sampled (samples {ranges}); the rest is kept: "
+            "run the same command again to retry"
         )
 
     def _pool(self, tasks: int, generate: bool) -> AbstractContextManager[Pool]:
@@ -339,7 +339,7 @@ class Filling:
 
 
 def tiles_of_task(job: Job, closing: Event, wanted: Mapping[FragmentName, Sequence[int]]) -> dict[int, Tile]:
-    """Have a task read tiles, so that no picture passes through the driver; waits on a thread of its own.
+    """Have a task read tiles, so that no picture passes through the driver; waits on a separate thread.
 
     Raises:
         RunError: the task failed, or the run ends.

@@ -80,8 +80,8 @@ class Extraction:
             ).run()
         for task, reason in given_up.items():
             raise RunError(
-                f"features of the pictures {task.start} to {task.stop - 1} could not be made: {reason}; the others "
-                "are kept, and the same command tries these again"
+                f"features of the pictures {task.start} to {task.stop - 1} could not be computed: {reason}; the rest "
+                "is kept: run the same command again to retry"
             )
         return made
 

@@ -15,7 +15,7 @@ import psutil
 
 def end_with_the_driver() -> None:
     sys.stdin.buffer.read()
-    for process in psutil.Process().children(recursive=True):  # Ray gives each worker a group of its own
+    for process in psutil.Process().children(recursive=True):  # Ray puts each worker into a separate group
         with suppress(psutil.Error):
             process.kill()
     os.killpg(0, signal.SIGKILL)
@@ -29,7 +29,7 @@ def hold(num_cpus: int) -> None:
     ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, log_to_driver=False, logging_level=40)
     print(f"ray is at {ray.get_runtime_context().gcs_address}", flush=True)
     null = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):  # which nobody reads any more
+    for descriptor in (1, 2):  # which are not read any more
         os.dup2(null, descriptor)
     waiting.join()
 

@@ -53,13 +53,13 @@ class Job:
     """Absolute path or URL of the run directory, credentials and all: not to be shown."""
     run_dir: RunDir
     there: dict[str, Any] | None
-    """The content of the run.json that stands in it."""
+    """The content of its run.json."""
     networks: dict[str, Network]
     """By role."""
     gpus: float
     """GPUs of an actor."""
     local: bool
-    """Whether a Ray of our own, on this machine alone, computes the run."""
+    """Whether a local Ray, on this machine alone, computes the run."""
     identity: dict[str, Any]
     products: Mapping[str, Product]
     """What is made of the samples beside their fragments, by name."""
@@ -190,11 +190,11 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     resolved, plan, decided = settle(config, name, brought, networks, gpus, earlier)
     if not (config.output or config.overwrite) and None in (spec.sigma_min, spec.sigma_max):
         first = settle(config, name, brought, networks, gpus, {"sigma_min": LEVELS[0], "sigma_max": LEVELS[1]})
-        if os.path.isdir(default_output(name, fingerprint(first[2]))):  # begun before kinds had ranges of their own
+        if os.path.isdir(default_output(name, fingerprint(first[2]))):  # begun before kinds had different ranges
             resolved, plan, decided = first
     output = config.output or default_output(name, fingerprint(decided))
     run_dir = run_dir or RunDir(output)
-    output = run_dir.url if run_dir.is_local else output  # actors have working directories of their own
+    output = run_dir.url if run_dir.is_local else output  # actors have other working directories
     if not (config.output or config.overwrite):
         there = run_dir.read_run()
     scoring = scoring_of(resolved, plan)
@@ -260,7 +260,7 @@ def open_guide(name: str, settings: Mapping[str, Any], guided: NetworkSpec) -> N
 
 
 def hash_of(role: str, network: Network) -> str:
-    """What stands for a network in the fingerprint: the main one's architecture is there beside its weights."""
+    """What identifies a network in the fingerprint: the main one's architecture is there beside its weights."""
     return network.weights if role == MAIN else fingerprint(network.spec.identity(network.weights))
 
 
@@ -290,7 +290,7 @@ def tried(job: Job) -> list[str] | None:
 
 
 def refuse_another(job: Job, there: dict[str, Any] | None) -> None:
-    """Refuse a directory that holds another run, naming each setting that differs.
+    """Refuse a directory of a run with other settings, naming each setting that differs.
 
     Raises:
         RequestError: it does.
@@ -301,12 +301,12 @@ def refuse_another(job: Job, there: dict[str, Any] | None) -> None:
     keys = [key for key in earlier.keys() | job.identity.keys() if earlier.get(key) != job.identity.get(key)]
     keys.sort(key=lambda key: (key not in ("model", "weights"), key))
     differences = ", ".join(
-        f"{printable(key)} {short(earlier.get(key))} there and {short(job.identity.get(key))} here" for key in keys
+        f"{printable(key)} {short(earlier.get(key))}, not {short(job.identity.get(key))}" for key in keys
     )
     known = bundled_name(earlier.get("weights")) if "weights" in keys else None
     begun = f", among them --model {known}, whose weights it was begun with" if known else ""
     raise RequestError(
-        f"{job.run_dir.url} holds another run: {differences or 'its fingerprint differs'}; "
+        f"{job.run_dir.url} belongs to a run with other settings ({differences or 'its fingerprint differs'}); "
         f"give another --output, the same settings{begun}, or --overwrite"
     )
 
@@ -354,7 +354,7 @@ def short(value: Any) -> str:
 
 
 def claim(job: Job) -> None:
-    """Make the run directory this run's, or go on with it as it is.
+    """Make the run directory this run's, or continue with it as it is.
 
     Raises:
         RequestError: another run was quicker.
@@ -362,7 +362,7 @@ def claim(job: Job) -> None:
     """
     if job.overwrite:
         job.run_dir.delete()
-    # A run that stands already is only read: a finished one may lie where nothing can be written.
+    # An existing run is only read: a finished one may be where nothing can be written.
     there = job.there
     if there is None:
         there = job.run_dir.create_run(job.record())

@@ -127,12 +127,12 @@ def threads_of(user: int) -> int:
 
 
 def ray_folder() -> str:
-    """Where a Ray of our own keeps its sockets and logs, by Ray's rule. Absolute: its processes work in other ones."""
+    """Where the local Ray keeps its sockets and logs, by Ray's rule. Absolute: its processes have other folders."""
     return os.path.abspath(os.path.join(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")), "ray"))
 
 
 def check_machine() -> None:
-    """Check what a Ray of our own needs of this machine, where Ray would fail late or without a word.
+    """Check what the local Ray needs of this machine, where Ray would fail late or silently.
 
     Raises:
         RequestError: its folder cannot be written.

@@ -81,7 +81,7 @@ def members_of(layout: ArchiveLayout) -> list[tuple[str, int, int]]:
 
 
 def already_done(job: Job) -> dict[str, Any] | None:
-    """The summary of the finished run that stands there, if its archive is what this run would write, and whole."""
+    """The summary of a finished run in the directory, if its archive is complete and what this run would write."""
     text = None if job.overwrite else job.run_dir.read_file(SUMMARY)
     try:
         summary: dict[str, Any] = json.loads(text) if text else {}

@@ -1,4 +1,4 @@
-"""A Ray of our own is a child process (`head.py`), which a thread starts, joins and ends; it joins clusters too.
+"""The local Ray is a child process (`head.py`), which a thread starts, joins and ends; it joins clusters too.
 
 A thread does it, as Ray puts its own answers to signals in place on the main thread, as half a connection cannot be
 undone, and as whoever waits for a thread can stop waiting. What it starts inherits from it that signals are blocked:
@@ -63,8 +63,8 @@ AGENT = re.compile(r"/(dashboard|runtime_env)/agent\b|ray::(DashboardAgent|Runti
 """Processes of Ray without which a run cannot continue: a raylet ends when an agent of it does."""
 
 LOST = (
-    "the local Ray ended unexpectedly ({name} is gone: killed, or out of memory); what was finished is kept: "
-    "run the same command again to go on"
+    "the local Ray ended unexpectedly ({name} is gone: killed, or out of memory); finished samples are kept: "
+    "run the same command again to resume"
 )
 
 latest: Keeper | None = None
@@ -75,22 +75,22 @@ class Keeper:
     """One connection of this process to Ray.
 
     Args:
-        address: of a cluster; None starts a Ray of our own.
+        address: of a cluster; None starts a local Ray.
     """
 
     def __init__(self, address: str | None) -> None:
         self.address = address
         self.users = 1
         self.head: subprocess.Popen[bytes] | None = None
-        """The process of our own Ray."""
+        """The process of the local Ray."""
         self.failure: BaseException | None = None
         self.ready = threading.Event()
         """Connected, or failed."""
         self.done = threading.Event()
-        """Nobody needs it any more."""
+        """It is not needed any more."""
         self.gone = threading.Event()
-        """Nothing of it is left. The thread does not tell: in Python 3.11 it counts as ended as soon as somebody is
-        interrupted who waits for its end."""
+        """Nothing of it is left. The thread's state is not enough: in Python 3.11 it counts as ended as soon as
+        a waiting thread is interrupted."""
         self.thread = threading.Thread(target=self._keep, name="ray", daemon=True)
 
     def start(self) -> None:
@@ -112,7 +112,7 @@ class Keeper:
             raise self.failure
 
     def stop(self) -> None:
-        """Disconnect, and end a Ray of our own."""
+        """Disconnect, and end a local Ray."""
         self.done.set()
         if self.thread.ident is not None:
             self.gone.wait(END_S)
@@ -138,7 +138,7 @@ class Keeper:
 
 
 def start_head(num_cpus: int) -> subprocess.Popen[bytes]:
-    """Start a Ray of our own, in a process group of its own."""
+    """Start a local Ray, in a separate process group."""
     variables = os.environ | own_token()
     variables |= {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray takes 127.0.0.1 for the node's address and listens there only
@@ -154,7 +154,7 @@ def start_head(num_cpus: int) -> subprocess.Popen[bytes]:
 
 
 def up(num_cpus: int, unwanted: threading.Event) -> tuple[subprocess.Popen[bytes], str]:
-    """Start a Ray of our own, and wait until it is up; returns its process and address.
+    """Start a local Ray, and wait until it is up; returns its process and address.
 
     Parts of Ray 2.60 wait 15 or 30 s for each other, which may not do on a busy machine: then it is started again.
 
@@ -188,7 +188,7 @@ def address_of(head: subprocess.Popen[bytes], unwanted: threading.Event, deadlin
                 failure = FAILURE.search(said)
                 raise RunError(why_not_started(failure[1].decode() if failure else "its process ended", head))
             said += more
-    # Ray would take 127.0.0.1 for this machine's address on its network, where a Ray of our own does not listen.
+    # Ray would take 127.0.0.1 for this machine's address on its network, where the local Ray does not listen.
     return f"0.0.0.0:{found[1].decode()}"
 
 
@@ -198,7 +198,7 @@ def pipe(stream: IO[bytes] | None) -> IO[bytes]:
 
 
 def join_head(head: subprocess.Popen[bytes], address: str) -> None:
-    """Connect this process to a Ray of our own.
+    """Connect this process to the local Ray.
 
     Raises:
         RunError: Ray cannot.
@@ -234,7 +234,7 @@ def environment(**variables: str) -> Iterator[None]:
 
 
 def end(head: subprocess.Popen[bytes]) -> None:
-    """Kill all processes of our own Ray, and wait until they have ended.
+    """Kill all processes of the local Ray, and wait until they have ended.
 
     They are stopped first: one that dies leaves its children to somebody else, those that it just starts among them.
     """
@@ -260,7 +260,7 @@ def end(head: subprocess.Popen[bytes]) -> None:
 
 
 def below(head: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The processes of our own Ray but the first."""
+    """The processes of the local Ray except the first."""
     with suppress(psutil.Error):
         return list(psutil.Process(head.pid).children(recursive=True))
     return []
@@ -281,7 +281,7 @@ def lost(process: psutil.Process) -> bool:
 
 
 def worker_starting(head: subprocess.Popen[bytes]) -> bool:
-    """Whether a worker process of our own Ray is on its way to the point at which Ray counts it."""
+    """Whether a worker process of the local Ray is on its way to the point at which Ray counts it."""
     for process in below(head):
         with suppress(psutil.Error):
             if "default_worker.py" in " ".join(process.cmdline()):  # it is renamed once it is there
@@ -290,7 +290,7 @@ def worker_starting(head: subprocess.Popen[bytes]) -> bool:
 
 
 def session_logs(head: subprocess.Popen[bytes]) -> Path | None:
-    """Where a Ray of our own keeps its logs."""
+    """Where the local Ray keeps its logs."""
     found = glob.glob(f"{glob.escape(ray_folder())}/session_*_{head.pid}/logs")
     return Path(found[0]) if found else None
 
@@ -330,7 +330,7 @@ def why_not_started(said: str, head: subprocess.Popen[bytes]) -> str:
 
 @contextmanager
 def watched(head: subprocess.Popen[bytes]) -> Iterator[None]:
-    """While a Ray of our own is used: where it dies, a command ends with one sentence and exit code 1.
+    """While a local Ray is used: if it dies, a command ends with one sentence and exit code 1.
 
     Ray 2.60 ends this process then, without a word of what to do. From Python the sentence is logged; what Ray raises,
     or its end of the process, follows.
@@ -364,7 +364,7 @@ def watch(pids: dict[int, str], over: int) -> None:
     poll.register(over, select.POLLIN | select.POLLHUP)
     names: dict[int, str] = {}
     for pid, name in pids.items():
-        with suppress(OSError, AttributeError):  # it is gone already, or this system tells of no process's end
+        with suppress(OSError, AttributeError):  # it is gone already, or this system cannot watch processes
             descriptor = os.pidfd_open(pid)
             names[descriptor] = name
             poll.register(descriptor, select.POLLIN)

@@ -40,7 +40,7 @@ NEVER_RAN = "never ran"
 """What Ray 2.60 says of an actor that still waited at a node when that one died."""
 
 LOOK_S = 1.0
-"""Stragglers are looked for so many seconds apart at most, where there was none."""
+"""Maximum seconds between searches for stragglers while there is none."""
 
 LOOKS = 40
 """How often silent actors are looked for within the time after which an actor is silent."""
@@ -321,7 +321,7 @@ class Pool:
         return Finished(shard, result)
 
     def _take(self, member: Member, ref: Any) -> Task:
-        """The shard that a reference stands for, which the actor has no longer."""
+        """The shard of a reference, removed from the actor."""
         del self.owners[ref]
         return member.tasks.pop(ref)
 

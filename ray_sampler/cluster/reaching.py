@@ -122,7 +122,7 @@ def own_token() -> dict[str, str]:
 
 
 def check_command_line() -> None:
-    """Raises RequestError: an argument is not text, and Ray tells a cluster's dashboard about the command line."""
+    """Raises RequestError: an argument is not text, and Ray sends the command line to a cluster's dashboard."""
     for argument in sys.argv:
         try:
             argument.encode()

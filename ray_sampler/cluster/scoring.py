@@ -53,7 +53,7 @@ def scored_run(job: Job, report: Reporter) -> dict[str, Any]:
 
 
 def standing_scores(job: Job) -> dict[str, Any] | None:
-    """The content of the scores.json that stands in a run's directory, if it is what the run asks for."""
+    """The content of the scores.json in a run's directory, if it is what the run asks for."""
     scores = read_scores(job.run_dir)
     return scores if scores and job.scoring and job.scoring.answered_by(scores, job.num_samples) else None
 

@@ -1,4 +1,4 @@
-"""A connection to Ray: the cluster that was asked for, one that is already connected, or a local one of our own."""
+"""A connection to Ray: the cluster that was asked for, one that is already connected, or a local one."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Fleet:
     cpus: int
     max_actors: int
     local: bool = field(default=False, compare=False)
-    """Whether they are on a Ray of our own."""
+    """Whether they are on a local Ray."""
 
 
 class Place(NamedTuple):
     """Where a run is computed."""
 
     local: bool
-    """Whether by a Ray of our own, on this machine alone."""
+    """Whether by a local Ray, on this machine alone."""
     gpus: float
     """Of an actor."""
 
@@ -132,7 +132,7 @@ def hold(found: tuple[str, str] | None) -> Keeper:
     """One more user of this process's connection to Ray, which is made if there is none.
 
     Args:
-        found: a cluster's address, and where it was given; None for a Ray of our own.
+        found: a cluster's address, and where it was given; None for a local Ray.
     """
     address, given = found or (None, "--address is not given")
     if HELD:
@@ -186,12 +186,12 @@ def join(address: str, given: str, keeper: Keeper) -> None:
 
 
 def own_head() -> subprocess.Popen[bytes] | None:
-    """The process of our own Ray, if there is one."""
+    """The process of the local Ray, if there is one."""
     return next((keeper.head for keeper in HELD), None)
 
 
 def worker_starting() -> bool:
-    """Whether a worker process of our own Ray is on its way to the point at which Ray counts it."""
+    """Whether a worker process of the local Ray is on its way to the point at which Ray counts it."""
     head = own_head()
     return head is not None and own_ray.worker_starting(head)
 
@@ -230,7 +230,7 @@ def gpus_per_actor(options: FleetOptions) -> float:
 
 
 def check_own(options: FleetOptions) -> None:
-    """Check that this machine has room for an actor, as no other one will come to a Ray of our own.
+    """Check that this machine has room for an actor, as no other one can join a local Ray.
 
     Raises:
         RequestError: it has not.
@@ -281,7 +281,7 @@ def plan_fleet(options: FleetOptions, gpus: float, shards: int, local: bool) -> 
 
 
 def why_unplaced(fleet: Fleet) -> str:
-    """Why no actor has a process yet: what is asked for, and what is free or, of our own Ray, what its log says."""
+    """Why no actor has a process yet: what is asked for, and what is free or, for the local Ray, what its log says."""
 
     def shown(cpus: float, gpus: float) -> str:
         return count(cpus, "CPU") + (f" and {count(gpus, 'GPU')}" if fleet.gpus else "")
@@ -297,7 +297,7 @@ def why_unplaced(fleet: Fleet) -> str:
 
 
 def start_failure(reason: str, fleet: Fleet) -> str:
-    """Why an actor did not start, with what this machine says of it where it is on a Ray of our own."""
+    """Why an actor did not start, with what this machine reports of it on a local Ray."""
     killed = killed_for_memory() if fleet.local else 0
     if not killed:
         return reason

@@ -23,7 +23,7 @@ LAST_PARTS = 4
 """Parts into which each of the last shards is cut."""
 
 ELASTIC_ACTORS = 8
-"""A cluster may grow: it counts as having room for so many actors, at least."""
+"""Minimum number of actors that an autoscaling cluster counts for."""
 
 MANY = 10**9
 

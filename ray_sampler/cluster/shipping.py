@@ -95,7 +95,7 @@ def pickled_by_value(
         take: is given each tensor, and returns its number.
 
     Raises:
-        RequestError: a user's network cannot travel to another process; names what stands in the way.
+        RequestError: a user's network cannot travel to another process; names the obstacle.
     """
     own = network.own or bool(network.by_value)
     with beside_user() if own else nullcontext():  # pickling may call code of a user's network

@@ -1,4 +1,4 @@
-"""Spot notices: ask the cloud's metadata service whether this node will go, and have Ray drain it when it says so.
+"""Spot notices: ask the cloud's metadata service whether this node will be reclaimed, and then have Ray drain it.
 
 Ray hears of no notice by itself. A node that drains gets no new work, and leaves the cluster when what it has is done.
 AWS: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html; Google Cloud:
@@ -41,7 +41,7 @@ def ask(url: str, headers: Mapping[str, str], method: str = "GET") -> str | None
     """What a metadata service answers; None where it has nothing of that name.
 
     Raises:
-        OSError, HTTPException: it does not answer as it should.
+        OSError, HTTPException: its answer is unexpected.
     """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # which would ask about its own machine
     try:
@@ -54,7 +54,7 @@ def ask(url: str, headers: Mapping[str, str], method: str = "GET") -> str | None
 
 
 def aws_notice() -> float | None:
-    """Seconds until AWS takes this machine away; None while it has not said so. Speaks version 2 of its service."""
+    """Seconds until AWS reclaims this machine; None without a notice. Uses version 2 of its metadata service."""
     service = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/") + "/latest"
     token = ask(f"{service}/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
     notice = ask(f"{service}/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token or ""})
@@ -65,7 +65,7 @@ def aws_notice() -> float | None:
 
 
 def google_notice() -> float | None:
-    """Seconds until Google takes this machine away, about; None while it has not said so."""
+    """Seconds until Google reclaims this machine, about; None without a notice."""
     host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
     url = f"http://{host}/computeMetadata/v1/instance/preempted"
     return GOOGLE_S if ask(url, {"Metadata-Flavor": "Google"}) == "TRUE" else None

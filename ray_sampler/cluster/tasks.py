@@ -136,4 +136,4 @@ def show(output: str, fingerprint: str, wanted: Mapping[FragmentName, Sequence[i
 
 show_task = ray.remote(num_cpus=0, max_retries=0)(show)
 check_task = ray.remote(num_cpus=0, max_retries=3)(check_fragments)
-merge_task = ray.remote(num_cpus=0, max_retries=0)(merge_fragments)  # the driver starts it again, and says so
+merge_task = ray.remote(num_cpus=0, max_retries=0)(merge_fragments)  # the driver starts it again, with a warning

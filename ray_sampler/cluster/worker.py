@@ -117,7 +117,7 @@ class TaskResult:
     upload_s: float
     """Encoding and writing."""
     said: tuple[str, ...] = ()
-    """Lines that the actor printed since it said some last, each different one once."""
+    """Lines that the actor printed since the last call, each different one once."""
 
 
 class HiddenError(RunError):

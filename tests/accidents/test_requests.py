@@ -104,7 +104,7 @@ def test_another_dash_before_a_flag_is_named(dash: str, before: list[str], capsy
 
 
 def test_a_folder_may_begin_with_another_dash(capsys):
-    assert "\u2014x holds no run.json" in refusal(["status", "\u2014x"], capsys)
+    assert "\u2014x is not a run directory" in refusal(["status", "\u2014x"], capsys)
 
 
 @pytest.mark.parametrize("argv", [["sample", "--dry_run"], ["inspect", "digits"], ["status", "run"], ["presets"]])

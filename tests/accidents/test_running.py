@@ -26,7 +26,7 @@ pytestmark = pytest.mark.accidents
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [part for name, value in (TINY | SMALL).items() for part in (f"--{name}", str(value))]
-SENTENCE = "ray-sampler: interrupted; what was finished is kept: run the same command again to go on"
+SENTENCE = "ray-sampler: interrupted; finished samples are kept: run the same command again to resume"
 USER = 4242
 """A user without a passwd entry."""
 

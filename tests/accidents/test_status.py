@@ -86,7 +86,7 @@ def test_a_refusal_quotes_run_json_without_its_escapes(configure: Configure, sam
     path.write_text(json.dumps(run | {"identity": identity, "fingerprint": fingerprint(identity)}))
     assert main(["sample", *flags_of(configure())]) == 2
     said = capsys.readouterr()
-    assert "holds another run" in said.err
+    assert "belongs to a run with other settings" in said.err
     assert all(line.isprintable() for line in (said.out + said.err).splitlines()), said
 
 

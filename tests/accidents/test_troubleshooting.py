@@ -60,7 +60,7 @@ def test_each_command_runs(command: str, tmp_path: Path, capsys: pytest.CaptureF
                 main(called[1:])
         elif "URL" in called:  # the flags are right where the run that they name is what is missing
             assert main(called[1:]) == 2
-            assert "holds no run.json" in capsys.readouterr().err
+            assert "is not a run directory" in capsys.readouterr().err
         else:
             assert main([*called[1:], *(["--dry_run"] if called[1] == "sample" else [])]) == 0
         assert capsys.readouterr().err == ""

@@ -275,7 +275,7 @@ class Chaos:
         self.score.faults += self.proxy.faults
         self.proxy.clear()
         self.score.passed_on += sum(
-            int(found[1]) for line in self._said() if (found := re.search(r"lost an actor; its (\d+) shards", line))
+            int(found[1]) for line in self._said() if (found := re.search(r"lost an actor; requeued (\d+) shard", line))
         )
         self.score.set_aside += len(list((self.files / "rejected").glob("*.reason.txt")))
         archive = self.files / ARCHIVE

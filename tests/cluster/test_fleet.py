@@ -87,7 +87,7 @@ def test_a_run_without_capacity_waits_says_so_and_ends_in_a_sentence_on_ctrl_c(c
             process.wait(2)
         process.send_signal(signal.SIGINT)
         assert process.wait(PROMPT_S) == 130
-    assert log.read_text().splitlines()[-1].startswith("ray-sampler: interrupted; what was finished is kept")
+    assert log.read_text().splitlines()[-1].startswith("ray-sampler: interrupted; finished samples are kept")
     assert claimed(output)
 
 

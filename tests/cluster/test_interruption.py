@@ -61,7 +61,7 @@ def test_an_interrupted_run_says_in_one_sentence_how_to_go_on_and_leaves_no_proc
         assert session_is_gone(process.pid)
     lines = log.read_text().splitlines()
     assert [line for line in lines if line.startswith("ray-sampler: ")] == [
-        "ray-sampler: interrupted; what was finished is kept: run the same command again to go on"
+        "ray-sampler: interrupted; finished samples are kept: run the same command again to resume"
     ]
     assert not [line for line in lines if "Traceback" in line or "Error" in line]
     assert not list(output.glob(".*.tmp"))  # an actor that is killed may leave what it just wrote, the driver not

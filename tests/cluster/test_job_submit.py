@@ -202,7 +202,7 @@ def test_a_stopped_job_says_how_to_go_on_and_the_next_submit_finishes_it(
     head.freeze_actors()
     assert "was stopped" in head.job("stop", "first")
     log = head.job("logs", "first", check=False)
-    assert "ray-sampler: interrupted; what was finished is kept: run the same command again to go on" in log
+    assert "ray-sampler: interrupted; finished samples are kept: run the same command again to resume" in log
     kept = {name: (tmp_path / "run" / "fragments" / name).stat().st_mtime_ns for name in whole(tmp_path / "run")}
     assert 2 <= len(kept) < 50
     assert not list((tmp_path / "run").glob("*.npz"))

@@ -36,5 +36,5 @@ def test_a_run_whose_bucket_stalls_ends_within_seconds_of_a_signal(configure: Co
         assert process.wait(PROMPT_S) == 130
         assert session_is_gone(process.pid)
     assert [line for line in log.read_text().splitlines() if line.startswith("ray-sampler: ")] == [
-        "ray-sampler: interrupted; what was finished is kept: run the same command again to go on"
+        "ray-sampler: interrupted; finished samples are kept: run the same command again to resume"
     ]

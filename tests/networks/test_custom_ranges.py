@@ -73,7 +73,7 @@ def test_a_directory_begun_with_the_range_that_all_had_resumes_with_it(
     again = job(module, **given)
     assert (again.fingerprint, again.run_dir.url) == (begun.fingerprint, begun.run_dir.url)
     assert (again.plan.schedule.sigma_min, again.plan.schedule.sigma_max) == (0.002, 80.0)
-    with pytest.raises(RequestError, match=r"sigma_max 80\.0 there and 20\.0 here"):
+    with pytest.raises(RequestError, match=r"sigma_max 80\.0, not 20\.0"):
         job(module, output=begun.run_dir.url, sigma_max=20.0)
 
 
