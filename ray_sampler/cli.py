@@ -67,7 +67,7 @@ examples:
   # on a Ray cluster, with an FID at the end
   ray-sampler sample --model ema.pt --address auto --score reference.npz \\
       --output s3://bucket/run"""
-"""What stands under the flags in `sample --help`."""
+"""The text below the flags in `sample --help`."""
 
 
 class Command(NamedTuple):
@@ -274,7 +274,7 @@ def execute_sample(arguments: argparse.Namespace) -> int:
     from ray_sampler.cluster.driver import run
 
     result = run(config)
-    with suppress(OutputLost):  # the archive stands all the same
+    with suppress(OutputLost):  # the archive is complete all the same
         print(result.archive, flush=True)
     return DONE
 

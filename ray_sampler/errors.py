@@ -62,6 +62,6 @@ def _redact_link(link: str) -> str:
     scheme, separator, rest = link.partition("://")
     # What follows a colon is a port, or else a password up to the last "@".
     rest = re.sub(r"^[^/@?#:]*:(?!\d*(?:[/?#]|$)).*@", "", rest, flags=re.DOTALL)
-    if scheme not in ("abfs", "abfss"):  # where the container stands before the "@"
+    if scheme not in ("abfs", "abfss"):  # where the container is before the "@"
         rest = re.sub(r"^[^/?#]*@", "", rest)
     return scheme + separator + re.split(r"[?#]", rest, maxsplit=1)[0]

@@ -23,7 +23,7 @@ DASHES = tuple("\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FIGURE DASH}\N{EN DASH}\N{EM
 """What text processors and web pages make of hyphens."""
 
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
-"""What stands for a flag's value in `--help`."""
+"""The placeholder for a flag's value in `--help`."""
 
 SIMILAR = 0.7
 """How similar a flag must be, from 0 to 1, to one that we do not know for it to be suggested: a typo, not a guess."""
@@ -109,7 +109,7 @@ def spelled(arguments: Sequence[str], parser: Parser) -> list[str]:
     numbers may, are joined to their flags.
 
     Raises:
-        RequestError: a dash that is not a hyphen stands before a flag's name.
+        RequestError: a flag begins with a dash that is not a hyphen.
     """
     known = {name for action in parser.declared for name in action.option_strings}
     valued = {name for action in parser.declared if action.nargs is None for name in action.option_strings}
@@ -157,10 +157,10 @@ def details_of(flag: Flag, default: Any) -> dict[str, Any]:
 
 
 def value_of(flag: Flag, text: Any) -> Any:
-    """A flag's value from its text; True for a boolean flag that stands alone.
+    """A flag's value from its text; True for a boolean flag without one.
 
     Raises:
-        RequestError: the text is no such value.
+        RequestError: the text is not such a value.
     """
     try:
         return BOOLEANS[str(text).lower()] if flag.kind is bool else flag.kind(text)

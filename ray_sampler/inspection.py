@@ -26,7 +26,7 @@ SHOWN = ("sampler", "steps", "clip_denoised", "rounding", "state", "precision")
 
 
 def inspect(config: RunConfig) -> dict[str, Any]:
-    """What a model is; what neither the file nor a flag tells is None. Errors are those of `inspected`."""
+    """A description of a model; None where neither the file nor a flag has a value. Errors are those of `inspected`."""
     return inspected(config)[0]
 
 

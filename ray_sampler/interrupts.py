@@ -47,7 +47,7 @@ def interruptible(received: list[int], sentence: str) -> Iterator[None]:
     owner = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a child that was forked and runs nothing of its own yet
+        if os.getpid() != owner:  # a forked child that does not run its program yet
             os._exit(128 + number)
         signal.alarm(0)  # which Ray's C++ part may have set while it started, to abort this process
         if not received:
@@ -95,7 +95,7 @@ def watch(reader: int, sentence: str) -> None:
         if is_ours(byte) and time.monotonic() - began > SAME_SIGNAL_S:
             break
     cursor = "\033[?25h" if sys.stderr.isatty() else ""  # which a progress bar hides
-    with suppress(OSError):  # nobody may be there to read it
+    with suppress(OSError):  # it may have no reader
         os.write(2, f"{cursor}ray-sampler: {sentence}\n".encode())
     end_now(128 + number)
 

@@ -1,6 +1,6 @@
 """How a component declares its options: a frozen dataclass whose fields are made by `option`.
 
-Name, type, default, help and the checks of a value stand there once, beside the code that reads them. A `Request` is
+Name, type, default, help and the checks of a value are there once, beside the code that reads them. A `Request` is
 composed of such classes by inheritance: `ray_sampler.config.RunConfig` is one. This module imports no torch, and option
 classes must not either, so that a wrong value is refused at once.
 """

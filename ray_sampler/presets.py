@@ -20,7 +20,7 @@ DEFAULT_MODEL = "digits"
 OBJECT = "object:"
 """Begins the name of a model that was given as an object."""
 OWN = re.compile(r"(?!python:)([a-zA-Z_][\w./]*):([a-zA-Z_]\w*)")
-"""A function of the user's own without the prefix that says so."""
+"""A user's function without the prefix `python:`."""
 
 
 class OwnModel(Protocol):
@@ -122,13 +122,13 @@ def model_of(options: ModelOptions) -> tuple[Any, dict[str, Any]]:
 
 
 def check_bundled(model: str, given: Mapping[str, Any]) -> None:
-    """Check what a request says of a bundled network, of which its name tells everything.
+    """Check the flags of a bundled network, which its name determines completely.
 
     Raises:
-        RequestError: it says something else.
+        RequestError: a flag contradicts the name.
     """
     own: Mapping[str, Any] = BUNDLED[model].settings if model in BUNDLED else {}
-    for name in ("image_size", "num_head_channels", "training_mode"):  # of which its weights tell nothing
+    for name in ("image_size", "num_head_channels", "training_mode"):  # which its weights do not determine
         value = given.get(name)
         same = [each if name != "training_mode" else "consistency" in str(each) for each in (value, own.get(name))]
         require(

@@ -63,13 +63,13 @@ def resolve(
     spec: NetworkSpec | None,
     earlier: Mapping[str, Any] = MappingProxyType({}),
 ) -> RunConfig:
-    """The request with nothing left None, but what stands for none, and what waits for the fleet.
+    """The request with nothing left None, except where None means "none" or depends on the fleet.
 
     Args:
         config: the request, checked.
         model: a bundled model's name, a path or URL, or an object.
         brought: settings that the named model or preset brings, by flag name.
-        spec: of the network; None where no file is opened: what only that can tell stays None.
+        spec: of the network; None where no file is opened: values that only the file determines stay None.
         earlier: the identity of a run that was begun in the same place; empty where there is none.
 
     Raises:
@@ -114,7 +114,7 @@ def range_of(spec: NetworkSpec, earlier: Mapping[str, Any]) -> dict[str, float |
 
 
 def without_file(config: RunConfig) -> RunConfig:
-    """The request resolved as far as that goes without opening a file of a model; what only that can tell is None.
+    """The request resolved without opening a model's file; values that only the file determines are None.
 
     Raises:
         RequestError: a value is wrong.
@@ -189,7 +189,7 @@ def settings_json(config: RunConfig) -> dict[str, Any]:
 
 
 def dry_run(config: RunConfig) -> dict[str, Any]:
-    """The resolved run as JSON, without opening anything: what only the checkpoint would tell is None.
+    """The resolved run as JSON, without opening anything: values that only the checkpoint determines are None.
 
     Raises:
         RequestError: a value is wrong.

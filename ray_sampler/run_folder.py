@@ -122,7 +122,7 @@ def made_by(run_dir: RunDir, name: FragmentName, fingerprint: str) -> Mapping[st
     try:
         return run_dir.ranges().read_record(name, fingerprint).computed_by
     except DamagedFragment:
-        return {}  # `verify` tells of it
+        return {}  # `verify` reports it
 
 
 def verify_run(url: str) -> int:

@@ -92,7 +92,7 @@ def as_on_disk(text: str) -> bytes:
 def sturdy_streams() -> Iterator[None]:
     """Standard output and error that can fail: the one raises OutputLost then, the other is passed over.
 
-    What is logged where nobody listens is shown without control characters: a store's answer may hold them.
+    Messages without a handler are shown without control characters: a store's answer may hold them.
     """
     occupy_descriptors()
     _commands.append(None)
@@ -111,7 +111,7 @@ _commands: list[None] = []
 
 
 def of_command() -> bool:
-    """Whether this process carries out a command line, and is nobody else's."""
+    """Whether this process only carries out a command line."""
     return bool(_commands)
 
 

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: the driver pushes its state, a reporter draws it."""
+"""The display of a run: the driver pushes its state, a reporter draws it."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def reporter(
 ) -> Iterator[Reporter]:
     """A reporter that draws on `stream` and leaves the terminal as it found it.
 
-    Where `stream` is closed, full or broken, the run goes on without it. Messages are shown without control characters.
+    Where `stream` is closed, full or broken, the run continues without it. Messages have no control characters.
 
     Args:
         mode: bar (live, for a terminal), log (a line every 10 seconds and at every change of the fleet or stage),
@@ -257,7 +257,7 @@ class _Log:
         self._write({"event": "message", "level": level, "text": text}, printable(shown, None))
 
     def close(self) -> None:
-        """Write the last state unless it stands there already."""
+        """Write the last state unless it is there already."""
         if self.snapshot is not None and self.snapshot != self.written:
             self._write_progress(self.snapshot)
 

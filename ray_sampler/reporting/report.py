@@ -25,7 +25,7 @@ def render_report(
 ) -> str:
     """One HTML document about a run.
 
-    Every figure of the summary stands in an element `<data data-key="..." value="...">`, whose key is the path in
+    Every figure of the summary is in an element `<data data-key="..." value="...">`, whose key is the path in
     summary.json and whose value is the number there.
 
     Args:

@@ -29,7 +29,7 @@ REDRAW_SHARE = 50
 """Redrawing takes a fiftieth of the time at most."""
 CLOSING_S = 2.0
 NEW_FRAGMENTS = 25
-"""Fragments that one redrawing reads while the run goes on, at most."""
+"""Maximum number of fragments that one redrawing reads during the run."""
 
 
 class Tile(NamedTuple):
@@ -125,7 +125,7 @@ class Sheet:
 
 
 class PreviewKeeper:
-    """Redraws preview.png while a run goes on, in a thread of its own."""
+    """Redraws preview.png during a run, in a separate thread."""
 
     def __init__(
         self,

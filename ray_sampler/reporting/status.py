@@ -1,4 +1,4 @@
-"""Where a run stands, from what its directory holds: no cluster is asked."""
+"""The state of a run, from its directory, without a cluster."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FragmentFact(NamedTuple):
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands."""
+    """The state of a run."""
 
     fingerprint: str
     num_samples: int
@@ -55,9 +55,9 @@ class Status:
     running: bool
     """Whether fragments arrived lately."""
     quiet_s: float | None
-    """Seconds since the last fragment; None where nobody knows."""
+    """Seconds since the last fragment; None if unknown."""
     rate: float | None
-    """Samples a second over the last fragments; None where nobody knows."""
+    """Samples a second over the last fragments; None if unknown."""
     devices: tuple[tuple[str, int], ...]
     """Device models with their samples among the fragments whose records were read, most samples first."""
     numerics_keys: tuple[str, ...]
@@ -116,7 +116,7 @@ class Status:
 def status(
     fingerprint: str, num_samples: int, fragments: Iterable[FragmentFact], archive: str | None, now: float
 ) -> Status:
-    """Where a run stands.
+    """The state of a run.
 
     Args:
         fingerprint: of the run.

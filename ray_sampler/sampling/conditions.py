@@ -30,7 +30,7 @@ class Condition(Protocol):
         """
 
     def null(self, y: Tensor) -> Tensor:
-        """What stands for no condition, shaped as y, for guidance."""
+        """The null condition, shaped as y, for guidance."""
 
     def columns(self) -> dict[str, Column]:
         """What of it is stored."""
@@ -51,7 +51,7 @@ class LabelRule:
     values: np.ndarray | None = None
     """(n,) int64, for listed labels."""
     null_label: int | None = None
-    """The label that stands for none; None where the network knows none."""
+    """The null label (no class); None where the network has none."""
 
     def at(self, draws: Draws, indices: Tensor, device: torch.device | None = None) -> Tensor:
         """Labels, (B,) int64 in [0, num_classes)."""

@@ -46,7 +46,7 @@ class Pictures:
     """Samples [start, stop) and what it took to compute them."""
 
     columns: Mapping[str, np.ndarray]
-    """By name, each (n, ...): image, what stands for the condition, as label, and what the finisher adds."""
+    """By name, each (n, ...): image, the condition (for example label), and what the finisher adds."""
     seconds: float
     """That the device computed them."""
     idle_s: float = 0.0
@@ -81,13 +81,13 @@ class Engine:
         self.mode: Compile = compile
         self.called = {role: self._compiled(network) for role, network in self.asked.items()}
         self.mine = local()
-        """What a thread calls: copies of its own of networks that may keep something between calls."""
+        """What a thread calls: separate copies of networks that may keep state between calls."""
         # CUDA graphs come with chosen kernels: they are recorded at the second call, and reuse the memory of results.
         self.graphs = compile == "on" and device.type == "cuda"
         self.batch_size = batch_size
         self.device = device
         self.evaluations = 0
-        """Calls of the network so far, about: several threads count. A number that rises shows that work goes on."""
+        """Calls of the network so far, about: several threads count. A rising number shows progress."""
         self.ended: Mark | None = None
         """When the device is done with what was queued last; None before that."""
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -176,7 +176,7 @@ class Engine:
     def _queue(
         self, plan: SamplePlan, products: Mapping[str, Finish], blocks: Sequence[int]
     ) -> Callable[[], Mapping[Key, np.ndarray]]:
-        """Queue blocks on a GPU; each comes back on a stream of its own while the next is computed."""
+        """Queue blocks on a GPU; each comes back on a separate stream while the next is computed."""
         assert self.copies is not None
         size, host = self.batch_size, dict[Key, Tensor]()
         for place, block in enumerate(blocks):

@@ -76,7 +76,7 @@ def keep_freed_memory() -> None:
     """Let this process reuse the memory of activations, where the C library is glibc.
 
     It gives large blocks back to the kernel as soon as they are freed, so every layer would wait for fresh pages to
-    be mapped and cleared: up to a sixth of a forward pass. Threads share one heap, as one of their own holds 64 MiB.
+    be mapped and cleared: up to a sixth of a forward pass. Threads share one heap, since a separate one takes 64 MiB.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_ARENA_MAX, 1)

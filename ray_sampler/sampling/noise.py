@@ -120,7 +120,7 @@ def joint_normals(
 
 
 def in_order(draw_next: Callable[[], Tensor]) -> Noise:
-    """Noise from a stream that can only be drawn in order: draws nobody asked for are made and dropped."""
+    """Noise from a stream that can only be drawn in order: draws that are not needed are made and dropped."""
     drawn = -1
 
     def noise(draw: int) -> Tensor:

@@ -41,7 +41,7 @@ def pin(device: torch.device, compile: Compile) -> None:
     """Set torch so that equal work gives equal bits on equal devices, or with compile "on" as fast as it can be.
 
     To be called once, before anything touches a GPU. Operations without a deterministic form, which a user's network
-    may have, warn and go on.
+    may have, warn and continue.
     """
     timed = compile == "on"
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn

@@ -1,4 +1,4 @@
-"""Options of a sample set, of guidance and of the device that computes; those of a schedule or solver stand beside it.
+"""Options of a sample set, of guidance and of the device that computes; those of a schedule or solver are beside it.
 
 None of these modules imports torch or numpy before it computes, so that a wrong value is refused at once.
 """

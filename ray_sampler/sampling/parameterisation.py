@@ -286,7 +286,7 @@ def parameterise(kind: str | Parameterisation, sigma_min: float | None = None, /
     """The parameterisation of a kind, or the one that is given, with the options of the kind.
 
     Args:
-        sigma_min: where the run ends, on which consistency models depend that were given no sigma_min of their own.
+        sigma_min: where the run ends, on which consistency models without a given sigma_min depend.
 
     Raises:
         RequestError: no such kind, or an option that it does not have.

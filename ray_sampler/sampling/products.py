@@ -1,4 +1,4 @@
-"""Products: what a run keeps of its samples beside the fragments, each in ranges of its own."""
+"""Products: what a run keeps of its samples beside the fragments, each in separate ranges."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ray_sampler.storage.record import Column, Samples
 
 @dataclass(frozen=True)
 class Product:
-    """Columns that are made of each range of samples and stored in a folder of their own, as features for a score are.
+    """Columns that are made of each range of samples and stored in a separate folder, for example features for a score.
 
     Where a product takes images, it is made of the pictures as they are written, on the actor that has them or, for
     those of an earlier start, of the stored fragments. One that takes x needs the solver, and lacking ranges of it are

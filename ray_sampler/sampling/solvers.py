@@ -2,7 +2,7 @@
 
 `denoise(x, sigma, step)` is D of a batch x, (B, C, H, W); `sigmas` are levels on the host, in the dtype of x, so that
 no step waits for the device; `step` is the level at which the step began. `noise(1 + i)` is the noise of step i, which
-a solver asks for only where it uses it. Solvers of one step and the registry SOLVERS stand here, multistep solvers in
+a solver asks for only where it uses it. Solvers of one step and the registry SOLVERS are here, multistep solvers in
 `multistep_solvers`, each with its options; none of them imports torch before it computes.
 Symbols are those of Karras et al. 2022 ("Elucidating the design space of diffusion-based generative models").
 """
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
-    """A solver without options of its own."""
+    """A solver without options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,7 @@ class Solver(NamedTuple):
     )
     """(schedule, options, dtype of the state) -> sigmas, on the host."""
     draws: Callable[[int, Any], int] = lambda steps, options: 0
-    """(steps, options) -> draws that the original makes after x_T, used or not: where its generators stand then."""
+    """(steps, options) -> draws that the original makes after x_T, used or not: the position of its generators then."""
     uses: tuple[str, ...] = ("steps", "sigma_max", "sigma_min")
     """What of the schedule decides a sample."""
     default_schedule: Callable[[int], str] = lambda steps: "karras"
@@ -356,4 +356,4 @@ ELSEWHERE = {
     **dict.fromkeys(("uni_pc", "unipc_bh2"), "unipc"),
     **dict.fromkeys(("lcm", "cm", "consistency"), "multistep or onestep"),
 }
-"""Solvers by their names in other samplers, in lower case and without what stands for Karras levels."""
+"""Solvers by their names in other samplers, in lower case and without the suffix for Karras levels."""

@@ -1,4 +1,4 @@
-"""Which steps a run takes: flags that say so are checked against each other and settled for a solver."""
+"""Which steps a run takes: the flags for it are checked against each other and resolved for a solver."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def settle(
     for name in ("schedule", "shift", "sigmas"):
         require(
             not solver.own_levels or settings[name] in (None, "karras", 1),
-            f"--{name} is {settings[name]!r}, but --sampler {sampler} has levels of its own; leave --{name} out",
+            f"--{name} is {settings[name]!r}, but --sampler {sampler} has fixed levels; leave --{name} out",
         )
     if settings["sigmas"] is not None:
         levels = read(settings["sigmas"])
