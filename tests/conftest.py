@@ -117,7 +117,7 @@ def finished(checkpoint: Path, local_ray: None, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """A complete small run in tmp_path/run, where `configure` goes on with it; its files are of another day."""
+    """A complete small run in tmp_path/run, where `configure` continues it; its files are of another day."""
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     for path in output.rglob("*"):

@@ -12,7 +12,7 @@ none of these goes to somebody else between the look and the start of its server
 
 
 def free_ports(count: int) -> list[int]:
-    """So many ports on which nobody listens, drawn by chance: tests in another process draw others."""
+    """Unused ports, drawn by chance: tests in another process draw others."""
     found: list[int] = []
     with ExitStack() as held:
         for port in random.SystemRandom().sample(PORTS, len(PORTS)):

@@ -306,7 +306,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill_up(disk: Path, leaving: int) -> None:
-    """Leave so many bytes on a disk."""
+    """Leave this many bytes on a disk."""
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
     with (disk / "filler").open("wb") as file:
         file.write(bytes(free - leaving))
@@ -328,7 +328,7 @@ def complains_of_the_disk(argv: list[str], capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_while_samples_are_written_leaves_whole_files_and_the_run_goes_on_later(
+def test_a_disk_that_fills_while_samples_are_written_leaves_whole_files_and_the_run_continues_later(
     small_disk: Path, configure: Configure, samples: Samples, local_ray, capsys
 ):
     config = configure(output=str(small_disk / "run"))

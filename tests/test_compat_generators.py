@@ -34,7 +34,7 @@ def test_determ_takes_its_rows_from_one_stream_over_all_samples() -> None:
     assert torch.equal(generator.randn(4, 3, 2, 2), expected[0][[8, 9, 9, 9]]), "past the end the last row repeats"
 
 
-def test_determ_indiv_has_a_stream_for_each_sample_that_goes_on() -> None:
+def test_determ_indiv_has_a_stream_for_each_sample_that_continues() -> None:
     expected = [torch.stack(rows) for rows in zip(*(stream(i + 6 * 7, (1, 5), 3) for i in range(6)), strict=True)]
     generator = seeded("determ-indiv", 6, 7)
     assert torch.equal(generator.randn(2, 5), expected[0][:2, 0])

@@ -156,7 +156,7 @@ def test_a_wrong_value_is_refused_whoever_brought_it() -> None:
         {"use_checkpoint": True, "use_new_attention_order": True, "weight_schedule": "uniform", "dropout": 0.1},
     ],
 )
-def test_an_unusual_request_is_no_wrong_one(flags: dict[str, Any]) -> None:
+def test_an_unusual_request_is_not_wrong(flags: dict[str, Any]) -> None:
     resolve(**flags).identity("hash")
 
 

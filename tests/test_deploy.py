@@ -55,7 +55,7 @@ def is_spot(node_type: dict[str, Any]) -> bool:
 
 
 def launched(cluster: dict[str, Any], actors: int, unavailable: tuple[str, ...] = ()) -> dict[str, int]:
-    """Nodes that Ray's own scheduler would start for so many waiting GPU actors, by type."""
+    """Nodes that Ray's own scheduler would start for this number of waiting GPU actors, by type."""
     cluster = copy.deepcopy(cluster)
     for name, node_type in cluster["available_node_types"].items():
         # On AWS Ray asks EC2 what a machine has.
@@ -279,7 +279,7 @@ def test_the_ray_jobs_command_is_one_that_finds_its_output_again_and_waits_for_g
 def test_the_ray_job_repeats_a_run_that_failed_but_no_wrong_request(
     code: int, repeated: bool, ray_job: dict[str, Any], tmp_path: Path
 ) -> None:
-    """KubeRay repeats whatever fails. Its submitter puts the entrypoint into a shell line of its own, and Ray does."""
+    """KubeRay repeats whatever fails. Its submitter puts the entrypoint into a separate shell line, and Ray does."""
     program = tmp_path / "ray-sampler"
     program.write_text(f"#!/bin/sh\nexit {code}\n")
     program.chmod(0o755)

@@ -102,7 +102,7 @@ def test_ddim_and_ddpm_are_our_solvers_on_the_tables_levels(sampler: str, files:
 
 
 def test_a_network_of_diffusers_is_sampled(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through its from_pretrained, which here stands for the package's: it returns an object with a sample."""
+    """Through its from_pretrained, which here replaces the package's: it returns an object with a sample."""
 
     class UNet2DModel(torch.nn.Module):
         config = SimpleNamespace(sample_size=8, in_channels=3)

@@ -37,7 +37,7 @@ ARCHIVES_SHA256 = {
 DIGITS_V1_SHA256 = "5974445af42b7f40eedeff04798f9cbcb4082e2903d355ccac5015816d6cc2e6"
 
 SETTINGS_ADDED_SINCE: set[str] = set()
-"""Flags that version 1 did not have: they may stand among the settings, and nothing else may be new there."""
+"""Flags that version 1 did not have: they may be among the settings, and nothing else may be new there."""
 
 SHOWN_SINCE = {"schedule", "nfe", "sigmas"}
 """What --dry_run and summary.json show beside the settings, and version 1 did not."""
@@ -217,7 +217,7 @@ def test_a_run_that_version_1_finished_is_left_as_it_is(folder: Path) -> None:
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("name", HALF_DONE)
-def test_a_run_that_version_1_left_half_done_goes_on(name: str, folder: Path) -> None:
+def test_a_run_that_version_1_left_half_done_continues(name: str, folder: Path) -> None:
     shutil.copytree(HERE / name, folder / "run")
     before = contents(folder / "run")
     archive, summary = adapter.run(RUNS[name] | named_today(name))

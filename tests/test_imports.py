@@ -27,7 +27,7 @@ LAYERS = (
     {"cluster"},
     {"run_folder", "inspection", "preset_table", "flags", "commands", "cli", "compat", "__main__", "__init__"},
 )
-"""From the bottom up. A part may import parts of layers below it, or of its own."""
+"""From the bottom up. A part may import parts of layers below it, or of the same layer."""
 
 FAMILIES = {"adm", "adm_options", "adm_shapes", "adm_unet", "dhariwal", "edm", "edm2", "edm_family", "nvidia", "custom"}
 """Modules of networks/ that know one family."""

@@ -169,7 +169,7 @@ def test_its_command_is_a_request_for_that_network(what: str, here: Path, capsys
 
 @pytest.mark.usefixtures("local_ray")
 def test_its_command_samples(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the placeholders filled in, as it stands, and a few samples."""
+    """With the placeholders filled in, unchanged, and a few samples."""
     found = inspected(capsys, adm(here), *flags(ADM))
     assert found["shape"] == [3, 8, 8]
     assert "SIZE" not in found["command"]
@@ -181,7 +181,7 @@ def test_its_command_samples(here: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert archive["arr_0"].shape == (2, 8, 8, 3)
 
 
-def test_what_nothing_tells_is_null_and_a_placeholder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_nothing_determines_is_null_and_a_placeholder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = inspected(capsys, adm(here))
     assert found["shape"] == [3, None, None]
     assert found["command"].endswith("--image_size SIZE --num_head_channels CHANNELS")
@@ -220,7 +220,7 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize("what", REPEATED)
-def test_flags_that_repeat_what_the_file_tells_are_accepted_everywhere(
+def test_flags_that_repeat_the_file_are_accepted_everywhere(
     what: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, given = MAKERS[what](here), REPEATED[what]

@@ -53,7 +53,7 @@ def damage(output: Path, samples: Samples) -> None:
 # status
 
 
-def test_status_tells_what_is_missing(configure: Configure, output: Path, samples: Samples, capsys):
+def test_status_reports_what_is_missing(configure: Configure, output: Path, samples: Samples, capsys):
     leave(configure(), samples, PARTIAL)
     status = status_of(output, capsys)
     assert status["state"] == "sampling"
@@ -64,7 +64,7 @@ def test_status_tells_what_is_missing(configure: Configure, output: Path, sample
     assert status["mixed_numerics"] is False
 
 
-def test_status_tells_a_run_that_nobody_works_at(configure: Configure, output: Path, samples: Samples, capsys):
+def test_status_recognises_an_abandoned_run(configure: Configure, output: Path, samples: Samples, capsys):
     leave(configure(), samples, PARTIAL)
     for path in (output / "fragments").iterdir():
         os.utime(path, (time.time() - 86400,) * 2)
@@ -235,7 +235,7 @@ def test_preview_leaves_damaged_fragments_out(configure: Configure, output: Path
     assert main(["preview", str(output)]) == 0
 
 
-def test_preview_without_a_fragment_says_so(configure: Configure, output: Path, samples: Samples, capsys):
+def test_preview_without_a_fragment_is_an_error(configure: Configure, output: Path, samples: Samples, capsys):
     leave(configure(), samples, [])
     assert main(["preview", str(output)]) == 1
     assert "no readable fragment" in capsys.readouterr().err

@@ -195,7 +195,7 @@ def test_a_wrong_model_is_refused_with_the_right_one(flags: dict[str, Any], sent
 
 
 @pytest.mark.parametrize("path", ["w.pt", "./digits", "/path/to/checkpoint", "s3://bucket/w.safetensors", "folder/w"])
-def test_a_path_or_url_is_no_name(path: str) -> None:
+def test_a_path_or_url_is_not_a_name(path: str) -> None:
     assert model_of(ModelOptions(model=path)) == (path, {})
     assert model_of(ModelOptions(model=path, model_path=path)) == (path, {})
 

@@ -292,7 +292,7 @@ def test_a_transfer_that_breaks_off_is_begun_again(server: Server, tmp_path: Pat
     assert cached(tmp_path) == {digest(server, NET), digest(server, GUIDE)}
 
 
-def test_a_transfer_that_keeps_breaking_off_is_refused_and_the_next_command_goes_on(
+def test_a_transfer_that_keeps_breaking_off_is_refused_and_the_next_command_continues(
     server: Server, tmp_path: Path
 ) -> None:
     server.cuts = {GUIDE: 9}

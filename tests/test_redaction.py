@@ -43,7 +43,7 @@ def test_every_link_of_a_chained_url_is_redacted() -> None:
     assert redact("zip://a.npy::s3://key:hidden@bucket/a.zip?x=hidden") == "zip://a.npy::s3://bucket/a.zip"
 
 
-def test_a_container_before_the_host_is_no_user_name() -> None:
+def test_a_container_before_the_host_is_not_a_user_name() -> None:
     url = "abfss://container@account.dfs.core.windows.net/run"
     assert redact(f"{url}?sig=hidden") == url
     assert redact("abfss://user:hidden@account.dfs.core.windows.net/run") == "abfss://account.dfs.core.windows.net/run"

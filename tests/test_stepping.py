@@ -260,7 +260,7 @@ def test_the_deviation_of_noise_that_is_added_is(sampler: str) -> None:
 
 
 def test_the_identity_of_the_old_solvers_is_what_it_was() -> None:
-    """Naming the defaults changes nothing, and nothing new stands there."""
+    """Naming the defaults changes nothing, and nothing new is there."""
     keys = {"sampling_version", "precision", "sampler", "clip_denoised", "sigma_max", "sigma_min", "steps", "s_churn"}
     keys |= {"generator", "seed", "rounding"}
     plain = identity(sampler="heun", steps=18)

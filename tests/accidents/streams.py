@@ -1,4 +1,4 @@
-"""Carries out command lines, each in a process of its own whose standard streams are closed, full or broken.
+"""Carries out command lines, each in a separate process whose standard streams are closed, full or broken.
 
 Reads a JSON list of cases from a file, `[argv, {"0" | "1" | "2": "close" | "full" | "break"}]` each, and prints what
 became of each: `{"code": int, "1": text, "2": text}`, where the texts are those of the streams that were left alone.

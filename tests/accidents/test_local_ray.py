@@ -1,4 +1,4 @@
-"""A Ray of our own that cannot start, or that dies under a run: one sentence with the remedy; odd paths work."""
+"""A local Ray that cannot start, or that dies under a run: one sentence with the remedy; odd paths work."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_long_folder_for_sockets_is_explained(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_folder_of_somebody_else_is_explained(monkeypatch: pytest.MonkeyPatch):
-    """To root every folder is its own, so a place that takes no folder stands for one."""
+    """To root every folder is its own, so a place that takes no folder replaces one."""
     monkeypatch.setenv("RAY_TMPDIR", "/dev/null")
     with pytest.raises(RequestError, match="set RAY_TMPDIR to a folder of your own"):
         check_machine()
@@ -48,13 +48,13 @@ def test_a_limit_on_files_is_explained(monkeypatch: pytest.MonkeyPatch):
     assert "ulimit -f unlimited" in sentence(monkeypatch)
 
 
-def test_a_working_directory_that_is_no_text_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_working_directory_that_is_not_text_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     os.mkdir(os.fsencode(tmp_path) + b"/\xff")
     monkeypatch.chdir(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     assert "is not UTF-8" in sentence(monkeypatch)
 
 
-def test_a_folder_of_ray_that_is_no_text_is_explained(monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_of_ray_that_is_not_text_is_explained(monkeypatch: pytest.MonkeyPatch):
     assert "is not UTF-8" in sentence(monkeypatch, RAY_TMPDIR=os.fsdecode(b"/tmp/\xff"))
 
 
@@ -90,7 +90,7 @@ def test_whatever_else_ray_says_at_its_start_becomes_one_sentence_with_the_place
     assert "\x1b" not in said
 
 
-def test_a_stack_is_no_reason(tmp_path: Path):
+def test_a_stack_is_not_a_reason(tmp_path: Path):
     complaint = "[2026-01-01 00:00:00,000 C 1 2] (raylet) socket.cc:1: no such folder"
     frame = "[2026-01-01 00:00:00,000 E 1 2] (raylet) logging.cc:474:     @     0x7ff792066d10  (unknown)"
     (tmp_path / "raylet.out").write_text(f"{complaint}\n{frame}\n")
@@ -108,7 +108,7 @@ def command(configure: Configure, folder: Path, limit: Callable[[], None] | None
 
 
 @pytest.mark.accidents
-def test_a_run_under_a_limit_on_files_says_so_and_shows_no_traceback(configure: Configure, tmp_path: Path):
+def test_a_run_under_a_limit_on_files_reports_it_and_shows_no_traceback(configure: Configure, tmp_path: Path):
     done = command(configure, tmp_path / "run", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**28, 2**28)))
     assert done.returncode == 1
     assert b"ulimit -f unlimited" in done.stderr.splitlines()[-1]
@@ -125,7 +125,7 @@ def test_a_run_writes_to_a_path_in_any_language_under_any_locale(configure: Conf
 
 
 @pytest.mark.accidents
-def test_a_path_that_is_no_text_is_a_wrong_request_before_anything_is_written(configure: Configure, tmp_path: Path):
+def test_a_path_that_is_not_text_is_a_wrong_request_before_anything_is_written(configure: Configure, tmp_path: Path):
     output = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xffn"))
     done = command(configure, output)
     assert done.returncode == 2
@@ -147,7 +147,7 @@ def part_of_ray(driver: int, names: tuple[str, ...]) -> psutil.Process:
 
 @pytest.mark.accidents
 @pytest.mark.parametrize("names", [("raylet/raylet",), ("gcs_server",), AGENT], ids=lambda names: names[0])
-def test_a_run_whose_ray_is_killed_says_so_and_goes_on_later(configure, longer_samples, tmp_path: Path, names):
+def test_a_run_whose_ray_is_killed_reports_it_and_continues_later(configure, longer_samples, tmp_path: Path, names):
     config, log = configure(**LONGER), tmp_path / "log"
     with started(config, log) as process:
         wait_for(written(1), tmp_path / "run", process, log)

@@ -1,6 +1,6 @@
 """Runs where people start them: containers of any user, small machines, `uv run`, job schedulers, notebooks, threads.
 
-Each needs a Ray of its own, most of them in a process of its own.
+Each needs a separate Ray, most of them in a separate process.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.accidents
 def carried_out(
     script: str, folder: Path, *arguments: str, log: int | IO[str] = subprocess.PIPE
 ) -> subprocess.CompletedProcess[str]:
-    """A script of Python that ran in `folder`, in a session of its own; `log` takes its standard error."""
+    """A script of Python that ran in `folder`, in a separate session; `log` takes its standard error."""
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
         cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=log, text=True, timeout=PATIENCE_S,
@@ -167,7 +167,7 @@ NO_ROOM = "an actor asks for 1 CPU; the whole cluster has 0 CPUs free"
 
 @pytest.mark.parametrize("held", [1, 2])
 def test_one_actor_fits_beside_whatever_else_a_node_does(held: int, tmp_path: Path, checkpoint: Path, samples: Samples):
-    """Where nothing is free, the run says so, waits, and goes on when something is."""
+    """Where nothing is free, the run reports it, waits, and continues when something is."""
     script = HELD.format(held=held, said=NO_ROOM, model=str(checkpoint), flags=TINY | SMALL | {"max_actors": 1})
     with (tmp_path / "log").open("w") as log:
         done = carried_out(script, tmp_path, log=log)

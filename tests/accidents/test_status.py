@@ -57,7 +57,7 @@ def test_a_record_is_read_from_the_end_of_its_file_alone(configure: Configure, s
     path = tmp_path / "run" / "fragments" / name.filename
     whole = run_dir.read_fragment(name, None).record
     data = path.read_bytes()
-    path.write_bytes(b"\0" * 100_000 + data[100:])  # what stands before the footer is not looked at
+    path.write_bytes(b"\0" * 100_000 + data[100:])  # what precedes the footer is not looked at
     assert run_dir.ranges().read_record(name, None) == whole
     for damaged in (b"", data[:-5], data[-1000:-4] + b"PARX", b"\0" * len(data)):
         path.write_bytes(damaged)
@@ -93,7 +93,7 @@ def test_a_refusal_quotes_run_json_without_its_escapes(configure: Configure, sam
 @pytest.mark.parametrize("mode", ["bar", "log"])
 def test_a_reporter_shows_no_control_characters(mode, capsys):
     with reporter(mode) as report:
-        report.message(f"set aside {ESCAPE}", "warning")
+        report.message(f"rejected {ESCAPE}", "warning")
     said = capsys.readouterr().err
     assert "\x1b]0;" not in said
     assert "\x1b[2J" not in said

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or broken: a run goes on without its log, others end in silence."""
+"""Standard streams that are closed, full or broken: a run continues without its log, others end silently."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_wrong_request_has_its_exit_code_whatever_becomes_of_its_sentence(tmp_
     assert {found["code"] for found in outcomes(tmp_path, cases)} == {2}
 
 
-def test_a_watch_ends_when_nobody_reads_it(configure: Configure, samples, tmp_path: Path):
+def test_a_watch_ends_without_a_reader(configure: Configure, samples, tmp_path: Path):
     leave(configure(), samples, WHOLE[:2])
     (found,) = outcomes(tmp_path, [(["status", "run", "--watch"], {"1": "break"})])
     assert (found["code"], found["2"]) == (0, "")
@@ -91,14 +91,14 @@ def test_a_watch_ends_when_nobody_reads_it(configure: Configure, samples, tmp_pa
 
 @pytest.mark.parametrize("mode", ["bar", "log"])
 @pytest.mark.parametrize("json_log", [False, True])
-def test_a_reporter_goes_on_when_its_stream_is_full(mode: Any, json_log: bool):
+def test_a_reporter_continues_when_its_stream_is_full(mode: Any, json_log: bool):
     with open("/dev/full", "w") as full, reporter(mode, json_log, full) as report:
         for _ in range(3):
             report.message("something happened", "warning")
 
 
 @pytest.mark.accidents
-def test_a_path_that_is_no_text_is_printed_as_it_is(configure: Configure, samples, tmp_path: Path):
+def test_a_path_that_is_not_text_is_printed_as_it_is(configure: Configure, samples, tmp_path: Path):
     leave(configure(), samples, WHOLE)
     odd = os.fsencode(tmp_path) + b"/r\xffn-\xc3\xa9"
     os.rename(tmp_path / "run", odd)

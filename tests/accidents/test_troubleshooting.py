@@ -87,7 +87,7 @@ def messages() -> list[str]:
 
 @pytest.mark.parametrize("message", messages())
 def test_each_message_is_one_that_is_said(message: str):
-    """Some words in a row, between what differs from case to case, stand in the code."""
+    """Some words in a row, between placeholders, are in the code."""
     pieces = re.split(r"\.\.\.|'[^']*'|\b[A-Z]+\b|\b\d[\d.]*\b|--\w+ (?!(?:is|has|holds|ends)\b)\S+|[();,:/]", message)
     rows = [piece.split() for piece in pieces if len(piece.strip()) >= 8]
     said = {" ".join(row[i : i + 3]) for row in rows for i in range(max(1, len(row) - 2))}

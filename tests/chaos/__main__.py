@@ -25,7 +25,7 @@ ROUNDS_SHARE = 0.7
 class Request:
     rounds: int = 20
     minutes: float | None = None
-    """Stop after so many minutes, whatever the rounds."""
+    """Stop after this many minutes, whatever the rounds."""
     seed: int = 0
 
 
@@ -77,6 +77,6 @@ def main(request: Request) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=Request.rounds)
-    parser.add_argument("--minutes", type=float, help="stop after so many minutes, whatever the rounds")
+    parser.add_argument("--minutes", type=float, help="stop after this many minutes, whatever the rounds")
     parser.add_argument("--seed", type=int, default=Request.seed)
     sys.exit(main(Request(**vars(parser.parse_args()))))

@@ -42,7 +42,7 @@ def garbage(victim: Path, foreign: Path, chance: random.Random) -> None:
 
 
 def exchange(victim: Path, foreign: Path, chance: random.Random) -> None:
-    """It stands under another fragment's name."""
+    """It has another fragment's name."""
     others = [path for path in victim.parent.iterdir() if path != victim]
     if not others:
         return empty(victim, foreign, chance)

@@ -94,7 +94,7 @@ class Score:
     """Seconds from the death of a node to its shards' going to others."""
     passed_on: int = 0
     """Shards that went to another actor."""
-    set_aside: int = 0
+    rejected: int = 0
     cut_short: int = 0
     identical: int = 0
     lost: int = 0
@@ -113,9 +113,9 @@ class Score:
             *counted("faults of storage requests", self.faults),
             *counted("fragments corrupted", self.damages),
             ("finished archives cut short", str(self.cut_short)),
-            ("shards recomputed", str(self.passed_on + self.set_aside + self.damages["gone"])),
+            ("shards recomputed", str(self.passed_on + self.rejected + self.damages["gone"])),
             ("  lost with their actor", str(self.passed_on)),
-            ("  set aside as damaged or foreign", str(self.set_aside)),
+            ("  rejected as damaged or foreign", str(self.rejected)),
             ("  deleted", str(self.damages["gone"])),
             ("from a node's death to its shards' going to others", noticed),
             ("archives identical to the undisturbed run's", f"{self.identical} of {self.rounds}"),
@@ -277,7 +277,7 @@ class Chaos:
         self.score.passed_on += sum(
             int(found[1]) for line in self._said() if (found := re.search(r"lost an actor; requeued (\d+) shard", line))
         )
-        self.score.set_aside += len(list((self.files / "rejected").glob("*.reason.txt")))
+        self.score.rejected += len(list((self.files / "rejected").glob("*.reason.txt")))
         archive = self.files / ARCHIVE
         if failure is None and archive.read_bytes() != self.expected:
             failure = "another archive"

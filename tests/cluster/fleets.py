@@ -39,7 +39,7 @@ UNWATCHED = HEALTH | {"health_check_failure_threshold": 10_000}
 """A node that does not answer never counts as dead: what becomes of it is for others to find out."""
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
-"""The autoscaler's head asks for no token; a process that started a Ray of its own asks for one, as do its children."""
+"""The autoscaler's head asks for no token; a process that started a local Ray asks for one, as do its children."""
 
 FAKE_HEAD = "f" * 51 + "00000"
 """Node id under which Ray's fake provider knows the head."""

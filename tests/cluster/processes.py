@@ -1,4 +1,4 @@
-"""Runs in processes of their own, to be watched, interrupted and killed."""
+"""Runs in separate processes, to be watched, interrupted and killed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Moment = Callable[[Path], bool]
 def started(
     config: RunConfig, log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The command of `config` in a session of its own, as is the Ray that it starts; none outlives the block."""
+    """The command of `config` in a separate session, as is the Ray that it starts; none outlives the block."""
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {})
     variables.pop("RAY_ADDRESS", None)
     with log.open("wb") as sink:
@@ -48,7 +48,7 @@ def started(
 def kill_session(process: subprocess.Popen[Any]) -> None:
     """Kill a process and its session, and wait until all have ended: one in a system call finishes it, as a rename.
 
-    Ray gives each worker a process group of its own.
+    Ray puts each worker into a separate process group.
     """
     deadline = time.monotonic() + PROMPT_S
     while alive := session_of(process.pid):
@@ -79,7 +79,7 @@ def session_is_gone(leader: int) -> bool:
 
 
 def session_of(leader: int) -> list[psutil.Process]:
-    """The processes of a session that live; those that ended and that nobody has asked about yet do not."""
+    """The processes of a session that live; zombies do not count."""
     return [process for process in psutil.process_iter() if runs_in(process, leader)]
 
 

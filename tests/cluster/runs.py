@@ -113,7 +113,7 @@ def fragments(output: Path | str) -> list[str]:
 
 
 def whole(output: Path | str) -> list[str]:
-    """Names of the fragments that stand there, sorted; a hidden file is one that is being written, or never will be."""
+    """Names of the existing fragments, sorted; a hidden file is one that is being written, or never will be."""
     return sorted(path.name for path in (Path(output) / "fragments").glob("0*"))
 
 

@@ -26,7 +26,7 @@ SMALL = {"num_samples": 8, "batch_size": 4, "shard_size": 4, "steps": 4, "gpus_p
 
 
 def request(path: Path, **flags: Any) -> RunConfig:
-    """Without a flag that says how many channels there are: the weights tell."""
+    """Without a flag that says how many channels there are: the weights determine it."""
     return RunConfig(**(TINY | SMALL | {"model": str(path), "output": str(path.parent / "run")} | flags))
 
 

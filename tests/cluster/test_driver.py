@@ -1,4 +1,4 @@
-"""One command fills the archive and goes on wherever it stopped: the same bytes, whatever happened on the way."""
+"""One command fills the archive and continues wherever it stopped: the same bytes, whatever happened on the way."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OLD = 1e9
 
 
 def old(folder: Path) -> set[str]:
-    """Files below a folder that nobody wrote since."""
+    """Files below a folder that were not written since."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.stat().st_mtime == OLD}
 
 
@@ -93,7 +93,7 @@ def test_a_relative_output_is_relative_to_the_driver_whatever_directory_ray_was_
 # A run again.
 
 
-def test_a_complete_run_again_touches_nothing_and_says_so(configure, copy, capsys):
+def test_a_complete_run_again_touches_nothing_and_reports_that(configure, copy, capsys):
     before = old(copy)
     result = run(configure())
     assert old(copy) == before
@@ -231,7 +231,7 @@ def name(start: int, stop: int) -> str:
     return f"{start:012d}-{stop:012d}.parquet"
 
 
-def test_damaged_foreign_and_overlapping_fragments_are_set_aside_and_the_archive_is_right(configure, tmp_path, samples):
+def test_damaged_foreign_and_overlapping_fragments_are_rejected_and_the_archive_is_right(configure, tmp_path, samples):
     leave(configure(), samples, [(0, 8), (4, 12), (8, 16), (12, 20), (16, 24), (30, 38)])
     folder = tmp_path / "run" / "fragments"
     cut(folder / name(0, 8), samples)

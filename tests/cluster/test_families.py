@@ -162,7 +162,7 @@ def test_two_actors_write_the_published_pictures(
 
 
 def test_the_job_script_writes_the_published_pictures(tmp_path: Path) -> None:
-    """With a Ray of its own, guided, from another folder."""
+    """With a separate Ray, guided, from another folder."""
     folder = REFERENCE / "edm2_16"
     command = [sys.executable, str(ROOT / "jobs" / "sample.py"), "--model", str(folder / "net.pkl")]
     command += ["--guide", str(folder / "gnet.pkl"), "--guidance", "1.7", "--generator", "edm", "--seed", "0"]
@@ -181,7 +181,7 @@ def test_the_job_script_writes_the_published_pictures(tmp_path: Path) -> None:
 def test_results_as_they_are_go_through_every_command(
     fragment_format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """float32 in fragments and archive; a run that was stopped goes on; status, verify, merge and preview take it."""
+    """float32 in fragments and archive; a stopped run continues; status, verify, merge and preview take it."""
     from ray_sampler.cli import main
 
     output = tmp_path / "run"

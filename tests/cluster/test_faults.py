@@ -35,7 +35,7 @@ def actor_pids() -> list[int]:
 
 
 def once_there_are(count: int, output: Path, act: Callable[[], None]) -> threading.Thread:
-    """Start a thread that calls `act` as soon as so many fragments were written."""
+    """Start a thread that calls `act` as soon as this number of fragments was written."""
 
     def watch() -> None:
         deadline = time.monotonic() + PATIENCE_S

@@ -1,4 +1,4 @@
-"""Nodes that come late, die, freeze, drain or never come: the run waits, goes on, and ends with the same bytes."""
+"""Nodes that come late, die, freeze, drain or never come: the run waits, continues, and ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def expected(checkpoint: Path) -> bytes:
 
 
 def says(text: str, log: Path, since: int = 0) -> Callable[[Path], bool]:
-    """Whether a log says so beyond its first characters."""
+    """Whether a log contains it beyond its first characters."""
     return lambda output: text in log.read_text()[since:]
 
 
@@ -79,7 +79,7 @@ def test_nodes_that_come_late_work_at_once_and_nodes_that_die_cost_only_what_was
     assert summary["computed"] == 240
 
 
-def test_a_run_without_capacity_waits_says_so_and_ends_in_a_sentence_on_ctrl_c(configure, tmp_path, fleet):
+def test_a_run_without_capacity_waits_reports_it_and_ends_in_a_sentence_on_ctrl_c(configure, tmp_path, fleet):
     output, log = tmp_path / "run", tmp_path / "log"
     with started(run_into(configure, fleet), log) as process:
         wait_for(says("waiting for capacity", log), output, process, log)

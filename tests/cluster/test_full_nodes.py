@@ -73,7 +73,7 @@ for tensor in [torch.zeros(20_000_000) for _ in range(3)]:
 
 
 @pytest.mark.accidents
-def test_ray_says_so_of_a_store_and_a_disk_that_are_full() -> None:
+def test_ray_reports_a_store_and_a_disk_that_are_full() -> None:
     """As Ray itself counts a disk as full, here at any use of it."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(

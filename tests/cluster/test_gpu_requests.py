@@ -25,7 +25,7 @@ def test_an_actor_has_one_gpu_at_most(gpus: float) -> None:
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Let Ray say that it has so many."""
+    """Let Ray report this number of GPUs."""
     return lambda count: monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": count})
 
 

@@ -106,7 +106,7 @@ def test_an_adm_guide_may_have_a_null_label_or_not(dropout: float, guide_dropout
 
 
 def test_an_adm_guide_has_the_size_of_the_network_that_it_guides(tmp_path: Path) -> None:
-    """Its file does not tell the size, and of a network of EDM nobody has to."""
+    """Its file does not determine the size, and for a network of EDM it is not needed."""
     save_file(random_weights(), tmp_path / "guide.safetensors")
     made = job(EDM, guidance=2.0, guide=tmp_path / "guide.safetensors")
     assert made.networks["guide"].spec.shape == made.networks["main"].spec.shape == (3, 16, 16)
@@ -152,7 +152,7 @@ def test_an_interval_that_covers_all_levels_is_guidance_everywhere() -> None:
     torch.testing.assert_close(within, everywhere, rtol=0, atol=0)
 
 
-def test_an_interval_between_two_levels_is_no_guidance() -> None:
+def test_an_interval_between_two_levels_is_without_guidance() -> None:
     between = sampled(job(EDM2, guidance=2.0, guide=GUIDE, guidance_interval="0.5,9"))
     torch.testing.assert_close(between, sampled(job(EDM2)), rtol=0, atol=0)
 

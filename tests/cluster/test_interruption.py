@@ -1,4 +1,4 @@
-"""A run that is killed anywhere goes on where it stopped, and ends with the bytes of one that was left alone."""
+"""A run that is killed anywhere continues where it stopped, with the bytes of one that was left alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(
         pytest.param(signal.SIGINT, 130, claimed, id="SIGINT while Ray starts"),
     ],
 )
-def test_an_interrupted_run_says_in_one_sentence_how_to_go_on_and_leaves_no_process(
+def test_an_interrupted_run_says_in_one_sentence_how_to_resume_and_leaves_no_process(
     configure: Configure, tmp_path: Path, sent: signal.Signals, code: int, moment: Moment
 ):
     output, log = tmp_path / "run", tmp_path / "log"

@@ -78,7 +78,7 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A head of two CPUs that asks for a token, with ports and folders of its own."""
+    """A head of two CPUs that asks for a token, with separate ports and folders."""
     gcs, dashboard, agent, agent_grpc, environment_agent, client, metrics = map(str, free_ports(7))
     # Short, as sockets lie below it.
     with tempfile.TemporaryDirectory(prefix="rs-", ignore_cleanup_errors=True) as home:
@@ -190,7 +190,7 @@ def eventually(head: Head, run: str, name: str, value: float) -> dict[str, float
     return totals
 
 
-def test_a_stopped_job_says_how_to_go_on_and_the_next_submit_finishes_it(
+def test_a_stopped_job_says_how_to_resume_and_the_next_submit_finishes_it(
     head: Head, checkpoint: Path, tmp_path: Path
 ) -> None:
     config = small(checkpoint, tmp_path / "run", **LONGER | {"num_samples": 200})
@@ -221,7 +221,7 @@ def test_a_relative_output_is_refused_as_the_jobs_folder_is_temporary(head: Head
     assert "Traceback" not in log
 
 
-def test_nobody_gets_in_without_the_token(head: Head) -> None:
+def test_no_one_gets_in_without_the_token(head: Head) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=60)
     assert refused.value.code in (401, 403)

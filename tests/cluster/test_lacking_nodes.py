@@ -1,4 +1,4 @@
-"""An actor whose node lacks what it needs says so, and what to do, and not what torch says to its own authors."""
+"""An actor whose node lacks something says what, and what to do, without torch's internals."""
 
 from __future__ import annotations
 

@@ -106,9 +106,7 @@ def test_changed_code_is_refused_unless_it_is_accepted(files: str, capsys: pytes
     run(request_of(files, num_samples=10))
 
 
-def test_a_run_without_recorded_code_is_resumed_and_says_so_once(
-    files: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_recorded_code_is_resumed_and_noted_once(files: str, capsys: pytest.CaptureFixture[str]) -> None:
     edit(files, "pass")
     run(request_of(files))
     older = {name: value for name, value in run_json().items() if name != "source"}

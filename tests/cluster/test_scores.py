@@ -109,7 +109,7 @@ def flip(path: Path) -> None:
 
 
 def test_a_score_is_the_same_however_it_comes_about(scored: Request, tmp_path: Path, monkeypatch, capsys) -> None:
-    # An actor dies while it makes features, and the run goes on to its score.
+    # An actor dies while it makes features, and the run continues to its score.
     (result,) = driven([prepare(scored("run", features_weights=str(tmp_path / "killed")))])
     assert (tmp_path / "killed").exists()
     run, whole = tmp_path / "run", scores(tmp_path / "run")

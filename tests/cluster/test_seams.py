@@ -1,4 +1,4 @@
-"""A column beside the images and products in folders of their own go through whole jobs: kills, growth and repair.
+"""A column beside the images and products in separate folders go through whole jobs: kills, growth and repair.
 
 Each is what its author would write; no codec, no task and no check knows any of them.
 """

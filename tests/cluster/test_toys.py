@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("local_ray", "registered")
 N, MORE, SHARD, SIZE = 12, 20, 8, 4
 
 
-# A solver with an option of its own.
+# A solver with an option.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def grain(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, options: G
     return denoise(x, sigmas[0]) + x / sigmas[0] * options.grain
 
 
-# A family with an option of its own: D is tanh of three numbers a sample, and a tint.
+# A family with an option: D is tanh of three numbers a sample, and a tint.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +212,7 @@ def test_toys_of_every_kind_survive_a_kill_and_resume(tmp_path: Path):
     assert Path("killed").exists()
     check(result.archive, N, 0.25)
 
-    # A fragment is lost, and the run grows; what stands stays.
+    # A fragment is lost, and the run grows; the rest stays.
     first, second = sorted(Path("run/fragments").iterdir())
     first.unlink()
     kept = second.stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""A family, a solver, a decoder and a product of our own, each one object: what others would write beside ours."""
+"""A family, a solver, a decoder and a product, each one object: what others would write beside the built-in ones."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def gcs_server() -> Iterator[str]:
     [port] = free_ports(1)
     server = wrapper.FakeGCSServer(port=port)
     server.start()
-    # It logs each request to a pipe, and stands still once that is full.
+    # It logs each request to a pipe, and stops once that is full.
     log = server._process.stderr
     threading.Thread(target=lambda: [None for _ in log], daemon=True).start()
     try:
@@ -92,7 +92,7 @@ def gcs_server() -> Iterator[str]:
 def python_gcs_server() -> Iterator[str]:
     """The address of another emulator of Google's store, with one bucket.
 
-    It tells how far an upload came, which the first one takes for its end; but it knows no preconditions.
+    It reports how far an upload came, which the first one takes for its end; but it knows no preconditions.
     """
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     pytest.importorskip("gcsfs")

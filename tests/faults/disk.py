@@ -1,6 +1,6 @@
 """A disk on FUSE that passes everything on to a folder and, as it is told to, fails, is slow to show or cannot.
 
-It is served by a process of its own:
+It is served by a separate process:
 
     with faulty_disk(tmp_path, [DiskFault("write", "EIO", times=1)]) as disk:
         ...
@@ -35,7 +35,7 @@ class DiskFault:
 
     operation: str
     """As FUSE calls it: write, read, open, create, rename, link, unlink, fsync, fsyncdir, flush, getattr, statfs; or
-    IN_ORDER, by which a write that does not go on at the file's end is refused."""
+    IN_ORDER, by which a write elsewhere than at the file's end is refused."""
     error: str = "EIO"
     """As errno names it."""
     times: int = 1_000_000

@@ -1,4 +1,4 @@
-"""Spoil the bytes of fragments, thousands of times; to be run in a process of its own, which a reader may crash.
+"""Spoil the bytes of fragments, thousands of times; to be run in a separate process, which a reader may crash.
 
 python -m tests.faults.fuzz parquet 0 1000
 """

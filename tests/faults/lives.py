@@ -28,7 +28,7 @@ class Life:
 
 
 def live(url: str) -> Life:
-    """Do with a store what a run does. Only the two errors are caught that the command line tells."""
+    """Do with a store what a run does. Only the two errors that the command line reports are caught."""
     life = Life()
     try:
         run_dir = RunDir(url)

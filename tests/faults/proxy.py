@@ -1,6 +1,6 @@
-"""An HTTP proxy on loopback that stands before a bucket's server and, when told to, lets requests fail.
+"""An HTTP proxy on loopback in front of a bucket's server that, on request, lets requests fail.
 
-It runs on threads of its own:
+It runs on separate threads:
 
     with FaultProxy("http://127.0.0.1:9000") as proxy:
         os.environ["AWS_ENDPOINT_URL"] = proxy.url
@@ -9,8 +9,8 @@ It runs on threads of its own:
         proxy.plan()
         print(proxy.requests, proxy.faults)
 
-A request body is read whole before it goes on, so a client that dies within one leaves nothing in the store, whatever
-the server does with half a body. The Host header stays as the client signed it.
+A request body is read in full before it is passed on, so a client that dies within one leaves nothing in the store,
+whatever the server does with half a body. The Host header stays as the client signed it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Fault:
     first: int = 1
     """Number of the first request to fail."""
     last: int | None = None
-    """Number of the last one; None for as long as the plan stands."""
+    """Number of the last one; None while the plan is in force."""
     probability: float = 1.0
     """Of failing, for a request between the two."""
     operations: Collection[str] | None = None
@@ -87,7 +87,7 @@ def answer(status: int, word: str = "", operations: Collection[str] | None = Non
 
 
 def told(form: Form, status: int, word: str) -> tuple[list[tuple[str, str]], bytes]:
-    """The headers and the body by which a store tells a failure."""
+    """The headers and the body by which a store reports a failure."""
     xml = f"<?xml version='1.0'?><Error><Code>{word}</Code><Message>{word} of a store</Message></Error>".encode()
     match form:
         case "s3":
@@ -211,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: the counters tell."""
+        """Print nothing: the counters are enough."""
 
     def _serve(self) -> None:
         operation = operation_of(self.command, self.path, self.headers)
@@ -269,10 +269,10 @@ class _Handler(BaseHTTPRequestHandler):
                 connection.putheader("Content-Length", str(len(body)))
             connection.endheaders(body)
             response = connection.getresponse()
-            # Where to go on with an upload is said as an address, which must be this proxy's.
+            # Where to continue an upload is given as an address, which must be this proxy's.
             there, here = upstream.geturl(), self.server.proxy.url
             headers = [(n, v.replace(there, here) if n.lower() == "location" else v) for n, v in response.getheaders()]
-            # An emulator says so of an upload of which it has nothing; the store itself says nothing then.
+            # An emulator answers so for an upload of which it has nothing; the store itself says nothing then.
             headers = [each for each in headers if each != ("Range", "bytes=0-0")]
             return response.status, headers, response.read()
         finally:

@@ -149,7 +149,7 @@ class Sweep:
         if self.run(output, f"{what}, then none") == 0:
             self.check(output, what)
         else:
-            self.swept.failures.append(f"{what}: it did not go on when the error was over")
+            self.swept.failures.append(f"{what}: it did not continue when the error was over")
         self.collect()
 
     def requests_of_a_run(self) -> int:
@@ -162,7 +162,7 @@ def sweep(checkpoint: Path, folder: Path, seed: int = 0, every: int = 1, minutes
     """Fail the n-th request for n = 1, 1 + every, ...: once as an error that passes, once as one that lasts.
 
     The kinds of those that pass are drawn from `seed`. Those that last are refusals, which end a run at once; every
-    tenth is a 503, which ends it when all attempts are made. A Ray of its own is started, so none may be connected.
+    tenth is a 503, which ends it when all attempts are made. A separate Ray is started, so none may be connected.
 
     Args:
         checkpoint: weights of the small run, as `random_weights` gives them.

@@ -114,7 +114,7 @@ def test_a_shared_access_signature_that_is_too_narrow_is_one_sentence(
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on(configure: Configure, url: str, tmp_path: Path, longer_samples):
+def test_a_run_that_is_killed_continues(configure: Configure, url: str, tmp_path: Path, longer_samples):
     config, log = configure(output=url, **LONGER), tmp_path / "log"
     run_dir = RunDir(url)
     with started(config, log) as process:

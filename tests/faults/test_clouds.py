@@ -114,7 +114,7 @@ def test_an_error_that_passes_is_not_seen(interrupted_cloud: Cloud, kind: Kind):
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "POST", "HEAD"])
-def test_a_login_page_is_no_answer(cloud: Cloud, method: str):
+def test_a_login_page_is_not_an_answer(cloud: Cloud, method: str):
     url = cloud.url()
     assert live(url).code == 0
     cloud.proxy.plan(answer(200, "", [method], form="login"))
@@ -207,7 +207,7 @@ def test_a_refusal_is_told_at_once_with_exit_code_2(cloud: Cloud, name, status, 
     methods = [] if method is None else ["POST"] if cloud.name == "gcs" else ["PUT"]
     url = cloud.url()
     store = RunDir(url)._store
-    if cloud.name == "gcs":  # an emulator knows nobody
+    if cloud.name == "gcs":  # an emulator has no users
         store.filesystem.credentials.credentials = object()  # type: ignore[union-attr]
         store.filesystem.credentials.apply = lambda out: None  # type: ignore[union-attr]
     cloud.proxy.plan(cloud.answer(status, words[cloud.name], *methods))
@@ -299,7 +299,7 @@ def test_a_moved_fragment_is_whole_in_its_new_place(cloud: Cloud):
     }
 
 
-def test_an_upload_whose_parts_are_gone_is_no_archive(cloud: Cloud):
+def test_an_upload_whose_parts_are_gone_is_not_an_archive(cloud: Cloud):
     run_dir = RunDir(cloud.url())
     run_dir.write_file(ARCHIVE, b"old")
     fault = cloud.answer(404 if cloud.name == "gcs" else 400, "InvalidBlockList", "PUT")

@@ -174,7 +174,7 @@ def test_a_finished_archive_that_may_not_be_read_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("moves", [True, False])
 @pytest.mark.parametrize("error", ["EIO", "ESTALE"])
-def test_a_fragment_that_cannot_be_read_is_set_aside_and_sampled_again(tmp_path, error: str, moves: bool, caplog):
+def test_a_fragment_that_cannot_be_read_is_rejected_and_sampled_again(tmp_path, error: str, moves: bool, caplog):
     bad = NAMES[0].filename
     faults = [DiskFault("read", error, name=bad, old=True), *([] if moves else [DiskFault("rename", "EIO", old=True)])]
     fill(RunDir(str(tmp_path / "disk" / "run")), NAMES[:1])
@@ -219,7 +219,7 @@ def test_a_view_that_may_not_be_written_is_a_warning(tmp_path, name: str, caplog
 
 
 @pytest.mark.parametrize("name", [".nfs000000000004f2a100000001", ".fuse_hidden0000001"])
-def test_what_a_mount_keeps_of_deleted_files_is_no_one_s(tmp_path, name: str):
+def test_what_a_mount_keeps_of_deleted_files_is_ignored(tmp_path, name: str):
     with faulty_disk(
         tmp_path, [DiskFault("unlink", "EBUSY", name=name), DiskFault("rename", "EBUSY", name=name)]
     ) as disk:

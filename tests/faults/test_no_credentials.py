@@ -45,7 +45,7 @@ class Silent(BaseHTTPRequestHandler):
 
 
 class Refuser(BaseHTTPRequestHandler):
-    """A store that knows nobody."""
+    """A store without users."""
 
     def do_GET(self) -> None:
         self.send_response(401)

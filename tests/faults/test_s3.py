@@ -132,7 +132,7 @@ def test_an_archive_that_cannot_be_written_leaves_the_old_one_and_no_upload(
     assert uploads(run_dir, moto) == []
 
 
-def test_an_upload_that_another_aborted_is_no_archive_though_one_of_its_size_stands_there(
+def test_an_upload_that_another_aborted_is_not_an_archive_though_one_of_its_size_is_there(
     run_dir: RunDir, proxy: FaultProxy
 ):
     run_dir.write_file(ARCHIVE, b"old")

@@ -158,7 +158,7 @@ class Hello(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def self_signed(tmp_path: Path) -> Iterator[str]:
-    """The address of a server whose certificate nobody vouches for."""
+    """The address of a server whose certificate is not trusted."""
     x509 = pytest.importorskip("cryptography.x509")
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

@@ -30,7 +30,7 @@ def test_a_run_succeeds_though_the_first_request_of_each_operation_fails(sweep: 
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_at_a_lasting_error_goes_on_when_it_is_over(sweep: Sweep):
+def test_a_run_that_ends_at_a_lasting_error_continues_when_it_is_over(sweep: Sweep):
     sweep.lasting(
         *(Fault("403", 1, operations=[operation]) for operation in OPERATIONS if operation != "DeleteObject"),
         *(Fault("403", number, operations=["PutObject"]) for number in (2, 4, 7)),

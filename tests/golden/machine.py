@@ -9,7 +9,7 @@ NAMED = ("vendor_id", "cpu family", "model")
 
 
 def cpu() -> dict[str, str]:
-    """Architecture, vendor, family and model, as far as the system tells."""
+    """Architecture, vendor, family and model, as far as the system reports them."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
     pairs = (line.partition(":") for line in lines)

@@ -79,7 +79,7 @@ class Configuration(NamedTuple):
 
     flags: dict[str, Any]
     weights_hash: str | None = "0123456789abcdef" * 4
-    """None stands for the hash of the real weights."""
+    """None means the hash of the real weights."""
     gpus: float = 0.0
     dummy_seed: int | None = None
 

@@ -17,7 +17,7 @@ LIMIT_S = 150
 
 
 class Process:
-    """`tests.gpu.compute` with caches of its own."""
+    """`tests.gpu.compute` with separate caches."""
 
     def __init__(self, folder: Path, device: torch.device, *arguments: str) -> None:
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Whole runs on a GPU: actors that share a card, a run that goes on, and weights that a node holds once."""
+"""Whole runs on a GPU: actors that share a card, a resumed run, and weights that a node holds once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ray_sampler.networks.family import Network, without_memory
 from tests.gpu.networks import options_of
 
 MAPPED_SHARE = 0.2
-"""Of the weights' size: what an actor may hold of its own, where it maps the node's copy."""
+"""Of the weights' size: what an actor may hold itself, where it maps the node's copy."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def pictures(archive: str) -> bytes:
         return bytes(arrays["arr_0"].tobytes() + arrays["arr_1"].tobytes())
 
 
-def test_actors_that_share_a_card_and_a_run_that_goes_on_write_the_same_bytes(
+def test_actors_that_share_a_card_and_a_resumed_run_write_the_same_bytes(
     configure: Any, device: torch.device, tmp_path: Path
 ) -> None:
     one = run(configure("one"))
@@ -97,7 +97,7 @@ class Mapped:
     """An actor that maps a network."""
 
     def own_bytes(self, shipped: Any) -> int:
-        """Memory of its own that a network takes, read through once."""
+        """Memory that a network itself takes, read through once."""
         import psutil
 
         from ray_sampler.cluster.shipping import unpack

@@ -15,7 +15,7 @@ NUMBER = itertools.count()
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes modules into a folder of their own, which is the current directory and on no path."""
+    """Writes modules into a separate folder, which is the current directory and on no path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 

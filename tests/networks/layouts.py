@@ -51,7 +51,7 @@ class Settings(argparse.Namespace):
 
 
 class Attributes(dict[str, Any]):
-    """A dictionary of a class of its own, as EasyDict."""
+    """A dictionary of a custom class, like EasyDict."""
 
 
 EXTRAS = {

@@ -1,4 +1,4 @@
-"""What the shapes of an ADM state dict tell, and the advice that leads to a run in one step."""
+"""The settings that follow from the shapes of an ADM state dict, and the advice that leads to a run in one step."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_channels_in_and_out_are_told(channels: tuple[int, int]) -> None:
         {"input_blocks.x.0.weight": (1, 1), "time_embed.0.weight": (4, 0), "input_blocks.0.0.weight": (1, 1)},
     ],
 )
-def test_another_network_tells_nothing(names: dict[str, tuple[int, ...]]) -> None:
+def test_another_network_gives_nothing(names: dict[str, tuple[int, ...]]) -> None:
     weights = {name: torch.empty(shape, device="meta") for name, shape in names.items()}
     assert adm_flags(weights) is None
     assert explain_misfit(weights, {"num_channels": 3}) == ""
@@ -163,7 +163,7 @@ def test_another_network_tells_nothing(names: dict[str, tuple[int, ...]]) -> Non
 
 @settings(max_examples=50)
 @given(data=st.data())
-def test_a_network_that_lost_a_tensor_tells_something_or_nothing(data: st.DataObject) -> None:
+def test_a_network_that_lost_a_tensor_gives_something_or_nothing(data: st.DataObject) -> None:
     weights = dict(DIGITS)
     del weights[data.draw(st.sampled_from(sorted(weights)))]
     told = adm_flags(weights)

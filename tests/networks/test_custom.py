@@ -196,7 +196,7 @@ def make(weights):
     assert with_file.fingerprint != job(module).fingerprint
 
 
-def test_a_guide_has_weights_of_its_own(write: Write, tmp_path: Path) -> None:
+def test_a_guide_has_separate_weights(write: Write, tmp_path: Path) -> None:
     module = write(
         LABELLED
         + """

@@ -259,7 +259,7 @@ def test_inspect_describes_a_transformer(capsys: pytest.CaptureFixture[str]) -> 
     assert found["command"] == f"ray-sampler sample --model {REPA} --num_heads 4 --decoder none"
 
 
-def test_inspect_leaves_open_what_nothing_tells(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_leaves_open_what_nothing_determines(capsys: pytest.CaptureFixture[str]) -> None:
     found = inspected(capsys, str(DIT))
     assert (found["sigma_min"], found["sigma_max"], found["num_classes"]) == (None, None, 5)
     assert found["command"].endswith("--prediction PREDICTION --num_heads HEADS")

@@ -156,7 +156,7 @@ def test_the_gain_is_divided_in_the_dtype_in_which_it_is_stored():
     assert (norm * (gain.double() / 12**0.5) - expected).abs().max() > 1e-5
 
 
-def test_the_null_label_is_no_label():
+def test_the_null_label_is_not_a_class():
     made = edm2.fold(randomised(SMALL), torch.float32)
     x, sigma = torch.randn(2, 3, 16, 16), torch.tensor([0.5, 3.0])
     null = denoised(made, x, sigma, torch.tensor([7, 7]))
@@ -215,7 +215,7 @@ def test_arguments_that_make_no_sense_are_refused(name, value):
     assert len(str(caught.value)) < 200
 
 
-def test_the_encoder_tells_latents_from_pixels():
+def test_the_encoder_separates_latents_from_pixels():
     assert not edm2.latents(None)
     assert not edm2.latents(SavedNetwork("StandardRGBEncoder", {}, {}))
     assert edm2.latents(SavedNetwork("StabilityVAEEncoder", {"vae_name": "stabilityai/sd-vae-ft-mse"}, {}))

@@ -90,7 +90,7 @@ DECIDING = [name for name in ARCHITECTURE if name != "dropout"]
     [(name, flag) for name in ("edm, DDPM++", "edm2", "python") for flag in DECIDING]
     + [("edm, ADM", flag) for flag in ("num_channels", "num_heads", "num_head_channels", "learn_sigma")],
 )
-def test_every_flag_that_says_something_else_is_refused(name: str, flag: str, made: Any) -> None:
+def test_every_contradicting_flag_is_refused(name: str, flag: str, made: Any) -> None:
     model, wrong = made(name), WRONG[flag]
     if wrong is None:
         wrong = not TOLD[name].get(flag, False)
@@ -109,7 +109,7 @@ def test_an_unconditional_adm_network_has_no_classes(flag: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("flag", ["image_size", "num_head_channels", "training_mode"])
-def test_a_bundled_model_tells_everything(flag: str) -> None:
+def test_a_bundled_model_determines_everything(flag: str) -> None:
     with pytest.raises(RequestError, match=rf"^--{flag} is .*, but the bundled model digits has "):
         describing("digits", **{flag: WRONG[flag]})
 
@@ -135,7 +135,7 @@ def test_of_a_users_network_the_weights_must_be_there_and_have_no_key(made: Any,
         describing(model, weights_key="ema")
 
 
-# Heads of EDM2's networks, of which a state dict tells nothing.
+# Heads of EDM2's networks, which a state dict does not determine.
 
 
 @pytest.fixture

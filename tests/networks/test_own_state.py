@@ -144,7 +144,7 @@ def test_what_cannot_be_written_in_place_is_put_back_too() -> None:
 
 
 def test_a_parameterisation_of_the_users_own_passes_more_and_answers_for_the_result(write: Write) -> None:
-    """A concatenated condition, a condition of its own beside, and two results, of which one is a variance."""
+    """A concatenated condition, a separate condition, and two results, of which one is a variance."""
     module = write(
         """
 import torch

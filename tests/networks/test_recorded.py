@@ -1,4 +1,4 @@
-"""Flags beside a snapshot of NVIDIA's: one that repeats what the file tells is accepted, another is refused."""
+"""Flags beside a snapshot of NVIDIA's: one that repeats the file is accepted, another is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def opened(name: str, flags: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_what_the_file_tells_may_be_repeated(name: str) -> None:
+def test_what_the_file_determines_may_be_repeated(name: str) -> None:
     opened(name, TOLD[name] | {"training_mode": "edm"})
     opened(name, {"channel_mult": ""})
 

@@ -70,7 +70,7 @@ def zipped() -> bytes:
         (b"\x00\x01\x02\x03" * 10, "checkpoint"),
     ],
 )
-def test_what_is_no_checkpoint_is_named(content: bytes, said: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_named(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_bytes(content)
     assert said in refusal(tmp_path / "w.pt")
 

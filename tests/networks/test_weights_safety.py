@@ -67,7 +67,7 @@ def malicious(marker: Path) -> Iterator[Any]:
 @pytest.mark.parametrize("attack", range(10))
 @pytest.mark.parametrize("layout", ["zip", "old", "plain"])
 @pytest.mark.parametrize("beside", [True, False])
-def test_code_never_runs_and_what_stands_beside_weights_is_ignored(
+def test_code_never_runs_and_what_is_beside_weights_is_ignored(
     beside: bool, layout: str, attack: int, tmp_path: Path
 ) -> None:
     marker, path = tmp_path / "it-ran", tmp_path / "w.pt"
@@ -113,7 +113,7 @@ except ValueError as error:
     "name", [b"torch._utils\n_rebuild_tensor_v2", b"collections\nOrderedDict", b"torch\nFloatStorage"]
 )
 @pytest.mark.parametrize("protocol", [b"\x80\x02", b"\x80\x04"])
-def test_a_file_changes_nothing_of_what_stands_for_its_names(protocol: bytes, name: bytes, tmp_path: Path) -> None:
+def test_a_file_does_not_change_the_stand_ins_of_its_names(protocol: bytes, name: bytes, tmp_path: Path) -> None:
     """BUILD sets attributes of functions and classes as well, where they are real ones."""
     path = tmp_path / "w.pt"
     path.write_bytes(protocol + b"c" + name + b"\n}X\4\0\0\0makeK\1s}X\x0c\0\0\0__defaults__)s\x86b.")
@@ -218,7 +218,7 @@ def test_weights_stay_as_they_were_read_whatever_happens_to_the_file(layout: str
     for tensor in read.values():
         tensor.mul_(2)  # it is memory of this process
     memory = {tensor.untyped_storage().data_ptr() for tensor in read.values()}
-    assert len(memory) == len(read), "each has memory of its own, so that each can be freed"
+    assert len(memory) == len(read), "each has separate memory, so that each can be freed"
 
 
 @pytest.mark.parametrize("layout", ["zip", "old", "safetensors"])

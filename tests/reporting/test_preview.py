@@ -78,7 +78,7 @@ def test_a_sheet_of_no_images_is_a_picture() -> None:
     assert contact_sheet(np.zeros((0, 32, 32, 3), np.uint8), None, "digits", "nothing yet").startswith(b"\x89PNG")
 
 
-def test_each_class_has_a_row_of_its_own_images(images: np.ndarray) -> None:
+def test_each_class_has_a_row_of_its_images(images: np.ndarray) -> None:
     rows = class_rows(images[:6], np.array([7, 3, 7, 7, 3, 7]), count=3)
     assert list(rows) == [3, 7]
     assert len({Image.open(io.BytesIO(png)).size for png in rows.values()}) == 1

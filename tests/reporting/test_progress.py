@@ -110,8 +110,8 @@ def test_none_says_nothing_but_warnings_and_errors() -> None:
     with reporter("none", stream=stream) as log:
         log.update(LARGE)
         log.message("all is well")
-        log.message("a fragment was set aside", "warning")
-    assert stream.getvalue().splitlines()[0].endswith("warning: a fragment was set aside")
+        log.message("a fragment was rejected", "warning")
+    assert stream.getvalue().splitlines()[0].endswith("warning: a fragment was rejected")
     assert len(stream.getvalue().splitlines()) == 1
 
 

@@ -258,7 +258,7 @@ def test_infinities_that_clipping_hides_are_found() -> None:
 
 
 def test_neighbours_outside_the_range_may_be_not_finite(whole: dict[str, Pictures]) -> None:
-    """Sample 2 is computed in the block of samples 0 and 1, and is nobody's concern there."""
+    """Sample 2 is computed in the block of samples 0 and 1, and does not matter there."""
     rule = planned(RULE_WITH_7)
     pictures = engine(poisoned(poison_class_7)).sample(rule, 0, 2)()
     assert pictures.columns["image"].tobytes() == engine().sample(rule, 0, 2)().columns["image"].tobytes()

@@ -1,4 +1,4 @@
-"""What holds on GPUs alone, shown by stand-ins: what is queued is not done, and CUDA graphs reuse memory of results."""
+"""What holds on GPUs alone, shown by substitutes: queued is not done, and CUDA graphs reuse memory of results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class QueuedEvent:
-    """A CUDA event, which tells no time until the device has come to it."""
+    """A CUDA event, which has no time until the device has come to it."""
 
     def __init__(self, at_ms: float) -> None:
         self.at_ms = at_ms

@@ -79,7 +79,7 @@ def test_a_label_out_of_range_is_refused(values: list[int], position: int) -> No
 
 
 @pytest.mark.parametrize("values", [np.zeros(0, np.int64), np.zeros((2, 2), np.int64), np.int64(3)])
-def test_what_is_no_list_is_refused(values: np.ndarray) -> None:
+def test_what_is_not_a_list_is_refused(values: np.ndarray) -> None:
     with pytest.raises(RequestError, match=r"--labels labels.npy holds no list of labels"):
         listed_labels(np.asarray(values), 10, "labels.npy")
 
@@ -91,7 +91,7 @@ def test_any_integer_type_gives_the_same_labels_and_identity(dtype: type) -> Non
     assert labels_of(rule, 42, torch.arange(3)).tolist() == [0, 3, 9]
 
 
-def test_the_identity_tells_rules_and_values_apart() -> None:
+def test_the_identity_separates_rules_and_values() -> None:
     rules = [
         LabelRule("random", 10),
         LabelRule("balanced", 10),

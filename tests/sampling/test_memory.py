@@ -57,7 +57,7 @@ def test_half_of_a_batch_size_that_does_not_fit_is_advised_without_a_trial(plan:
         engine(Limited(0), 1).sample(plan, 0, 1)
 
 
-def test_an_engine_goes_on_after_a_batch_that_did_not_fit(plan: SamplePlan) -> None:
+def test_an_engine_continues_after_a_batch_that_did_not_fit(plan: SamplePlan) -> None:
     network = Limited(0)
     one = engine(network, 4)
     with pytest.raises(OutOfDeviceMemoryError):

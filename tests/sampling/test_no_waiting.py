@@ -59,7 +59,7 @@ def test_guidance_does_not_wait() -> None:
     assert block(plan)[0].shape == (4, 3, 16, 16)
 
 
-def test_a_device_that_is_asked_for_a_value_says_so() -> None:
+def test_a_device_that_is_asked_for_a_value_reports_it() -> None:
     """Else the tests above would prove nothing."""
     with pytest.raises(RuntimeError, match="meta tensors"):
         torch.ones((), device=META).item()

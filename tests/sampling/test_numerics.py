@@ -1,4 +1,4 @@
-"""Equal work gives equal bits where torch is set for it, and the numerics key tells apart what may not."""
+"""Equal work gives equal bits where torch is set for it, and the numerics key separates what may not."""
 
 from __future__ import annotations
 

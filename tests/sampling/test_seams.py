@@ -1,4 +1,4 @@
-"""Solvers, finishers, products and conditions of our own go through the engine: each is registered in one place."""
+"""Solvers, finishers, products and conditions go through the engine: each is registered in one place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.sampling.plans import plan
 N, BATCH, DEPTH = 10, 4, 3
 
 
-# A solver with an option of its own: a share of the noise stays.
+# A solver with an option: a share of the noise stays.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def test_what_is_ours_is_computed_block_by_block_and_said_in_the_identity(planne
     assert {name: identity[name] for name in wanted} == wanted
 
 
-def test_guidance_asks_the_condition_for_what_stands_for_none(planned: SamplePlan) -> None:
+def test_guidance_asks_the_condition_for_the_null_condition(planned: SamplePlan) -> None:
     """tanh(0) is 0, so that a weight of 2 doubles D."""
     once = engine().sample(planned, 0, N)().columns
     twice = engine().sample(replace(planned, guidance=GuidanceOptions(guidance=2.0)), 0, N)().columns

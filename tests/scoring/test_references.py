@@ -114,7 +114,7 @@ def test_pictures_of_an_archive_a_run_and_a_folder(
         assert (reference.mu, reference.features, len(reference.sha256)) == (None, None, 64)
 
 
-def test_what_is_no_reference_is_one_sentence(
+def test_what_is_not_a_reference_is_one_sentence(
     digits: Extractor, checkpoint: Path, samples: Samples, pictures: np.ndarray, tmp_path: Path
 ) -> None:
     def made(**arrays: Any) -> str:

@@ -116,7 +116,7 @@ class Simulated:
         nodes: how many come with the cluster.
         work: what becomes of a shard on an actor: ok, die, "node dies" or an exception.
         starts: what becomes of a start on a node: ok, die, "node dies" or an exception.
-        more: whether an actor that finds no room gets a node of its own.
+        more: whether an actor that finds no room gets a separate node.
         seconds: what a shard takes.
         room: actors for which a node has room.
     """

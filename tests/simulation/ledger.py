@@ -110,7 +110,7 @@ class Ledger:
             raise Broken(f"no waiting with work and capacity at hand: an actor has nothing to do at {now:.0f} s")
 
     def tick(self, now: float, unasked: bool, stuck: bool) -> None:
-        """Raises Broken: nobody asks for an actor that would have room and work, or nothing comes back.
+        """Raises Broken: no request for an actor that would have room and work, or nothing comes back.
 
         Args:
             stuck: whether there are actors and work.

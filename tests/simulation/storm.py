@@ -48,7 +48,7 @@ STARTS = ("start fails", "start hangs", "start dies", "start waits")
 NODES = ("node dies", "all nodes die", "capacity late", "capacity never", "drain")
 
 TAIL = 0.2
-"""Of the faults: so many strike in the last hundredth of the shards, where each of them matters."""
+"""Share of the faults that strike in the last hundredth of the shards, where each of them matters."""
 
 PATIENCE_S = 3600.0
 """After so long without a node, and none to come, the user of a simulated run interrupts it."""
@@ -77,7 +77,7 @@ class Settings:
 
 class Fault(NamedTuple):
     shards: int
-    """It strikes when so many were computed."""
+    """It strikes when this many were computed."""
     after_s: float
     """And so much later."""
     kind: str
@@ -276,7 +276,7 @@ class Storm(Simulated):
                 self.later(self.clock + after, lambda: self.fall([name], again))
 
     def fall(self, names: list[str], again: float | None) -> None:
-        """Nodes die, of which as many come again so many seconds later."""
+        """Nodes die, which come back after this many seconds."""
         names = [name for name in names if name in self.nodes]
         self.lose(*names, after=self.chance.uniform(0.0, 5.0))
         self.leaving.difference_update(names)

@@ -15,7 +15,7 @@ from tests.faults.servers import client as s3_client
 from tests.storage.fill import FINGERPRINT, NAME, fill, names_in
 
 
-def test_what_is_no_fragment_is_foreign_and_never_followed(tmp_path):
+def test_what_is_not_a_fragment_is_foreign_and_never_followed(tmp_path):
     run_dir = RunDir(str(tmp_path))
     fill(run_dir, [NAME])
     secret = tmp_path / "secret.parquet"

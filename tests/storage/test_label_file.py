@@ -38,7 +38,7 @@ def encrypted(data: bytes) -> bytes:
 
 
 def other_method(data: bytes) -> bytes:
-    """A zip file whose first member says that it is packed in a way which nobody knows."""
+    """A zip file whose first member says that it is packed in an unknown way."""
     changed = bytearray(data)
     changed[8] = changed[data.index(b"PK\x01\x02") + 10] = 99
     return bytes(changed)

@@ -70,7 +70,7 @@ def test_of_two_rivals_exactly_one_creates_the_run(output):
         assert rivals[0].read_run() == standing[0]
 
 
-def test_a_later_rival_gets_what_stands_there(output):
+def test_a_later_rival_gets_what_is_there(output):
     assert RunDir(output).create_run({"rival": 0}) == {"rival": 0}
     assert RunDir(output).create_run({"rival": 1}) == {"rival": 0}
 

@@ -82,7 +82,7 @@ def test_a_staged_archive_of_many_parts_is_whole(moto):
     assert run_dir.read_file("samples_9x1x1x1.npz") == block * 40
 
 
-def test_unfinished_local_files_are_cleared_once_nobody_writes_them(tmp_path):
+def test_unfinished_local_files_are_cleared_once_they_are_abandoned(tmp_path):
     run_dir = RunDir(str(tmp_path))
     fill(run_dir, [NAME])
     old, abandoned = tmp_path / "fragments" / ".a.parquet.00.tmp", tmp_path / ".samples.npz.01.tmp"

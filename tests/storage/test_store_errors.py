@@ -34,7 +34,7 @@ def test_a_wrong_url_is_refused_in_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     with pytest.raises(RequestError, match="is a file"):
         RunDir(str(tmp_path / "file"))
-    with pytest.raises(RequestError, match="a file stands"):
+    with pytest.raises(RequestError, match="a file is in the place"):
         RunDir(str(tmp_path / "file" / "run")).create_run({})
 
 
@@ -87,7 +87,7 @@ def test_a_full_or_read_only_disk_is_one_sentence(tmp_path, monkeypatch):
         assert list(Path(tmp_path / "run" / "fragments").iterdir()) == []
 
 
-def test_an_answer_that_is_no_http_passes_and_has_no_status():
+def test_an_answer_that_is_not_http_passes_and_has_no_status():
     from aiohttp import ClientResponseError
     from aiohttp.http_exceptions import BadStatusLine
 

@@ -9,7 +9,7 @@ from ray_sampler.storage.verify import verify
 from tests.storage.fill import FINGERPRINT, NAME, fill, make_samples, names_in
 
 
-def test_whole_fragments_stay_and_others_are_set_aside_with_reasons(output):
+def test_whole_fragments_stay_and_others_are_rejected_with_reasons(output):
     run_dir = RunDir(output)
     names = [FragmentName(i, i + 4, "parquet" if i % 8 else "npz") for i in range(0, 24, 4)]
     records = fill(run_dir, names)

@@ -1,4 +1,4 @@
-"""A sampling script that calls the sampling function by keyword only, through an adapter of its own."""
+"""A sampling script that calls the sampling function by keyword only, through an adapter."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A copy of a sampling script whose arguments stand in a class, and which calls its function at the end."""
+"""A copy of a sampling script whose arguments are in a class, and which calls its function at the end."""
 
 import os
 
