@@ -33,8 +33,8 @@ def option(
     Args:
         default: the value where neither the user nor a preset nor the model gives one.
         help: one sentence for `--help`.
-        recorded: whether run.json holds it even at its default; options that came after the first version are left
-            out there, so that a run directory reads the same as before.
+        recorded: whether run.json holds it even at its default; others are left out, so that existing run
+            directories keep their content.
         numbers: whether the text may be numbers between commas, for which Python has sequences.
         common: whether most runs use it, so that `--help` shows it; `--help-all` shows every option.
         inert: whether it is accepted without effect, for published command lines.

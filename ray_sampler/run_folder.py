@@ -98,7 +98,7 @@ def status_of(run_dir: RunDir, run: dict[str, Any]) -> Status:
 
 
 def lost(run_dir: RunDir, fingerprint: str) -> set[FragmentName]:
-    """Fragments that a run found damaged and could not move, and that were not replaced by whole ones since."""
+    """Fragments that a run found damaged and could not move, and that were not replaced by valid ones since."""
     ranges, damaged = run_dir.ranges(), set()
     for name in ranges.noted():
         try:

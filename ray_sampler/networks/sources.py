@@ -193,7 +193,7 @@ def _again(fetch: Callable[[], Any]) -> Any:
 class _Cache:
     """The copy of one http(s) file in the user's cache folder, which fsspec's filecache keeps there.
 
-    A file is entered once it has arrived whole. One process fetches at a time; others wait for it.
+    A file is entered once it has arrived completely. One process fetches at a time; others wait for it.
     """
 
     def __init__(self, url: str, fs: Any, path: str) -> None:

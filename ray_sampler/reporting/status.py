@@ -64,7 +64,7 @@ class Status:
     """Numerics keys among them."""
     fragments: int = 0
     records_read: int = 0
-    """Fragments whose records were read, and are whole."""
+    """Fragments whose records were read and are valid."""
     products: Mapping[str, int] = field(default_factory=dict)
     """Samples that exist of each product beside the pictures, by folder."""
     scores: Mapping[str, Any] | None = None

@@ -165,10 +165,10 @@ class Preconditioned:
 
 
 def timed(kind: str, c_noise: str | Time, **more: Any) -> tuple[dict[str, Any], Time]:
-    """The identity of a kind with a choice of times, which says nothing of the first version's, and the time.
+    """The identity of a kind with a choice of times, without an entry for the default one, and the time.
 
     Raises:
-        RequestError: there is no such time.
+        RequestError: the choice is unknown.
     """
     known = callable(c_noise) or c_noise in TIMES
     require(known, f"c_noise is {c_noise!r}; it must be a function of sigma or one of {', '.join(TIMES)}")

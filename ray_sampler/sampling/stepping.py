@@ -20,7 +20,7 @@ REPLACED = ("sigma_max", "schedule", "rho", "shift")
 
 
 def own_options() -> set[str]:
-    """Options of solvers, but for those of version 1, which every solver accepts."""
+    """Options of solvers, except those of the consistency-models script, which every solver accepts."""
     return {name for solver in SOLVERS.values() for name, flag in flags_of(solver.options).items() if not flag.recorded}
 
 
@@ -131,7 +131,7 @@ def check_steps(options: SolverOptions, schedule: ScheduleOptions, state: str) -
     """Check the solver's options beside the schedule, and the levels after they are rounded to the dtype of the state.
 
     Solvers divide by levels: they must be numbers above 0, and fall where a solver divides by their distance; those of
-    version 1 do not.
+    the consistency-models script need not.
 
     Args:
         state: fp32 or fp64.

@@ -43,7 +43,7 @@ class DamagedPiece(Exception):
         self.fragment = fragment
         self.reason = reason
         self.changed = changed
-        """Whether it is whole by itself, but of other content than the record says: read its record again."""
+        """Whether it is valid by itself, but differs from the record: read its record again."""
 
 
 class Maker(NamedTuple):
@@ -268,7 +268,7 @@ def require_crc32(crc32: int, member: Member) -> None:
 
 
 def archive_intact(run_dir: RunDir, layout: ArchiveLayout) -> bool:
-    """Whether the archive is there, whole and the one that `layout` describes; every byte is read.
+    """Whether the archive exists, complete and as `layout` describes it; every byte is read.
 
     Raises:
         RequestError, RunError: it cannot be read now, and is not lost; says why.

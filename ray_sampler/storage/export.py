@@ -98,7 +98,7 @@ def _write(store: Store, there: set[str], name: str, image: np.ndarray) -> bool:
 
 
 def _holds(data: bytes | None, pixels: np.ndarray) -> bool:
-    """Whether a PNG file is whole and has these pixels."""
+    """Whether a PNG file is complete and has these pixels."""
     try:
         whole = data is not None and data.endswith(PNG_END)
         return whole and np.array_equal(np.asarray(Image.open(io.BytesIO(data or b""))), pixels)

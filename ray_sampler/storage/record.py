@@ -2,7 +2,7 @@
 
 It holds columns: images, labels, or whatever else there is one of for each sample. Its record has the range, the
 fingerprint of the run, the columns and the CRC-32 of each, so a file that was cut short, damaged, renamed or written by
-another run is told apart from a whole one by its bytes alone.
+another run is distinguished from a valid one by its bytes alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FILENAME = re.compile(rf"{INDEX}-{INDEX}\.([a-z]+)")
 
 
 class DamagedFragment(Exception):
-    """A file is not a whole, unchanged fragment of this run; its text says why, in one printable line."""
+    """A file is not an intact fragment of this run; its text gives the reason, in one printable line."""
 
     def __init__(self, reason: str) -> None:
         # It may quote the file, which may hold anything: line breaks, a terminal's commands, half a character.

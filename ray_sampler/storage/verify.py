@@ -18,7 +18,7 @@ class Checked:
     """Files of a folder of ranges that were read and checked."""
 
     records: dict[FragmentName, Record] = field(default_factory=dict)
-    """Of the whole ones."""
+    """Of the valid ones."""
     damaged: list[tuple[FragmentName, str]] = field(default_factory=list)
     """With the reason."""
     gone: list[FragmentName] = field(default_factory=list)
