@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 FRESH_SEED_BITS = 24
 """Of the seed that --generator dummy draws: small enough for num_samples * seed to fit in 64 bits."""
 
+URLS = {"model", "guide", "decoder", "labels", "weights", "guide_weights", "output", "score", "features_weights"}
+URLS |= {"address"}
+"""Options that may hold a credential."""
+
 NOT_SHOWN = ("model_path", "use_fp16", "dry_run")
 """Options that say what another one says, or nothing of the run."""
 
@@ -181,10 +185,8 @@ def settings_json(config: RunConfig) -> dict[str, Any]:
     result = {
         name: value for name, (flag, value) in values.items() if flag.recorded or value not in (None, flag.default)
     }
-    urls = ("model", "output", "labels", "address", "guide", "score", "features_weights", "weights", "guide_weights")
-    for url in urls:
-        if url in result:
-            result[url] = redact(result[url])
+    for url in URLS & result.keys():
+        result[url] = redact(result[url])
     return result | {"s_tmax": str(float(result["s_tmax"]))}
 
 

@@ -32,8 +32,9 @@ from ray_sampler.reporting.progress import Reporter, reporter
 from ray_sampler.reporting.scores import described
 from ray_sampler.reporting.sheet import PreviewKeeper, Tile
 from ray_sampler.resolve import given_values, settings_json
+from ray_sampler.sampling.decoding import DECODER
 from ray_sampler.sampling.numerics import compiles
-from ray_sampler.sampling.plan import MAIN
+from ray_sampler.sampling.plan import GUIDE, MAIN
 from ray_sampler.sampling.stepping import unused_options
 from ray_sampler.scoring.features import FEATURES
 from ray_sampler.scoring.scores import network_of
@@ -128,7 +129,8 @@ def announce(job: Job, report: Reporter) -> None:
     report.message(f"run {job.fingerprint[:8]} in {job.run_dir.url}")
     for role, network in job.networks.items():
         if network.note:
-            report.message(network.note if role == MAIN else f"of --guide: {network.note}")
+            flag = "guide" if role == GUIDE else "decoder"
+            report.message(network.note if role == MAIN else f"of --{flag}: {network.note}")
     plan = job.plan
     if plan.schedule.nfe is not None:
         report.message(f"--nfe: {plan.sampler} takes {plan.schedule.steps} steps, {plan.evaluations()} evaluations")
@@ -309,7 +311,8 @@ class Filling:
             contiguous = job.gpus > 0 and not compiles(job.compile, gpu=True)
             for role, network in job.networks.items():
                 if role not in self.shipped:
-                    self.shipped[role] = ship(network, job.precision, contiguous)
+                    precision = job.config.decoder_precision if role == DECODER else job.precision
+                    self.shipped[role] = ship(network, precision, contiguous)
         if job.scoring and FEATURES not in self.shipped:
             self.shipped[FEATURES] = ship(network_of(job.scoring.extractor), "fp32")
         networks = self.shipped if generate else {role: net for role, net in self.shipped.items() if role == FEATURES}

@@ -15,18 +15,21 @@ import torch
 from ray_sampler.cluster.session import place
 from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
+from ray_sampler.networks.autoencoder import open_autoencoder
 from ray_sampler.networks.called import Called
 from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision, beside_user
+from ray_sampler.networks.opening import BUNDLED as WEIGHTS
 from ray_sampler.networks.opening import open_network
 from ray_sampler.options import flags_of, of
-from ray_sampler.planning import identity, plan_of
+from ray_sampler.planning import check_picture_size, identity, plan_of
 from ray_sampler.presets import BUNDLED, OBJECT, check_bundled, model_of
 from ray_sampler.resolve import check, given_values, resolve, settings_json, settled
+from ray_sampler.sampling.decoding import DECODER
 from ray_sampler.sampling.finish import FINISHERS
 from ray_sampler.sampling.options import Compile, DecoderOptions, GuidanceOptions, guide_of
 from ray_sampler.sampling.parameterisation import LEVELS
 from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan
-from ray_sampler.sampling.products import Product
+from ray_sampler.sampling.products import LATENTS, Product, latents
 from ray_sampler.sampling.trial import TRIAL_S, try_networks, within
 from ray_sampler.scoring.features import FEATURES
 from ray_sampler.scoring.options import ScoreOptions
@@ -116,7 +119,16 @@ class Job:
             (role, net.spec.family, net.weights, str(net.spec.options)) for role, net in self.networks.items()
         )
         features = self.scoring and (self.scoring.extractor.name, self.scoring.extractor.sha256)
-        return networks, features, self.precision, self.config.batch_size, self.compile, self.gpus, self.local
+        return (
+            networks,
+            features,
+            self.precision,
+            self.config.decoder_precision,
+            self.config.batch_size,
+            self.compile,
+            self.gpus,
+            self.local,
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -134,6 +146,12 @@ class Job:
             notes.append(
                 "--precision auto stays fp32, which an earlier start without GPUs chose for this run; fp16 is several "
                 "times as fast on a GPU: for that give --precision fp16 and another --output"
+            )
+        size, batch = self.config.decoder_batch, self.config.batch_size
+        if DECODER in self.networks and -batch % size > batch / 4:
+            notes.append(
+                f"--decoder_batch {size} decodes {-batch % size} empty latents beside the {batch} of a batch; one that "
+                "divides --batch_size avoids that"
             )
         return notes
 
@@ -198,7 +216,8 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     if not (config.output or config.overwrite):
         there = run_dir.read_run()
     scoring = scoring_of(resolved, plan)
-    made = dict(products or {}) | ({FEATURES: product_of(scoring.extractor)} if scoring else {})
+    kept = {LATENTS: latents(plan.shape)} if resolved.keep_latents else {}
+    made = dict(products or {}) | kept | ({FEATURES: product_of(scoring.extractor)} if scoring else {})
     job = Job(resolved, plan, output, run_dir, there, networks, gpus, local, decided, made, scoring)
     refuse_another(job, there)
     refuse_changed_code(job, there)
@@ -239,12 +258,30 @@ def open_networks(model: Any, brought: Mapping[str, Any], config: RunConfig) -> 
     """The networks of a run, by role: the model, a guide where one is used, and what the finisher asks."""
     settings = {**brought, **given_values(config)}
     networks = {MAIN: open_network(model, settings, config.given)}
+    spec = networks[MAIN].spec
     if (name := guide_of(of(GuidanceOptions, settings))) is not None:
-        networks[GUIDE] = open_guide(name, settings, networks[MAIN].spec)
-    if (finisher := FINISHERS.get(settings.get("decoder") or "")) is not None:
+        networks[GUIDE] = open_guide(name, settings, spec)
+    decoder = settings.get("decoder")
+    if (finisher := FINISHERS.get(decoder or "")) is not None:
         asked = finisher(of(DecoderOptions, settings)).networks.items()
         networks |= {role: open_network(name, {}, flag="--decoder") for role, name in asked}
+    elif decoder is not None:
+        networks[DECODER] = open_decoder(decoder)
+    if spec.latent and "image_size" in config.given:
+        check_picture_size(config.image_size, spec, networks[DECODER].spec if DECODER in networks else None)
     return networks
+
+
+def open_decoder(name: str) -> Network:
+    """The network that decodes latents: a bundled one, or that of a directory."""
+    if name in WEIGHTS:
+        return open_network(name, {}, flag="--decoder")
+    require(
+        "://" in name or os.path.exists(os.path.expanduser(name)),
+        f"--decoder is {name!r}; there is no such directory; give that of an AutoencoderKL of diffusers, or one of "
+        f"{', '.join(FINISHERS)}; none writes the solver's result as it is, float32 (N, H, W, C)",
+    )
+    return open_autoencoder(name)
 
 
 def open_guide(name: str, settings: Mapping[str, Any], guided: NetworkSpec) -> Network:

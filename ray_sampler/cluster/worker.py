@@ -24,6 +24,7 @@ from ray_sampler.cluster.shipping import Shipped
 from ray_sampler.errors import RunError
 from ray_sampler.networks.family import Precision
 from ray_sampler.sampling.engine import Engine, Pictures, why_not_compiled
+from ray_sampler.sampling.finish import UNDECODED
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, ran_out_of_memory, take_share
 from ray_sampler.sampling.numerics import numerics_key, pin
 from ray_sampler.sampling.options import Compile
@@ -248,7 +249,9 @@ class Worker:
         products = [product for product in spec.products.values() if wanted in (IMAGES, product.name)]
         of_x = {product.name: product.finish for product in products if product.takes == "x"}
         # On a GPU the compute thread only queues a shard; it is awaited here, while the next one is queued.
-        pictures: Pictures = self.compute.submit(self.engine.sample, spec.plan, start, stop, of_x).result()()
+        # Where the pictures are there already, nothing is decoded.
+        plan = spec.plan if wanted == IMAGES else replace(spec.plan, finisher=UNDECODED)
+        pictures: Pictures = self.compute.submit(self.engine.sample, plan, start, stop, of_x).result()()
         began = time.perf_counter()
         samples = Samples(start, pictures.columns)
         files: list[tuple[str, FragmentFormat, Samples]] = []
@@ -294,8 +297,10 @@ class Worker:
 
     def _computed_by(self, run: int, seconds: float) -> dict[str, Any]:
         info, source = self.info(), dict(self.runs[run].source)
+        plan = self.runs[run].plan
+        finished = f", {plan.finisher.numerics}" if plan and plan.finisher.numerics else ""
         made = {
-            "numerics_key": info.numerics_key,
+            "numerics_key": info.numerics_key + finished,
             "device": info.device,
             "host": socket.gethostname(),
             "torch": torch.__version__,

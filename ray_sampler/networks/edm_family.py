@@ -142,7 +142,12 @@ def open_edm2(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozen
         null_label=options.label_dim or None,
         sigma_min=SIGMA_RANGE[0],
         sigma_max=SIGMA_RANGE[1],
-        defaults={"clip_denoised": False, "rounding": "nearest", "state": "fp32", "steps": 32},
+        defaults={
+            "clip_denoised": False,
+            "rounding": "truncate" if latent else "nearest",
+            "state": "fp32",
+            "steps": 32,
+        },
         latent="edm2" if latent else None,
         script="edm2",
     )

@@ -32,6 +32,20 @@ NAMED = 3
 """How many offending tensors an error names."""
 
 
+class Decodes(NamedTuple):
+    """What a decoder makes of latents."""
+
+    channels: int
+    """Of a latent."""
+    factor: int
+    """Pixels in a row for each of a latent."""
+    pictures: int
+    """Channels of a picture: 1 or 3."""
+    scaling: float = 1.0
+    shift: float = 0.0
+    """By which latents were scaled for their network: x = (z - shift) scaling."""
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
     """One network without its tensors."""
@@ -63,6 +77,8 @@ class NetworkSpec:
     """The rule by which x becomes a picture (sd, edm2); None where x is a picture."""
     lacks: str = ""
     """What must be given before it can be sampled, as a sentence; empty where that is nothing."""
+    decodes: Decodes | None = None
+    """Of a decoder: what it makes of latents. It is called as network(z) and returns pictures, both (B, C, H, W)."""
     script: Script = "consistency-models"
     """Whose script's arithmetic is followed to the last bit, so that published pictures come out again."""
 
@@ -95,8 +111,9 @@ class NetworkSpec:
         Raises:
             RequestError: one contradicts it, or is for networks of another family.
         """
+        side = self.shape[1]
         told = {
-            "image_size": self.shape[1],
+            "image_size": Told(str(side), lambda n: n == side or (self.latent is not None and n % side == 0)),
             "class_cond": self.num_classes > 0,
             **({"num_classes": self.num_classes} if self.num_classes else {}),
             **told,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_sampler.networks.called import Called
-from ray_sampler.sampling.finish import Finish
+from ray_sampler.sampling.finish import SOUND, Finish
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, keep_freed_memory, page_locked, ran_out_of_memory
 from ray_sampler.sampling.numerics import INDUCTOR_WITHOUT_TIMING, compiles
 from ray_sampler.sampling.options import Compile
@@ -246,7 +246,10 @@ class Engine:
         )
         blame(SOLVER, x)
         stored = plan.condition.stored(y) if plan.condition and y is not None else {}
-        made: dict[str, Mapping[str, Tensor]] = {OWN: {**plan.finisher.finish(x, self.networks), **stored}}
+        finished = dict(plan.finisher.finish(x, self.networks))
+        if (sound := finished.pop(SOUND, None)) is not None:
+            fault.masked_fill_(~sound & (fault == 0), FINISHER)
+        made: dict[str, Mapping[str, Tensor]] = {OWN: {**finished, **stored}}
         made |= {name: finish(x, self.networks) for name, finish in products.items()}
         tensors = {(name, column): t for name, columns in made.items() for column, t in columns.items()}
         for tensor in tensors.values():

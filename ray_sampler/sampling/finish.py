@@ -12,6 +12,8 @@ from ray_sampler.sampling.options import DecoderOptions, Rounding
 from ray_sampler.storage.record import Column
 
 Shape = tuple[int, int, int]
+SOUND = "sound"
+"""A column that is not written: whether what a sample's others were made of was finite, (B,) bool."""
 Finish = Callable[[Tensor, Mapping[str, Any]], Mapping[str, Tensor]]
 """(x (B, C, H, W) in the dtype of the state, networks by role) -> columns by name, each (B, ...), contiguous."""
 
@@ -27,11 +29,21 @@ class Finisher(NamedTuple):
     """What of it decides a sample, beside the hashes of its networks."""
     networks: Mapping[str, str] = {}
     """Networks that it needs beside the model, by role: what each is, given as for --model."""
+    numerics: str = ""
+    """What of it decides the last bits of a sample, beside the numerics key."""
 
 
-def to_uint8(x: Tensor, rounding: Rounding) -> Tensor:
-    """(B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8, truncated as guided-diffusion does or rounded as EDM2 does."""
-    scaled = (x + 1) * 127.5 if rounding == "truncate" else x * 127.5 + 128
+def to_uint8(x: Tensor, rounding: Rounding, unit: bool = False) -> Tensor:
+    """(B, C, H, W) in [-1, 1], or in [0, 1] if `unit`, -> (B, H, W, C) uint8.
+
+    Truncated as guided-diffusion does, to the nearest level as EDM2 does, or rounded as diffusers does.
+    """
+    if rounding == "nearest":
+        scaled = x * 255 + 0.5 if unit else x * 127.5 + 128
+    else:
+        scaled = x * 255 if unit else (x + 1) * 127.5
+    if rounding == "round":
+        scaled = scaled.round()
     return scaled.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

@@ -13,7 +13,7 @@ from ray_sampler.errors import RequestError, require
 from ray_sampler.options import option
 
 Generator = Literal["philox", "edm", "determ", "determ-indiv", "dummy"]
-Rounding = Literal["truncate", "nearest"]
+Rounding = Literal["truncate", "nearest", "round"]
 StateType = Literal["fp32", "fp64"]
 Compile = Literal["auto", "on", "off"]
 
@@ -140,13 +140,31 @@ class DecoderOptions:
 
     rounding: Rounding = option(
         "truncate",
-        "Conversion to pixels: truncate, as in guided-diffusion, or nearest, as in EDM, EDM2 and DiT.",
+        "Conversion to pixels: truncate, as in guided-diffusion and REPA; nearest, as in EDM, EDM2 and DiT; or round, as in "
+        "diffusers.",
     )
     decoder: str | None = option(
         None,
-        "none writes the solver's result as it is, float32 (H, W, C), as for latents; without it pixels are written.",
+        "What makes pictures of latents: the directory of an AutoencoderKL of diffusers, a local path or any fsspec "
+        "URL; none writes the solver's result as it is, float32 (H, W, C).",
         recorded=False,
     )
+    decoder_batch: int = option(
+        4,
+        "Latents that are decoded at once; the default needs at most 8 GB for pictures of 512 pixels.",
+        recorded=False,
+    )
+    decoder_precision: Literal["fp32", "fp16", "bf16"] = option("fp32", "Precision of the decoder.", recorded=False)
+    keep_latents: bool = option(
+        False,
+        "Keep the solver's results as well, float32, in latents/ beside the fragments.",
+        recorded=False,
+    )
+
+    def check(self) -> None:
+        """Raises RequestError: a value is wrong."""
+        require(self.decoder != "", "--decoder is empty; it must be a directory, or none")
+        require(1 <= self.decoder_batch <= 10**6, f"--decoder_batch is {self.decoder_batch}; it must be from 1 to 10^6")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ray_sampler.storage.record import Column, Samples
 
+LATENTS = "latents"
+
 
 @dataclass(frozen=True)
 class Product:
@@ -34,6 +36,13 @@ class Product:
     role: the columns, each (B, ...), on the device."""
     block: int = 64
     """Pictures that `finish` is given at once, always; x comes in the blocks of --batch_size."""
+
+
+def latents(shape: tuple[int, int, int]) -> Product:
+    """The solver's results as they are, before any scaling for a decoder; `shape` is (C, H, W)."""
+    return Product(
+        LATENTS, LATENTS, {"latent": Column("float32", shape)}, "x", lambda x, networks: {"latent": x.float()}
+    )
 
 
 def derive(

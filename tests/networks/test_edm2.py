@@ -219,5 +219,10 @@ def test_the_encoder_separates_latents_from_pixels():
     assert not edm2.latents(None)
     assert not edm2.latents(SavedNetwork("StandardRGBEncoder", {}, {}))
     assert edm2.latents(SavedNetwork("StabilityVAEEncoder", {"vae_name": "stabilityai/sd-vae-ft-mse"}, {}))
+    published = {"raw_std": (4.17, 4.62, 3.71, 3.28), "final_std": 0.5}
+    assert edm2.latents(SavedNetwork("StabilityVAEEncoder", published, {}))
+    for changed in ({"final_std": 1}, {"raw_mean": [0, 0, 0, 0]}):
+        with pytest.raises(Refused, match=f"scaled with {next(iter(changed))}"):
+            edm2.latents(SavedNetwork("StabilityVAEEncoder", published | changed, {}))
     with pytest.raises(Refused, match="OtherEncoder"):
         edm2.latents(SavedNetwork("OtherEncoder", {}, {}))

@@ -1,0 +1,218 @@
+"""Decoders of latents: the second half of an AutoencoderKL directory of diffusers.
+
+diffusers is needed here alone, for the class of the network; the files are read as all checkpoints are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ray_sampler.errors import RequestError, redact, require
+from ray_sampler.networks.family import (
+    DTYPES,
+    Decodes,
+    Network,
+    NetworkSpec,
+    Precision,
+    as_it_is,
+    misfits,
+    without_memory,
+)
+from ray_sampler.networks.sources import Folder, Source, opened
+from ray_sampler.networks.weights import read_checkpoint, weights_hash
+
+CONFIG = "config.json"
+MAX_CONFIG = 2**20
+CLASS = "AutoencoderKL"
+WEIGHTS = re.compile(r"diffusion_pytorch_model(?:(\.\w+)?\.safetensors|\.safetensors\.index(\.\w+)?\.json)")
+"""A file of weights or the index of several, perhaps of a variant such as fp16."""
+HALF = ("decoder.", "post_quant_conv.")
+"""How the names of the tensors begin that decode."""
+RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""The layers of attention as older files name them."""
+DECIDING = (
+    *("latent_channels", "out_channels", "block_out_channels", "up_block_types", "layers_per_block", "act_fn"),
+    *("norm_num_groups", "mid_block_add_attention", "use_post_quant_conv", "scaling_factor", "shift_factor"),
+)
+"""What of a config decides the pictures."""
+
+
+@dataclass(frozen=True)
+class AutoencoderOptions:
+    """An AutoencoderKL, as its config describes it."""
+
+    config: Mapping[str, Any]
+
+    def identity(self) -> dict[str, Any]:
+        return {name: self.config[name] for name in DECIDING}
+
+
+class Decoder(nn.Module):
+    """z (B, C, H, W) -> pictures (B, 3, f H, f W), as AutoencoderKL.decode without tiling or slicing.
+
+    It is pickled as its config and tensors, so that a process to which it comes says by itself what it lacks.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        vae = autoencoder_class().from_config(dict(config))
+        self.config = {**vae.config}
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+
+    def forward(self, z: Tensor) -> Tensor:
+        pictures: Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        return pictures
+
+    def __reduce__(self) -> Any:
+        return remade, (self.config, self.state_dict(keep_vars=True))
+
+
+def remade(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Decoder:
+    """A decoder that has travelled."""
+    module = without_memory(lambda: Decoder(config))
+    module.load_state_dict(tensors, assign=True)
+    assert isinstance(module, Decoder)
+    return module
+
+
+def autoencoder_class() -> Any:
+    """diffusers' class.
+
+    Raises:
+        RequestError: it is not installed, or cannot be imported.
+    """
+    try:
+        with without_broken("torchvision"):
+            return importlib.import_module("diffusers").AutoencoderKL
+    except (ImportError, RuntimeError) as error:  # the second is diffusers' own, of a package that it imports
+        said = str(error).strip().rpartition("\n")[2]
+        raise RequestError(
+            f"--decoder is the directory of an autoencoder, for which diffusers is needed, and that cannot be imported "
+            f"({said}); pip install 'ray-sampler[diffusers]'"
+        ) from error
+
+
+@contextmanager
+def without_broken(name: str) -> Iterator[None]:
+    """Hide a package that does not import, as one that was built for another torch, from those that try."""
+    try:
+        importlib.import_module(name)
+    except (ImportError, RuntimeError):
+        sys.modules[name] = None  # type: ignore[assignment]  # which Python takes for a package that is not there
+        try:
+            yield
+        finally:
+            del sys.modules[name]
+    else:
+        yield
+
+
+def open_autoencoder(url: str) -> Network:
+    """The decoder in an AutoencoderKL directory, at a path or any fsspec URL. Nothing in it is executed.
+
+    Raises:
+        RequestError: there is none, a part of it is missing, or it is of another kind.
+    """
+    shown = f"--decoder is {redact(url)}"
+    with opened(url, "--decoder") as folder:
+        if not isinstance(folder, Folder):
+            raise RequestError(f"{shown}, a file; give the directory of an autoencoder, with its {CONFIG}")
+        config, file = read_config(folder, shown), weights_file(folder, shown)
+    wanted = described(config, shown)
+    checkpoint = read_checkpoint(folder.join(file), flag="--decoder")
+    tensors = {renamed(name): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(HALF)}
+    problems = misfits(wanted, tensors)
+    require(not problems, f"{shown}; its weights do not fit its {CONFIG}: of its tensors, {', '.join(problems)}")
+    scaling, shift = (float(wanted.config[name] or 0) for name in ("scaling_factor", "shift_factor"))
+    channels, pictures = wanted.config["latent_channels"], wanted.config["out_channels"]
+    factor = 2 ** (len(wanted.config["block_out_channels"]) - 1)
+    return Network(
+        spec=NetworkSpec(
+            family="autoencoder",
+            options=AutoencoderOptions(wanted.config),
+            shape=(channels, 1, 1),
+            kind="decoder",
+            decodes=Decodes(channels, factor, pictures, scaling, shift),
+        ),
+        build=partial(build, wanted.config),
+        prepare=as_it_is,
+        tensors=tensors,
+        weights=weights_hash(tensors),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        sha256=checkpoint.sha256,
+    )
+
+
+def read_config(folder: Folder, shown: str) -> dict[str, Any]:
+    """The config of an AutoencoderKL. Raises RequestError: there is none, or it is of another class."""
+    pipeline = "; it is that of a pipeline: give its folder vae" if "model_index.json" in folder.names else ""
+    require(
+        CONFIG in folder.names,
+        f"{shown}, which has no {CONFIG}{pipeline or f'; give the directory of an {CLASS} of diffusers'}",
+    )
+    with opened(folder.join(CONFIG), "--decoder") as source:
+        assert isinstance(source, Source)
+        try:
+            config = json.loads(source.file.read(MAX_CONFIG))
+        except (ValueError, RecursionError):
+            config = None
+    require(isinstance(config, dict), f"{shown}, whose {CONFIG} is damaged; fetch it again")
+    kind = config.get("_class_name")
+    require(kind == CLASS, f"{shown}, whose {CONFIG} is of class {kind!a:.60}; it must be {CLASS}")
+    for name in ("latents_mean", "latents_std", "quantization_config"):
+        require(
+            config.get(name) is None,
+            f"{shown}, whose {CONFIG} has {name}; only an {CLASS} with scaling_factor and shift_factor can be used",
+        )
+    return dict(config)
+
+
+def weights_file(folder: Folder, shown: str) -> str:
+    """The name of the weights, or of the index of several files; those of no variant come first.
+
+    Raises:
+        RequestError: there are none, or none that can be read without running code.
+    """
+    found = {name: match for name in folder.names if (match := WEIGHTS.fullmatch(name))}
+    if not found:
+        pickled = [name for name in folder.names if name.endswith((".bin", ".pt", ".ckpt"))]
+        why = f"only {pickled[0]}, which may hold code; save it with safe_serialization=True" if pickled else "nothing"
+        raise RequestError(f"{shown}, which must have diffusion_pytorch_model.safetensors, but has {why}")
+    return min(found, key=lambda name: (any(found[name].groups()), name))
+
+
+def described(config: dict[str, Any], shown: str) -> Decoder:
+    """The network that a config describes, without memory. Raises RequestError: it describes none that can be used."""
+    try:
+        decoder = without_memory(lambda: Decoder(config))
+        assert isinstance(decoder, Decoder)
+    except RequestError:
+        raise
+    except Exception as error:  # whatever diffusers raises of values that it did not expect
+        raise RequestError(f"{shown}, whose {CONFIG} describes no {CLASS} ({type(error).__name__}: {error})") from error
+    scaling, pictures = decoder.config["scaling_factor"], decoder.config["out_channels"]
+    sound = isinstance(scaling, int | float) and 0 < scaling < math.inf
+    require(sound, f"{shown}, whose {CONFIG} has scaling_factor {scaling!a:.60}; it must be a number above 0")
+    require(pictures in (1, 3), f"{shown}, which makes pictures of {pictures} channels; they must have 1 or 3")
+    return decoder
+
+
+def renamed(name: str) -> str:
+    """A tensor's name as diffusers has it now."""
+    return re.sub(rf"(\.attentions\.\d+)\.({'|'.join(RENAMED)})\.", lambda m: f"{m[1]}.{RENAMED[m[2]]}.", name)
+
+
+def build(config: Mapping[str, Any], precision: Precision) -> nn.Module:
+    return without_memory(lambda: Decoder(config)).to(DTYPES[precision])
