@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from ray_sampler import Model
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
 
@@ -30,3 +32,19 @@ def save_random(arch: AdmOptions, path: Path) -> Path:
     torch.manual_seed(0)
     save_file({name: torch.randn_like(w) * 0.02 for name, w in UNet(arch).state_dict().items()}, path)
     return path
+
+
+class OneValue(nn.Module):
+    """D of a network of latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.tanh(x) * self.scale
+
+
+def latents(weights: str | None) -> Model:
+    """For --model python:stub:latents: latents of 4 x 32 x 32."""
+    return Model(OneValue(), "denoiser", (4, 32, 32), decoder="sd")

@@ -8,13 +8,13 @@ from typing import Any
 
 from ray_sampler.config import SAMPLING_VERSION, RunConfig
 from ray_sampler.errors import redact, require, shortened
-from ray_sampler.networks.family import Decodes, NetworkSpec, Script
+from ray_sampler.latents import finisher_of
+from ray_sampler.networks.family import NetworkSpec, Script
 from ray_sampler.options import of
 from ray_sampler.sampling.conditions import Condition, LabelRule, listed_labels
-from ray_sampler.sampling.decoding import DECODER, decoding
-from ray_sampler.sampling.finish import FINISHERS, Finisher, pixels
+from ray_sampler.sampling.decoding import DECODER
 from ray_sampler.sampling.guidance import check_channels
-from ray_sampler.sampling.options import DecoderOptions, GuidanceOptions, NoiseOptions
+from ray_sampler.sampling.options import GuidanceOptions, NoiseOptions
 from ray_sampler.sampling.parameterisation import Parameterisation
 from ray_sampler.sampling.path_solvers import TableOptions
 from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan, parameterisation_of
@@ -144,84 +144,6 @@ def as_network(options: Any, script: Script, kind: Parameterisation) -> Any:
     if isinstance(options, TableOptions):
         return replace(options, alphas=getattr(kind, "alphas", None))
     return replace(options, as_edm=True) if isinstance(options, Churn) and script != "consistency-models" else options
-
-
-def finisher_of(config: RunConfig, spec: NetworkSpec, decoder: NetworkSpec | None) -> Finisher:
-    """The finisher that the settings and the network ask for.
-
-    Args:
-        decoder: of the network that decodes, where the settings name one.
-
-    Raises:
-        RequestError: the network makes latents, and nothing says what to do with them, or the decoder is not for them.
-    """
-    channels, height, width = spec.shape
-    options = of(DecoderOptions, config)
-    latent = spec.latent is not None or channels not in (1, 3)
-    require(
-        latent or not config.keep_latents,
-        "--keep_latents is True, but the network makes pictures; leave it out, or give --decoder none, which writes "
-        "the solver's result as it is, float32 (N, H, W, C)",
-    )
-    if decoder is not None:
-        return decoding(options, spec.latent or "sd", check_decoder(options, spec, decoder))
-    if config.decoder is not None:
-        require(
-            not (config.keep_latents and config.decoder == "none"),
-            "--keep_latents is True, but --decoder none writes the same into the fragments; leave one of the two out",
-        )
-        return FINISHERS[config.decoder](options)
-    require(
-        spec.latent is not None or channels in (1, 3) or width not in (1, 3),
-        f"--model's shape is {spec.shape}; it is (C, H, W), so {(width, channels, height)} is probably meant; for "
-        f"results of {channels} channels give --decoder none",
-    )
-    require(
-        not latent,
-        f"--decoder is missing: the network makes latents of {channels} channels, not pictures; give --decoder DIR, "
-        "the directory of their autoencoder (AutoencoderKL of diffusers), or --decoder none, which writes the "
-        "solver's result as it is, float32 (N, H, W, C)",
-    )
-    return pixels(config.rounding)
-
-
-def check_decoder(options: DecoderOptions, spec: NetworkSpec, decoder: NetworkSpec) -> Decodes:
-    """What a network makes of the latents of another.
-
-    Raises:
-        RequestError: it decodes nothing or others, or there are no latents.
-    """
-    shown, channels = f"--decoder is {redact(options.decoder)}", spec.shape[0]
-    require(decoder.decodes is not None, f"{shown}, a network of family {decoder.family}, which decodes nothing")
-    assert decoder.decodes is not None
-    require(
-        spec.latent is not None or channels not in (1, 3),
-        f"{shown}, but the network makes pictures; leave it out, or say in the Model what decoder its latents need",
-    )
-    require(
-        decoder.decodes.channels == channels,
-        f"{shown}, for latents of {decoder.decodes.channels} channels, but the network's have {channels}; give the "
-        "autoencoder with which it was trained, or --decoder none",
-    )
-    require(
-        spec.latent != "edm2" or channels == 4,
-        f"--model makes latents of {channels} channels, but the rule edm2 is for 4; give --decoder none",
-    )
-    return decoder.decodes
-
-
-def check_picture_size(size: int | None, spec: NetworkSpec, decoder: NetworkSpec | None) -> None:
-    """Check --image_size of a network of latents, which may be their size or that of their pictures.
-
-    Raises:
-        RequestError: the decoder makes pictures of another size.
-    """
-    side, factor = spec.shape[1], decoder.decodes.factor if decoder and decoder.decodes else 1
-    pictures = f", of which --decoder makes pictures of {factor * side}; give their own autoencoder" if decoder else ""
-    require(
-        size in (None, side, factor * side),
-        f"--image_size is {size}, but the network's latents have {side} pixels a side{pictures}; leave it out",
-    )
 
 
 def identity(

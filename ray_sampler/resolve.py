@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 FRESH_SEED_BITS = 24
 """Of the seed that --generator dummy draws: small enough for num_samples * seed to fit in 64 bits."""
 
-URLS = {"model", "guide", "decoder", "labels", "weights", "guide_weights", "output", "score", "features_weights"}
-URLS |= {"address"}
+URLS = {"model", "weights", "guide", "guide_weights", "decoder", "latents", "labels", "output", "score", "address"}
+URLS |= {"features_weights"}
 """Options that may hold a credential."""
 
 NOT_SHOWN = ("model_path", "use_fp16", "dry_run")

@@ -23,7 +23,7 @@ LAYERS = (
     {"scoring"},
     {"reporting"},
     {"config"},
-    {"resolve", "planning"},
+    {"resolve", "planning", "latents"},
     {"cluster"},
     {"run_folder", "inspection", "preset_table", "flags", "commands", "cli", "compat", "__main__", "__init__"},
 )

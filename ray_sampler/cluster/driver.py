@@ -298,6 +298,7 @@ class Filling:
                 *(each.output, each.fingerprint, each.plan, each.config.fragment_format),
                 products=each.products,
                 source=each.source,
+                latents=each.latents,
             )
             for each in self.jobs
         ]

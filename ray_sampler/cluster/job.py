@@ -15,16 +15,15 @@ import torch
 from ray_sampler.cluster.session import place
 from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
-from ray_sampler.networks.autoencoder import open_autoencoder
+from ray_sampler.latents import check_picture_size, differences, open_decoder, refuse_other_latents
 from ray_sampler.networks.called import Called
 from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision, beside_user
-from ray_sampler.networks.opening import BUNDLED as WEIGHTS
 from ray_sampler.networks.opening import open_network
 from ray_sampler.options import flags_of, of
-from ray_sampler.planning import check_picture_size, identity, plan_of
+from ray_sampler.planning import identity, plan_of
 from ray_sampler.presets import BUNDLED, OBJECT, check_bundled, model_of
 from ray_sampler.resolve import check, given_values, resolve, settings_json, settled
-from ray_sampler.sampling.decoding import DECODER
+from ray_sampler.sampling.decoding import DECODER, empty_latents
 from ray_sampler.sampling.finish import FINISHERS
 from ray_sampler.sampling.options import Compile, DecoderOptions, GuidanceOptions, guide_of
 from ray_sampler.sampling.parameterisation import LEVELS
@@ -35,7 +34,7 @@ from ray_sampler.scoring.features import FEATURES
 from ray_sampler.scoring.options import ScoreOptions
 from ray_sampler.scoring.scores import Scoring, open_scoring, product_of
 from ray_sampler.storage.record import fingerprint
-from ray_sampler.storage.run_dir import RunDir
+from ray_sampler.storage.run_dir import RunDir, absolute
 
 RUN_FORMAT = 1
 """Raised whenever run.json changes its meaning."""
@@ -106,7 +105,12 @@ class Job:
         """
         calls = -(-self.num_samples // self.config.batch_size) * self.plan.evaluations()
         short = self.config.compile == "auto" and self.gpus > 0 and calls < REPAID_CALLS
-        return "off" if short else self.config.compile
+        return "off" if short or self.latents else self.config.compile
+
+    @property
+    def latents(self) -> str | None:
+        """Absolute path or URL of the run whose latents are decoded; None where the samples are sampled."""
+        return self.config.latents and absolute(self.config.latents)
 
     @property
     def precision(self) -> Precision:
@@ -137,7 +141,7 @@ class Job:
         for name in flags_of(GuidanceOptions) if self.plan.guidance.guidance == 1 else ():
             if getattr(self.config, name) is not None and name != "guidance":
                 notes.append(f"--{name} does nothing at --guidance 1, its default; give a weight, as --guidance 2")
-        if self.compile != self.config.compile:
+        if self.compile != self.config.compile and not self.latents:
             notes.append(
                 "--compile auto does not compile this run: it calls the network too rarely to repay the minutes that "
                 "this takes; give --compile on to compile all the same"
@@ -147,12 +151,8 @@ class Job:
                 "--precision auto stays fp32, which an earlier start without GPUs chose for this run; fp16 is several "
                 "times as fast on a GPU: for that give --precision fp16 and another --output"
             )
-        size, batch = self.config.decoder_batch, self.config.batch_size
-        if DECODER in self.networks and -batch % size > batch / 4:
-            notes.append(
-                f"--decoder_batch {size} decodes {-batch % size} empty latents beside the {batch} of a batch; one that "
-                "divides --batch_size avoids that"
-            )
+        if DECODER in self.networks:
+            notes += empty_latents(self.config.decoder_batch, self.config.batch_size)
         return notes
 
     def fetched(self) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
             resolved, plan, decided = first
     output = config.output or default_output(name, fingerprint(decided))
     run_dir = run_dir or RunDir(output)
-    output = run_dir.url if run_dir.is_local else output  # actors have other working directories
+    output = absolute(output)
     if not (config.output or config.overwrite):
         there = run_dir.read_run()
     scoring = scoring_of(resolved, plan)
@@ -221,6 +221,8 @@ def prepare(config: RunConfig, products: Mapping[str, Product] | None = None) ->
     job = Job(resolved, plan, output, run_dir, there, networks, gpus, local, decided, made, scoring)
     refuse_another(job, there)
     refuse_changed_code(job, there)
+    if job.latents:
+        refuse_other_latents(RunDir(job.latents), job.identity, job.num_samples)
     return job
 
 
@@ -270,18 +272,6 @@ def open_networks(model: Any, brought: Mapping[str, Any], config: RunConfig) -> 
     if spec.latent and "image_size" in config.given:
         check_picture_size(config.image_size, spec, networks[DECODER].spec if DECODER in networks else None)
     return networks
-
-
-def open_decoder(name: str) -> Network:
-    """The network that decodes latents: a bundled one, or that of a directory."""
-    if name in WEIGHTS:
-        return open_network(name, {}, flag="--decoder")
-    require(
-        "://" in name or os.path.exists(os.path.expanduser(name)),
-        f"--decoder is {name!r}; there is no such directory; give that of an AutoencoderKL of diffusers, or one of "
-        f"{', '.join(FINISHERS)}; none writes the solver's result as it is, float32 (N, H, W, C)",
-    )
-    return open_autoencoder(name)
 
 
 def open_guide(name: str, settings: Mapping[str, Any], guided: NetworkSpec) -> Network:
@@ -335,15 +325,11 @@ def refuse_another(job: Job, there: dict[str, Any] | None) -> None:
     if there is None or there.get("fingerprint") == job.fingerprint:
         return
     earlier = there.get("identity", {})
-    keys = [key for key in earlier.keys() | job.identity.keys() if earlier.get(key) != job.identity.get(key)]
-    keys.sort(key=lambda key: (key not in ("model", "weights"), key))
-    differences = ", ".join(
-        f"{printable(key)} {short(earlier.get(key))}, not {short(job.identity.get(key))}" for key in keys
-    )
-    known = bundled_name(earlier.get("weights")) if "weights" in keys else None
+    known = bundled_name(earlier.get("weights")) if earlier.get("weights") != job.identity.get("weights") else None
     begun = f", among them --model {known}, whose weights it was begun with" if known else ""
     raise RequestError(
-        f"{job.run_dir.url} belongs to a run with other settings ({differences or 'its fingerprint differs'}); "
+        f"{job.run_dir.url} belongs to a run with other settings "
+        f"({differences(earlier, job.identity) or 'its fingerprint differs'}); "
         f"give another --output, the same settings{begun}, or --overwrite"
     )
 
@@ -382,12 +368,6 @@ def record_code(job: Job) -> list[str]:
     if changed:
         return [f"the code has changed in {', '.join(changed)}: the samples are of both, as `verify` says"]
     return [] if before else ["the code of this run was not recorded when it was begun; from now on a change is seen"]
-
-
-def short(value: Any) -> str:
-    """A setting's value as a message shows it."""
-    text = "none" if value is None else printable(value)
-    return text if len(text) <= 24 else text[:12] + "…"
 
 
 def claim(job: Job) -> None:

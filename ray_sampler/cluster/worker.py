@@ -28,12 +28,12 @@ from ray_sampler.sampling.finish import UNDECODED
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, ran_out_of_memory, take_share
 from ray_sampler.sampling.numerics import numerics_key, pin
 from ray_sampler.sampling.options import Compile
-from ray_sampler.sampling.plan import SamplePlan
+from ray_sampler.sampling.plan import Kept, SamplePlan
 from ray_sampler.sampling.products import Product, checked, derive
 from ray_sampler.sampling.trial import try_networks
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.pictures import Pictures as StoredPictures
-from ray_sampler.storage.record import FragmentFormat, FragmentName, Record, Samples
+from ray_sampler.storage.record import DamagedFragment, FragmentFormat, FragmentName, Record, Samples
 from ray_sampler.storage.retry import HIDDEN_S
 from ray_sampler.storage.run_dir import FRAGMENTS, RunDir
 
@@ -90,6 +90,8 @@ class RunSpec:
     """What products are made of where that is not the run's fragments."""
     source: Mapping[str, str] = field(default_factory=dict)
     """Hashes of the source of the user's modules, by file."""
+    latents: str | None = None
+    """Directory of a run whose latents are decoded in place of sampling."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,8 @@ class Worker:
         # On a GPU the compute thread only queues a shard; it is awaited here, while the next one is queued.
         # Where the pictures are there already, nothing is decoded.
         plan = spec.plan if wanted == IMAGES else replace(spec.plan, finisher=UNDECODED)
+        if spec.latents is not None:
+            plan = replace(plan, kept=kept_of(spec.latents, start, stop))
         pictures: Pictures = self.compute.submit(self.engine.sample, plan, start, stop, of_x).result()()
         began = time.perf_counter()
         samples = Samples(start, pictures.columns)
@@ -308,6 +312,23 @@ class Worker:
             "seconds": round(seconds, 3),
         }
         return made | ({"source": source} if source else {})
+
+
+def kept_of(url: str, start: int, stop: int) -> Kept:
+    """The latents of the samples [start, stop) that a run kept.
+
+    Raises:
+        RunError: they are not there, or damaged.
+    """
+    where = (run_dir := RunDir(url)).kept_latents()
+    if where is None:
+        raise RunError(f"{run_dir.url}, which --latents names, keeps no latents any more")
+    ranges, column = where
+    try:
+        x = ranges.read_samples(start, stop, None).columns[column]
+    except DamagedFragment as error:
+        raise RunError(f"the latents in {run_dir.url} are damaged: {error}; run that run's command again") from error
+    return Kept(start, torch.from_numpy(x if column == "latent" else np.ascontiguousarray(x.transpose(0, 3, 1, 2))))
 
 
 def prove_gpu(device: torch.device) -> None:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ray_sampler.networks.arguments import MOST_BLOCKS, Arguments, check_sizes
 from ray_sampler.networks.attention import attend
+from ray_sampler.networks.families import EDM2_LATENTS
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
 from ray_sampler.networks.resampling import BOX, double, halve
 
@@ -133,15 +134,6 @@ def _check(options: Edm2Options) -> None:
             raise Refused(f"its network has {channels} channels in heads of {options.channels_per_head}")
 
 
-SCALED_BY: dict[str, Any] = {
-    "raw_mean": [5.81, 3.25, 0.12, -2.15],
-    "raw_std": [4.17, 4.62, 3.71, 3.28],
-    "final_mean": 0,
-    "final_std": 0.5,
-}
-"""How latents of Stable Diffusion's autoencoder are scaled, by channel: what StabilityVAEEncoder has by default."""
-
-
 def latents(encoder: SavedNetwork | None) -> bool:
     """Whether x is a latent of a VAE, and not pixels, as the encoder recorded beside the network ("encoder") tells.
 
@@ -151,7 +143,7 @@ def latents(encoder: SavedNetwork | None) -> bool:
     if encoder is None or encoder.class_name == "StandardRGBEncoder":
         return False
     if encoder.class_name == "StabilityVAEEncoder":
-        for name, published in SCALED_BY.items():
+        for name, published in EDM2_LATENTS.items():
             given = encoder.arguments.get(name, published)
             if (list(given) if isinstance(given, tuple) else given) != published:
                 raise Refused(f"its latents were scaled with {name} {ascii(given)[:60]}; only {published} is known")

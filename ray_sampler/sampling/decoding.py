@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ray_sampler.networks.edm2 import SCALED_BY
+from ray_sampler.networks.families import EDM2_LATENTS
 from ray_sampler.networks.family import Decodes
 from ray_sampler.sampling.finish import SOUND, Finisher, to_uint8
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, ran_out_of_memory
@@ -19,6 +19,8 @@ from ray_sampler.storage.record import Column
 
 DECODER = "decoder"
 """The role of the network that decodes."""
+DECODED_BY = (DECODER, "decoder_rule", "decoder_precision", "rounding")
+"""What of a run's identity says how latents are decoded."""
 
 
 class Rule(NamedTuple):
@@ -37,8 +39,8 @@ def sd_latents(x: Tensor, decodes: Decodes) -> Tensor:
 
 def edm2_latents(x: Tensor, decodes: Decodes) -> Tensor:
     """As EDM2 scales latents, to a deviation of 0.5 by channel; what the autoencoder's config says is not used."""
-    mean, std = (torch.tensor(SCALED_BY[name], device=x.device)[:, None, None] for name in ("raw_mean", "raw_std"))
-    scale = SCALED_BY["final_std"] / std
+    mean, std = (torch.tensor(EDM2_LATENTS[name], device=x.device)[:, None, None] for name in ("raw_mean", "raw_std"))
+    scale = EDM2_LATENTS["final_std"] / std
     return (x + mean * scale) / scale
 
 
@@ -60,6 +62,16 @@ def decoding(options: DecoderOptions, rule: str, decodes: Decodes) -> Finisher:
         {DECODER: str(options.decoder)},
         f"decoder batch {options.decoder_batch}",
     )
+
+
+def empty_latents(size: int, batch: int) -> list[str]:
+    """What the user should know of --decoder_batch `size` beside --batch_size `batch`."""
+    if -batch % size <= batch / 4:
+        return []
+    return [
+        f"--decoder_batch {size} decodes {-batch % size} empty latents beside the {batch} of a batch; one that divides "
+        "--batch_size avoids that"
+    ]
 
 
 def decoded(

@@ -140,8 +140,8 @@ class DecoderOptions:
 
     rounding: Rounding = option(
         "truncate",
-        "Conversion to pixels: truncate, as in guided-diffusion and REPA; nearest, as in EDM, EDM2 and DiT; or round, as in "
-        "diffusers.",
+        "Conversion to pixels: truncate, as in guided-diffusion and REPA; nearest, as in EDM, EDM2 and DiT; or round, "
+        "as in diffusers.",
     )
     decoder: str | None = option(
         None,
@@ -158,6 +158,11 @@ class DecoderOptions:
     keep_latents: bool = option(
         False,
         "Keep the solver's results as well, float32, in latents/ beside the fragments.",
+        recorded=False,
+    )
+    latents: str | None = option(
+        None,
+        "Run directory whose latents, kept by --keep_latents or --decoder none, are decoded in place of sampling.",
         recorded=False,
     )
 

@@ -35,6 +35,23 @@ MAIN, GUIDE = "main", "guide"
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The solver's results of the samples [start, start + n), kept by an earlier run."""
+
+    start: int
+    x: Tensor
+    """(n, C, H, W) float32."""
+
+    def at(self, indices: Tensor, device: torch.device | None) -> Tensor:
+        """Those of `indices`, zeros for others."""
+        places = indices - self.start
+        inside = (places >= 0) & (places < len(self.x))
+        found = self.x.new_zeros((len(indices), *self.x.shape[1:]))
+        found[inside] = self.x[places[inside]]
+        return found.to(device)
+
+
+@dataclass(frozen=True)
 class SamplePlan:
     """All that decides a sample beside the weights; small enough to go with a run to every worker."""
 
@@ -61,6 +78,8 @@ class SamplePlan:
     """Whether the guide network takes the condition."""
     script: Script = "consistency-models"
     """Whose script's arithmetic is followed to the last bit."""
+    kept: Kept | None = None
+    """What is taken in place of the solver's results."""
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -139,6 +158,8 @@ def sample_block(
         device=device,
     )
     y = condition.at(draws, indices, device) if condition else None
+    if plan.kept is not None:
+        return plan.kept.at(indices, device), y
     denoise = make_denoiser(networks, plan, y)
     sigmas = plan.solver.levels(plan.schedule, plan.solver_options, dtype)
     first = plan.schedule.sigma_max if plan.script == "consistency-models" else sigmas[0]

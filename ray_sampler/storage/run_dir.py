@@ -105,6 +105,16 @@ class RunDir:
         rejects = REJECTED if folder == FRAGMENTS else f"{REJECTED}/{folder}"
         return RangeSet(self._store, folder, rejects, images if holds is None else holds)
 
+    def kept_latents(self) -> tuple[RangeSet, str] | None:
+        """Where a run keeps what its solver gave, and as which column; None where it keeps nothing of the kind.
+
+        They are (C, H, W) in the column latent, (H, W, C) in the column image.
+        """
+        run = self.read_run() or {}
+        if LATENTS in self.products():
+            return self.ranges(LATENTS), "latent"
+        return (self._fragments, "image") if run.get("identity", {}).get("decoder") == "none" else None
+
     def products(self) -> list[str]:
         """The folders of ranges that are there beside the fragments."""
         top = {entry.name for entry in self._store.list("") if not entry.is_file}
@@ -254,6 +264,12 @@ class RunDir:
         if RUN in names:
             self._store.clear_abandoned("", seconds=0)
             self._store.remove(RUN)
+
+
+def absolute(url: str) -> str:
+    """A run directory as actors find it, who have working directories of their own."""
+    run_dir = RunDir(url)
+    return run_dir.url if run_dir.is_local else url
 
 
 def is_whole(run: Any) -> bool:
