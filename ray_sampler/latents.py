@@ -10,6 +10,7 @@ from ray_sampler.config import RunConfig
 from ray_sampler.errors import printable, redact, require
 from ray_sampler.networks.autoencoder import open_autoencoder
 from ray_sampler.networks.family import Decodes, Network, NetworkSpec
+from ray_sampler.networks.latent_rules import RULES
 from ray_sampler.networks.opening import BUNDLED, open_network
 from ray_sampler.options import of
 from ray_sampler.sampling.decoding import DECODED_BY, decoding
@@ -89,9 +90,10 @@ def check_decoder(options: DecoderOptions, spec: NetworkSpec, decoder: NetworkSp
         f"{shown}, for latents of {decoder.decodes.channels} channels, but the network's have {channels}; give the "
         "autoencoder with which it was trained, or --decoder none",
     )
+    only = RULES[spec.latent].channels if spec.latent else None
     require(
-        spec.latent != "edm2" or channels == 4,
-        f"--model makes latents of {channels} channels, but the rule edm2 is for 4; give --decoder none",
+        only in (None, channels),
+        f"--model makes latents of {channels} channels, but the rule {spec.latent} is for {only}; give --decoder none",
     )
     return decoder.decodes
 

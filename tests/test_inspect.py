@@ -110,7 +110,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "edm, ADM": EDM,
     "edm2": EDM2,
     "edm2, half": EDM2,
-    "edm2, latents": EDM2,
+    "edm2, latents": EDM2 | {"rounding": "truncate"},
     "python": {"clip_denoised": False, "rounding": "truncate", "state": "fp32"},
 }
 

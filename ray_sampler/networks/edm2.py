@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ray_sampler.networks.arguments import MOST_BLOCKS, Arguments, check_sizes
 from ray_sampler.networks.attention import attend
-from ray_sampler.networks.families import EDM2_LATENTS
+from ray_sampler.networks.latent_rules import EDM2_LATENTS
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
 from ray_sampler.networks.resampling import BOX, double, halve
 

@@ -13,15 +13,6 @@ from ray_sampler.options import flags_of
 BROUGHT = ("clip_denoised", "rounding", "state", "steps", "sigma_min", "sigma_max")
 """Settings of other components whose defaults a file or its family decides."""
 
-EDM2_LATENTS: dict[str, Any] = {
-    "raw_mean": [5.81, 3.25, 0.12, -2.15],
-    "raw_std": [4.17, 4.62, 3.71, 3.28],
-    "final_mean": 0,
-    "final_std": 0.5,
-}
-"""How latents of Stable Diffusion's autoencoder are scaled, by channel, for the networks of EDM2:
-what its StabilityVAEEncoder has by default."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureOptions(AdmFlags, TrainingOptions, DitFlags):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ray_sampler.networks.families import EDM2_LATENTS
 from ray_sampler.networks.family import Decodes
+from ray_sampler.networks.latent_rules import RULES, Rule
 from ray_sampler.sampling.finish import SOUND, Finisher, to_uint8
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, ran_out_of_memory
 from ray_sampler.sampling.options import DecoderOptions
@@ -21,30 +21,6 @@ DECODER = "decoder"
 """The role of the network that decodes."""
 DECODED_BY = (DECODER, "decoder_rule", "decoder_precision", "rounding")
 """What of a run's identity says how latents are decoded."""
-
-
-class Rule(NamedTuple):
-    """How a publication turns the solver's results into what its decoder takes, and that into pixels."""
-
-    latents: Callable[[Tensor, Decodes], Tensor]
-    """x (B, C, H, W) float32 -> z."""
-    unit: bool
-    """Whether the decoder's pictures are taken to be in [0, 1], and not in [-1, 1]."""
-
-
-def sd_latents(x: Tensor, decodes: Decodes) -> Tensor:
-    """As Stable Diffusion, DiT, SiT and REPA scale latents."""
-    return x / decodes.scaling + decodes.shift
-
-
-def edm2_latents(x: Tensor, decodes: Decodes) -> Tensor:
-    """As EDM2 scales latents, to a deviation of 0.5 by channel; what the autoencoder's config says is not used."""
-    mean, std = (torch.tensor(EDM2_LATENTS[name], device=x.device)[:, None, None] for name in ("raw_mean", "raw_std"))
-    scale = EDM2_LATENTS["final_std"] / std
-    return (x + mean * scale) / scale
-
-
-RULES = {"sd": Rule(sd_latents, unit=False), "edm2": Rule(edm2_latents, unit=True)}
 
 
 def decoding(options: DecoderOptions, rule: str, decodes: Decodes) -> Finisher:
