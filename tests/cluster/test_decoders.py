@@ -322,7 +322,7 @@ def test_latents_of_another_run_are_refused(vae: Path, tmp_path: Path) -> None:
     kept = str(tmp_path / "kept")
     assert "which keeps 6 of the 10 latents; let that run grow first" in refused(tmp_path, vae=vae, latents=kept)
     said = refused(tmp_path, vae=vae, latents=kept, num_samples=6, seed=7)
-    assert said.endswith("a run of other latents: seed 42 there and 7 here; give the same settings")
+    assert said.endswith("a run of other latents: seed 42, not 7; give the same settings")
     assert "which keeps no latents" in refused(tmp_path, vae=vae, latents=str(tmp_path / "nothing"))
 
 
