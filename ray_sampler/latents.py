@@ -98,17 +98,17 @@ def check_decoder(options: DecoderOptions, spec: NetworkSpec, decoder: NetworkSp
     return decoder.decodes
 
 
-def check_picture_size(size: int | None, spec: NetworkSpec, decoder: NetworkSpec | None) -> None:
+def check_picture_size(size: int | None, spec: NetworkSpec, decoder: NetworkSpec) -> None:
     """Check --image_size of a network of latents, which may be their size or that of their pictures.
 
     Raises:
         RequestError: the decoder makes pictures of another size.
     """
-    side, factor = spec.shape[1], decoder.decodes.factor if decoder and decoder.decodes else 1
-    pictures = f", of which --decoder makes pictures of {factor * side}; give their own autoencoder" if decoder else ""
+    side, factor = spec.shape[1], decoder.decodes.factor if decoder.decodes else 1
     require(
         size in (None, side, factor * side),
-        f"--image_size is {size}, but the network's latents have {side} pixels a side{pictures}; leave it out",
+        f"--image_size is {size}, but of the network's latents of {side} pixels a side --decoder makes pictures of "
+        f"{factor * side}; give their own autoencoder, or leave --image_size out",
     )
 
 

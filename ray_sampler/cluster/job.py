@@ -269,8 +269,8 @@ def open_networks(model: Any, brought: Mapping[str, Any], config: RunConfig) -> 
         networks |= {role: open_network(name, {}, flag="--decoder") for role, name in asked}
     elif decoder is not None:
         networks[DECODER] = open_decoder(decoder)
-    if spec.latent and "image_size" in config.given:
-        check_picture_size(config.image_size, spec, networks[DECODER].spec if DECODER in networks else None)
+    if DECODER in networks and "image_size" in config.given:
+        check_picture_size(config.image_size, spec, networks[DECODER].spec)
     return networks
 
 
