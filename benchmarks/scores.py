@@ -22,7 +22,7 @@ import numpy as np
 from scipy.linalg import sqrtm
 
 from merge import memory_mib
-from ray_sampler.scoring.features import Features, Held, Stored
+from ray_sampler.scoring.features import Features, Held, StoredFeatures
 from ray_sampler.scoring.metrics import ROWS, radii, within
 from ray_sampler.scoring.moments import Moments, frechet, reduce
 from ray_sampler.storage.fragment import encode
@@ -51,9 +51,9 @@ def fill(folder: Path, features: np.ndarray) -> None:
         ranges.write(FragmentName(start, samples.stop, "parquet"), data)
 
 
-def stored(folder: Path) -> Stored:
+def stored(folder: Path) -> StoredFeatures:
     names = RunDir(str(folder)).ranges(FOLDER).list().fragments
-    return Stored(str(folder), FOLDER, FINGERPRINT, DIMS, tuple(cover(names, SAMPLES)))
+    return StoredFeatures(str(folder), FOLDER, FINGERPRINT, DIMS, tuple(cover(names, SAMPLES)))
 
 
 def fid(folder: Path, reference: Moments) -> float:

@@ -32,7 +32,7 @@ from ray_sampler.storage.store import NoRoom
 REFUSED_S = 15.0
 """Seconds for which writing is retried where the output refuses it and no shard is finished: somebody may make room."""
 
-SHARDS_PER_ACTOR = 2
+IN_FLIGHT_PER_ACTOR = 2
 """Shards left for each actor that is asked for, at least: a start costs more than a shard is worth."""
 
 TICK_S = 1.0
@@ -227,7 +227,7 @@ class Dispatch:
         """
         queued, busy, most = len(self.queue), self.pool.busy(), self.pool.fleet.max_actors
         if queued:
-            useful = max(-(-queued // SHARDS_PER_ACTOR), busy + queued // SHARDS_PER_ACTOR)
+            useful = max(-(-queued // IN_FLIGHT_PER_ACTOR), busy + queued // IN_FLIGHT_PER_ACTOR)
             wanted = min(most, max(useful, min(self.min_actors, queued + busy)))
             self.pool.scale(wanted, keep=max(wanted, min(most, queued + busy)))
             return

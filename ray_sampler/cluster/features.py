@@ -18,7 +18,7 @@ from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter
 from ray_sampler.sampling.products import Product
 from ray_sampler.scoring.extractors import Extractor
-from ray_sampler.scoring.features import FEATURES, Stored
+from ray_sampler.scoring.features import FEATURES, StoredFeatures
 from ray_sampler.scoring.scores import network_of, product_of
 from ray_sampler.storage.pictures import Pictures
 from ray_sampler.storage.ranges import cover
@@ -34,7 +34,7 @@ class Extraction:
     place: Place
     report: Reporter
 
-    def features_of(self, pictures: Pictures, output: str, folder: str) -> Stored:
+    def features_of(self, pictures: Pictures, output: str, folder: str) -> StoredFeatures:
         """Features of pictures, those that are missing made now. Ray must be connected.
 
         Args:
@@ -56,7 +56,7 @@ class Extraction:
                 if name.name in notes:
                     ranges.clear(notes[name.name])
             names += [result.name for result in made]
-        return Stored(output, folder, fingerprint, self.extractor.dims, tuple(cover(names, stop)))
+        return StoredFeatures(output, folder, fingerprint, self.extractor.dims, tuple(cover(names, stop)))
 
     def _make(self, spec: RunSpec, gaps: Sequence[tuple[int, int]], count: int) -> list[TaskResult]:
         made: list[TaskResult] = []

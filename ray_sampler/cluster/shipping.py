@@ -112,7 +112,7 @@ def pickled_by_value(
                 with suppress(Exception):
                     return dumped(_Remade(module, partial(remake, precision)), take)
             raise RequestError(
-                f"--model's network cannot be sent to an actor: {said(error)}, in {culprit(module)}; make it in "
+                f"--model's network cannot be sent to an actor: {brief(error)}, in {culprit(module)}; make it in "
                 "forward, when it is first needed, or give the function that makes the network in place of a Model"
             ) from error
 
@@ -151,7 +151,7 @@ def culprit(module: nn.Module) -> str:
     return "the code of its class"
 
 
-def said(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """An exception in one line, with what pickle adds to it."""
     notes = getattr(error, "__notes__", [])
     return f"{type(error).__name__}: {' '.join(' '.join((str(error), *notes)).split())}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ray_sampler.errors import RunError
 from ray_sampler.networks.family import DTYPES, Precision
 from ray_sampler.networks.state import remember, twin
-from ray_sampler.networks.user_code import installed, told
+from ray_sampler.networks.user_code import brief, installed
 
 
 class Called(nn.Module):
@@ -68,7 +68,7 @@ class Called(nn.Module):
             try:
                 output = self.network(x, t, *labels, *more, **named)
             except Exception as error:
-                said = told(error, place_of(self.network)) + remedy_of_dtypes(self.network)
+                said = brief(error, place_of(self.network)) + remedy_of_dtypes(self.network)
                 raise RunError(f"the network of --model raised {said}") from error
         if self.checked:
             wrong = unlike(output, x)

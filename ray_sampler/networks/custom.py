@@ -16,7 +16,7 @@ from ray_sampler.errors import RequestError, printable, require
 from ray_sampler.networks.called import Called
 from ray_sampler.networks.family import NAMED, PREFIX, Network, NetworkSpec, Precision, as_it_is, beside_user
 from ray_sampler.networks.state import twin
-from ray_sampler.networks.user_code import function_of, told, travelling
+from ray_sampler.networks.user_code import brief, function_of, travelling
 from ray_sampler.networks.weights import weights_hash
 from ray_sampler.presets import model_name
 
@@ -202,7 +202,7 @@ def called(model: Any, weights: str | None) -> tuple[Any, Model]:
         try:
             made = function if isinstance(function, Model) else function(weights)
         except (Exception, SystemExit) as error:
-            raise RequestError(f"{shown}; the function raised {told(error)}") from error
+            raise RequestError(f"{shown}; the function raised {brief(error)}") from error
     require(
         isinstance(made, Model),
         f"{shown}; the function returned a {type(made).__name__}; it must return a ray_sampler.Model",

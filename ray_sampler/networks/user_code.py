@@ -40,18 +40,18 @@ def function_of(name: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise RequestError(f"{shown}; importing it failed: {told(error)}") from error
+            raise RequestError(f"{shown}; importing it failed: {brief(error)}") from error
         raise RequestError(
             f"{shown}; there is no module {module_name!r} in the current directory or on PYTHONPATH"
         ) from error
     except (Exception, SystemExit) as error:
-        raise RequestError(f"{shown}; importing it failed: {told(error)}") from error
+        raise RequestError(f"{shown}; importing it failed: {brief(error)}") from error
     function = getattr(module, function_name, None)
     require(callable(function), f"{shown}; module {module_name!r} has no function {function_name!r}")
     return cast(Callable[..., Any], function)
 
 
-def told(error: BaseException, place: str = "") -> str:
+def brief(error: BaseException, place: str = "") -> str:
     """An exception in one line, with the file and line of the user's code where it came up, else with `place`."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
     frames = [f for f in frames if PACKAGE not in Path(f.filename).resolve().parents]

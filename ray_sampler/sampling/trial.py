@@ -11,7 +11,7 @@ from torch import nn
 
 from ray_sampler.errors import RequestError, RunError, require
 from ray_sampler.networks.called import Called
-from ray_sampler.networks.user_code import told
+from ray_sampler.networks.user_code import brief
 from ray_sampler.sampling.memory import ran_out_of_memory
 from ray_sampler.sampling.parameterisation import Parameterisation
 from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan
@@ -70,7 +70,7 @@ def try_network(
             if ran_out_of_memory(error):
                 return []
             ours = isinstance(error, RequestError | RunError)
-            refusals.append(WrongNetworkError(str(error) if ours else f"sampling --model raised {told(error)}"))
+            refusals.append(WrongNetworkError(str(error) if ours else f"sampling --model raised {brief(error)}"))
     raise refusals[0]
 
 

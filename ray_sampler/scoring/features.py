@@ -58,7 +58,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredFeatures:
     """Features in a folder of ranges."""
 
     output: str

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ray_sampler.errors import RequestError, printable, require
 from ray_sampler.networks.family import beside_user
-from ray_sampler.networks.user_code import companions, told
+from ray_sampler.networks.user_code import brief, companions
 from ray_sampler.networks.weights import weights_hash
 from ray_sampler.scoring.extractors import Extractor
 from ray_sampler.scoring.options import FUNCTION
@@ -36,7 +36,7 @@ def open_own(name: str, weights: str | None, shape: tuple[int, ...]) -> Extracto
     except (Exception, SystemExit) as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError(f"{shown}; it raised {told(error)}") from error
+        raise RequestError(f"{shown}; it raised {brief(error)}") from error
     said = f"{made.dtype} {list(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
     right = isinstance(made, Tensor) and made.dtype == torch.float32 and made.ndim == 2 and len(made) == 2
     require(

@@ -34,7 +34,7 @@ SCOPE = "https://storage.azure.com/.default"
 NAMES_PER_PAGE = 5000
 
 
-def told(tag: str | None) -> str:
+def required_etag(tag: str | None) -> str:
     """The ETag of a blob. Raises ForeignAnswer: it is missing."""
     if tag is None:
         raise ForeignAnswer("the answer has no tag")
@@ -85,7 +85,7 @@ class AzureStore(BucketStore):
     async def _get(self, container: Any, key: str, **options: Any) -> bytes:
         blob = container.get_blob_client(key)
         stream = await blob.download_blob(max_concurrency=1, **options, **LIMITS, **ONE_ATTEMPT)
-        told(stream.properties.etag)
+        required_etag(stream.properties.etag)
         return await stream.readall()
 
     def _fetch(self, path: str) -> bytes:
@@ -97,7 +97,7 @@ class AzureStore(BucketStore):
 
     def _request_version(self, key: str) -> Version:
         found = self._request(lambda each: each.get_blob_client(key).get_blob_properties(**LIMITS, **ONE_ATTEMPT))
-        return Version(found.size, told(found.etag))
+        return Version(found.size, required_etag(found.etag))
 
     def _request_page(self, prefix: str, by_folder: bool, marker: str | None) -> Page:
         async def page(container: Any) -> Page:

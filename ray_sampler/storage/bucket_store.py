@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from ray_sampler.storage import object_store
-from ray_sampler.storage.failures import AGAIN, NO_BUCKET_WORDS, code, families, said
+from ray_sampler.storage.failures import AGAIN, NO_BUCKET_WORDS, brief, code, families
 from ray_sampler.storage.object_store import ObjectStore, logger
 from ray_sampler.storage.store import Chunks, Entry, NotCommitted, OpenFile, is_unfinished
 
@@ -224,7 +224,7 @@ class BucketStore(ObjectStore):
                 if code(error) in NO_BUCKET_WORDS:
                     raise
                 raise NotCommitted(
-                    f"cannot write {self.url}/{path}: the store aborted the upload ({said(error)}); {AGAIN}"
+                    f"cannot write {self.url}/{path}: the store aborted the upload ({brief(error)}); {AGAIN}"
                 ) from None
 
     def _complete(self, key: str, upload: Any, parts: Sequence[Any], size: int, before: Version | None) -> None:

@@ -34,14 +34,14 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in PASSING_ERRNOS
 
 
-def said(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     number = error.errno if isinstance(error, OSError) and error.errno else None
     return errno.errorcode.get(number, str(number)) if number else type(error).__name__
 
 
 def retried(request: Callable[[], Result], where: str) -> Result:
     """What `request` gives, tried again while the disk fails in a way that passes."""
-    return persist(request, is_passing, said, f"the disk of {where}")
+    return persist(request, is_passing, brief, f"the disk of {where}")
 
 
 READING = ("read", "list")
@@ -71,7 +71,7 @@ CAUSES: dict[int, tuple[type[RequestError | RunError], str]] = {
 def failure(error: OSError, action: str, path: str) -> RequestError | RunError:
     """One sentence for what the operating system said."""
     number = error.errno or 0
-    cause = said(error) if number else error.strerror or type(error).__name__
+    cause = brief(error) if number else error.strerror or type(error).__name__
     if number == errno.ENOSPC and out_of_names(Path(path)):
         return NoRoom(
             f"cannot {action} {path}: the disk has room but no inodes left for more files; delete some files, or "
@@ -116,7 +116,7 @@ def rename(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno in UNSUPPORTED_ERRNOS:
             raise RequestError(
-                f"{target.parent} lies on a mount that cannot rename files ({said(error)}), so it cannot be an output; "
+                f"{target.parent} is on a mount that cannot rename files ({brief(error)}), so it cannot be an output; "
                 "choose another folder, or the URL of the bucket behind the mount"
             ) from error
         raise

@@ -91,7 +91,7 @@ class ForeignAnswer(ConnectionError):
     """The answer is not from a store, but perhaps from a proxy or a network that wants a login; retrying may help."""
 
 
-def told(answer: Mapping[str, Any], name: str) -> str:
+def field_of(answer: Mapping[str, Any], name: str) -> str:
     """A field that every such answer of a store has. Raises ForeignAnswer: it is missing."""
     if name not in answer:
         raise ForeignAnswer(f"the answer has no {name}")
@@ -257,7 +257,7 @@ def is_passing(error: BaseException) -> bool:
     )
 
 
-def said(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """What a store said, in three words; its text is left out, as it may quote a key."""
     words = (type(error).__name__, code(error), str(status(error) or ""))
     return " ".join(dict.fromkeys(word for word in words if word))
@@ -312,17 +312,17 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         return RequestError(f"cannot {action} {url}: the store is read-only; choose another output")
     if hint:
-        return RequestError(f"cannot {action} {url}: the store refused the request ({said(error)}); {hint}")
+        return RequestError(f"cannot {action} {url}: the store refused the request ({brief(error)}); {hint}")
     if isinstance(error, FileNotFoundError):
         return RequestError(f"cannot {action} {url}: there is no such bucket or folder; create it or correct the URL")
     if unreachable(error):
         return RunError(
-            f"cannot {action} {url}: no server was reached at the store's address ({said(error)}); check the network "
+            f"cannot {action} {url}: no server was reached at the store's address ({brief(error)}); check the network "
             f"and the endpoint{endpoint}, then {AGAIN}"
         )
     if kinds(error) & {"ResponseParserError", "ForeignAnswer"}:
         return RunError(
-            f"cannot {action} {url}: what answers there does not speak the store's protocol ({said(error)}), as a "
+            f"cannot {action} {url}: what answers there does not speak the store's protocol ({brief(error)}), as a "
             f"proxy's or a network's login page does not; check the network and the endpoint{endpoint}, then {AGAIN}"
         )
-    return RunError(f"cannot {action} {url}: unexpected response from the store ({said(error)}); {AGAIN}")
+    return RunError(f"cannot {action} {url}: unexpected response from the store ({brief(error)}); {AGAIN}")

@@ -27,7 +27,7 @@ from fsspec.asyn import sync
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
-from ray_sampler.storage.failures import AGAIN, ForeignAnswer, StoreError, failure, is_passing, status, told
+from ray_sampler.storage.failures import AGAIN, ForeignAnswer, StoreError, failure, field_of, is_passing, status
 
 # It logs tracebacks, which are for those who set logging up, and not for standard error.
 logging.getLogger("gcsfs").addHandler(logging.NullHandler())
@@ -143,7 +143,7 @@ class GcsStore(BucketStore):
                 b"".join(lines) + f"--{boundary}--\r\n".encode(),
                 {"Content-Type": f"multipart/related; boundary={boundary}"},
             )
-            told(parsed(answer), "name")
+            field_of(parsed(answer), "name")
         except StoreError as error:
             if create and error.status == 412:
                 raise FileExistsError(error.error_code) from None
@@ -151,7 +151,7 @@ class GcsStore(BucketStore):
 
     def _fetch(self, path: str) -> bytes:
         answer = self._request("GET", self._object(self._key(path)), {"alt": "media"})
-        told(answer.headers, "x-goog-hash")
+        field_of(answer.headers, "x-goog-hash")
         return answer.body
 
     def _request_read(self, key: str, start: int, stop: int, version: Version) -> bytes:
@@ -160,7 +160,7 @@ class GcsStore(BucketStore):
 
     def _request_version(self, key: str) -> Version:
         found = parsed(self._request("GET", self._object(key)))
-        return Version(int(told(found, "size")), told(found, "generation"))
+        return Version(int(field_of(found, "size")), field_of(found, "generation"))
 
     def _request_page(self, prefix: str, by_folder: bool, marker: str | None) -> Page:
         query = {"prefix": prefix, "fields": "kind,nextPageToken,prefixes,items(name,updated)"}
@@ -169,7 +169,7 @@ class GcsStore(BucketStore):
             page = parsed(self._request("GET", f"/storage/v1/b/{self.bucket}/o", query))
         except FileNotFoundError:
             raise StoreError(404, "NoSuchBucket") from None
-        told(page, "kind")
+        field_of(page, "kind")
         objects = [Object(item["name"], unix_time(item["updated"])) for item in page.get("items", [])]
         return Page(objects, page.get("prefixes", []), page.get("nextPageToken"))
 
@@ -179,7 +179,7 @@ class GcsStore(BucketStore):
     def _request_upload(self, key: str) -> Upload:
         query = {"uploadType": "resumable", "name": key}
         answer = self._request("POST", f"/upload/storage/v1/b/{self.bucket}/o", query)
-        return Upload(told(answer.headers, "location"))
+        return Upload(field_of(answer.headers, "location"))
 
     def _request_part(self, key: str, upload: Upload, number: int, data: bytes) -> None:
         if number > upload.number:
@@ -205,7 +205,7 @@ class GcsStore(BucketStore):
             answer = self._request("PUT", upload.address, data=data, headers=headers, accept=(308,))
             upload.doubtful = False
             if answer.status != 308:  # the object is there
-                told(parsed(answer), "name")
+                field_of(parsed(answer), "name")
                 upload.held = b""
                 return
             ranges = answer.headers.get("range", "")

@@ -212,7 +212,7 @@ class LocalStore:
         target = self._file(path)
         with self._explained("read", path):
             try:
-                descriptor = retried(lambda: opened(target), str(target))
+                descriptor = retried(lambda: open_descriptor(target), str(target))
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
@@ -247,7 +247,7 @@ class LocalStore:
                     os.unlink(name)
 
 
-def opened(target: Path) -> int | None:
+def open_descriptor(target: Path) -> int | None:
     """A descriptor to read a file, None where there is none.
 
     A link is another file's name: whoever put it there would decide what is read, so it is refused (ELOOP).
@@ -260,7 +260,7 @@ def opened(target: Path) -> int | None:
 
 def end_of(target: Path, size: int) -> bytes | None:
     """The last `size` bytes of a file, or all of a smaller one; None where there is none."""
-    descriptor = opened(target)
+    descriptor = open_descriptor(target)
     if descriptor is None:
         return None
     with os.fdopen(descriptor, "rb") as file:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from ray_sampler.errors import RequestError, RunError
-from ray_sampler.storage.failures import NO_BUCKET_WORDS, code, failure, families, is_passing, kinds, said, status
+from ray_sampler.storage.failures import NO_BUCKET_WORDS, brief, code, failure, families, is_passing, kinds, status
 from ray_sampler.storage.retry import persist
 from ray_sampler.storage.store import (
     ABANDONED_SECONDS,
@@ -56,7 +56,7 @@ class ObjectStore:
         return failure(error, action, url)
 
     def _retry(self, request: Callable[[], Result]) -> Result:
-        return persist(request, is_passing, said, f"the store of {self.url}")
+        return persist(request, is_passing, brief, f"the store of {self.url}")
 
     def _unless_absent(self, request: Callable[[], Result]) -> Result | None:
         """The result of a request, retried where that helps; None if the file does not exist."""

@@ -86,7 +86,7 @@ class Archive:
         """
         arrays = [self.images, *([self.labels] if self.labels else [])]
         crcs = [isal_zlib.crc32(array.header) for array in arrays]
-        with opened(self.url) as file:
+        with open_file(self.url) as file:
             for start in range(0, self.num_samples, self.size):
                 stop = min(start + self.size, self.num_samples)
                 read = [values(self.url, file, array, start, stop) for array in arrays]
@@ -104,7 +104,7 @@ class Archive:
         """
         start, stop = max(0, min(start, self.num_samples)), max(0, min(stop, self.num_samples))
         arrays = [self.images, *([self.labels] if self.labels else [])]
-        with opened(self.url) as file:
+        with open_file(self.url) as file:
             return of_rows(start, [values(self.url, file, array, start, max(start, stop)) for array in arrays])
 
 
@@ -127,7 +127,7 @@ def read_archive(url: str | os.PathLike[str], size: int | None = None) -> Archiv
     require(
         size is None or (isinstance(size, int) and size >= 1), f"size is {size!r}; it must be a whole number from 1 on"
     )
-    with opened(text) as file:
+    with open_file(text) as file:
         try:
             images, labels = members(file)
         except READER_ERRORS as error:
@@ -140,7 +140,7 @@ def read_archive(url: str | os.PathLike[str], size: int | None = None) -> Archiv
 
 
 @contextlib.contextmanager
-def opened(url: str) -> Iterator[IO[bytes]]:
+def open_file(url: str) -> Iterator[IO[bytes]]:
     """The file at a path or URL.
 
     Raises:

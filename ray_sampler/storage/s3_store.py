@@ -12,7 +12,7 @@ from fsspec.asyn import sync
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
-from ray_sampler.storage.failures import ForeignAnswer, code, failure, families, status, told
+from ray_sampler.storage.failures import ForeignAnswer, code, failure, families, field_of, status
 from ray_sampler.storage.object_store import logger
 from ray_sampler.storage.store import ABANDONED_SECONDS
 
@@ -45,11 +45,11 @@ class S3Store(BucketStore):
 
     def _pipe(self, path: str, data: bytes, create: bool = False) -> None:
         condition = {"IfNoneMatch": "*"} if create else {}
-        told(self._request("put_object", Key=self._key(path), Body=data, **condition), "ETag")
+        field_of(self._request("put_object", Key=self._key(path), Body=data, **condition), "ETag")
 
     def _get(self, key: str, **arguments: str) -> bytes:
         answer = self._request("get_object", Key=key, **arguments)
-        told(answer, "ETag")
+        field_of(answer, "ETag")
 
         async def content() -> bytes:
             async with answer["Body"] as body:
@@ -65,7 +65,7 @@ class S3Store(BucketStore):
 
     def _request_version(self, key: str) -> Version:
         answer = self._request("head_object", Key=key)
-        return Version(int(told(answer, "ContentLength")), told(answer, "ETag"))
+        return Version(int(field_of(answer, "ContentLength")), field_of(answer, "ETag"))
 
     def _request_page(self, prefix: str, by_folder: bool, marker: str | None) -> Page:
         options = ({"Delimiter": "/"} if by_folder else {}) | ({"ContinuationToken": marker} if marker else {})
@@ -82,15 +82,15 @@ class S3Store(BucketStore):
         self._request("delete_object", Key=key)
 
     def _request_upload(self, key: str) -> str:
-        return told(self._request("create_multipart_upload", Key=key), "UploadId")
+        return field_of(self._request("create_multipart_upload", Key=key), "UploadId")
 
     def _request_part(self, key: str, upload: str, number: int, data: bytes) -> str:
         answer = self._request("upload_part", Key=key, UploadId=upload, PartNumber=number, Body=data)
-        return told(answer, "ETag")
+        return field_of(answer, "ETag")
 
     def _request_complete(self, key: str, upload: str, parts: Sequence[str]) -> None:
         sent = {"Parts": [{"PartNumber": i + 1, "ETag": tag} for i, tag in enumerate(parts)]}
-        told(self._request("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload=sent), "ETag")
+        field_of(self._request("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload=sent), "ETag")
 
     def _request_abort(self, key: str, upload: str) -> None:
         self._request("abort_multipart_upload", Key=key, UploadId=upload)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ray_sampler.errors import RunError
-from ray_sampler.scoring.features import DamagedFeaturesError, Held, Stored
+from ray_sampler.scoring.features import DamagedFeaturesError, Held, StoredFeatures
 from ray_sampler.scoring.metrics import ROWS, kid_part, kid_subsets, radii, within
 from ray_sampler.scoring.moments import Moments, frechet, reduce
 from ray_sampler.storage.fragment import encode
@@ -35,13 +35,13 @@ def head(features: np.ndarray) -> np.ndarray:
     return features @ np.random.default_rng(1).standard_normal((D, CLASSES)).astype(np.float32)
 
 
-def stored(output: Path, features: np.ndarray, bounds: Sequence[int]) -> Stored:
+def stored(output: Path, features: np.ndarray, bounds: Sequence[int]) -> StoredFeatures:
     """Features as files of these ranges."""
     ranges, names = RunDir(str(output)).ranges("features/toy-00000000"), []
     for start, stop in pairwise(bounds):
         names.append(FragmentName(start, stop, "parquet"))
         ranges.write(names[-1], encode(Samples(start, {"features": features[start:stop]}), PRINT, {}, "parquet")[0])
-    return Stored(str(output), "features/toy-00000000", PRINT, D, tuple(cover(names, bounds[-1])))
+    return StoredFeatures(str(output), "features/toy-00000000", PRINT, D, tuple(cover(names, bounds[-1])))
 
 
 def test_moments_are_mean_and_covariance(sets) -> None:
@@ -130,10 +130,10 @@ def test_files_that_overlap_or_leave_gaps_count_each_sample_once(sets, tmp_path:
     whole = stored(tmp_path, sets[0], [0, 1000, N])
     stored(tmp_path, sets[0], [0, 600, 1500])
     names = [FragmentName(start, stop, "parquet") for start, stop in ((0, 600), (600, 1500), (1000, N))]
-    overlapping = Stored(whole.output, whole.folder, PRINT, D, tuple(cover(names, N)))
+    overlapping = StoredFeatures(whole.output, whole.folder, PRINT, D, tuple(cover(names, N)))
     assert overlapping.count == N
     np.testing.assert_array_equal(np.concatenate(list(overlapping.blocks())), sets[0])
-    gap = Stored(whole.output, whole.folder, PRINT, D, tuple(cover(names[::2], N)))
+    gap = StoredFeatures(whole.output, whole.folder, PRINT, D, tuple(cover(names[::2], N)))
     rows = np.concatenate([sets[0][:600], sets[0][1000:]])
     assert gap.count == len(rows)
     np.testing.assert_array_equal(np.concatenate(list(gap.blocks())), rows)
