@@ -131,7 +131,7 @@ def check_path(config: RunConfig, kinds: Mapping[str, Parameterisation]) -> None
         require(
             getattr(kind, named, None) is not None or (role == GUIDE and path == "table"),
             f"--sampler is {config.sampler}, which samples {meant}; the network of {flag} is of kind {computes}; give "
-            "another --sampler, as heun",
+            "another --sampler, for example heun",
         )
     require(
         path != "flow" or not config.clip_denoised,

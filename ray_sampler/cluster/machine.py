@@ -179,7 +179,7 @@ def check_folder(folder: str) -> None:
     if len(folder.encode()) + SOCKET_PATH > LONGEST_SOCKET:
         raise RunError(
             f"Ray's folder is {printable(folder)}, whose path is too long for sockets in it; set RAY_TMPDIR to a short "
-            "one, as in RAY_TMPDIR=/tmp"
+            "one, for example RAY_TMPDIR=/tmp"
         )
     try:
         os.makedirs(folder, exist_ok=True)

@@ -64,7 +64,7 @@ class AdmFlags:
                 positive = all(0 < kind(part) < LARGEST for part in text.split(",") if text)
             except ValueError:
                 positive = False
-            require(positive, f"--{name} is {text!r}; it must be positive numbers with commas, as in 1,2,2")
+            require(positive, f"--{name} is {text!r}; it must be positive numbers with commas, like 1,2,2")
 
 
 @dataclass(frozen=True, kw_only=True)

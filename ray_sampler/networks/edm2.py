@@ -135,7 +135,7 @@ def _check(options: Edm2Options) -> None:
 
 
 def latents(encoder: SavedNetwork | None) -> bool:
-    """Whether x is a latent of a VAE, and not pixels, as the encoder recorded beside the network ("encoder") tells.
+    """Whether x is a latent of a VAE, and not pixels, as the encoder recorded beside the network ("encoder") shows.
 
     Raises:
         Refused: an encoder of another kind.

@@ -223,7 +223,7 @@ def numbers(name: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part]
     except ValueError:
-        raise RequestError(f"--{name} is {text!r}; it must be positive numbers with commas, as in 1,2,2") from None
+        raise RequestError(f"--{name} is {text!r}; it must be positive numbers with commas, like 1,2,2") from None
 
 
 def check_sigma_data(saved: SavedNetwork) -> None:

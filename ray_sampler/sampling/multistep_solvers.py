@@ -253,7 +253,7 @@ def indices_of(options: IndexOptions) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in options.ts.split(",")) if options.ts else ()
     except ValueError:
-        raise RequestError(f"--ts is {options.ts!r}; it must be whole numbers with commas, as in 0,22,39") from None
+        raise RequestError(f"--ts is {options.ts!r}; it must be whole numbers with commas, like 0,22,39") from None
 
 
 def check_indices(schedule: ScheduleOptions, options: IndexOptions, rising: bool = True) -> None:
@@ -267,7 +267,7 @@ def check_indices(schedule: ScheduleOptions, options: IndexOptions, rising: bool
     """
     indices = indices_of(options)
     require(schedule.steps >= 2, f"--steps is {schedule.steps}; --sampler multistep needs at least 2")
-    require(len(indices) >= 2, f"--ts is {options.ts!r}; --sampler multistep needs two or more, as in 0,22,39")
+    require(len(indices) >= 2, f"--ts is {options.ts!r}; --sampler multistep needs two or more, for example 0,22,39")
     for t in indices:
         require(
             0 <= t < schedule.steps,
@@ -276,7 +276,7 @@ def check_indices(schedule: ScheduleOptions, options: IndexOptions, rising: bool
     for before, after in pairwise(indices):
         require(
             before < after or not rising,
-            f"--ts is {options.ts!r}, where {after} follows {before}; its indices must rise, as in 0,22,39",
+            f"--ts is {options.ts!r}, where {after} follows {before}; its indices must rise, for example 0,22,39",
         )
 
 

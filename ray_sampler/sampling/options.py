@@ -124,7 +124,7 @@ def interval_of(options: GuidanceOptions) -> tuple[float, float]:
     if not 0 <= low <= high:
         raise RequestError(
             f"--guidance_interval is {options.guidance_interval!r}; it must be two noise levels LO,HI with "
-            "0 <= LO <= HI, as in 0.28,1.61"
+            "0 <= LO <= HI, for example 0.28,1.61"
         )
     return low, high
 

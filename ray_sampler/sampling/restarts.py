@@ -46,14 +46,14 @@ def intervals_of(options: RestartOptions) -> tuple[Restart, ...]:
     except ValueError:
         raise RequestError(
             f"--restarts is {options.restarts!r}; it must be N,K,tmin,tmax for each interval, with semicolons between "
-            "them, as in 3,2,0.06,0.30"
+            "them, for example 3,2,0.06,0.30"
         ) from None
 
 
 def check_intervals(schedule: ScheduleOptions, options: RestartOptions) -> None:
     """Raises RequestError: there is no interval, or one is wrong, or ends nowhere on the schedule."""
     intervals = intervals_of(options)
-    require(bool(intervals), "--restarts is missing; --sampler restart needs intervals, as in 3,2,0.06,0.30")
+    require(bool(intervals), "--restarts is missing; --sampler restart needs intervals, for example 3,2,0.06,0.30")
     levels = levels_of(schedule).tolist()
     for each in intervals:
         shown = f"{each.points},{each.times},{each.sigma_min:g},{each.sigma_max:g}"

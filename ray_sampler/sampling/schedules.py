@@ -69,11 +69,11 @@ class ScheduleOptions:
             f"--sigma_min is {self.sigma_min:g} and --sigma_max {self.sigma_max:g}; "
             "they must satisfy 0 < sigma_min < sigma_max",
         )
-        require(0 < self.rho < math.inf, f"--rho is {self.rho:g}; it must be above 0, as in 7")
-        require(1e-6 <= self.shift <= 1e6, f"--shift is {self.shift:g}; it must be from 1e-6 to 1e6, as in 3")
+        require(0 < self.rho < math.inf, f"--rho is {self.rho:g}; it must be above 0, for example 7")
+        require(1e-6 <= self.shift <= 1e6, f"--shift is {self.shift:g}; it must be from 1e-6 to 1e6, for example 3")
         require(
             self.sigmas is not None or abs(math.log(self.sigma_max)) / self.rho < LARGEST_LOG,
-            f"--rho is {self.rho:g}; with it sigma_max^(1/rho) overflows a float; it must be larger, as in 7",
+            f"--rho is {self.rho:g}; with it sigma_max^(1/rho) overflows a float; it must be larger, for example 7",
         )
 
 

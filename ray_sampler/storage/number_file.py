@@ -52,11 +52,11 @@ def read_levels(text: str | Sequence[float]) -> tuple[float, ...]:
         text = ",".join(repr(float(level)) for level in text)
     values = read_numbers(text, "--sigmas", "arr_0", "a list of falling noise levels as 80,10,1").tolist()
     shown = f"--sigmas is {shortened(text)!r}"
-    require(values[0] > 0, f"{shown}; it must begin with a noise level above 0, as in 80,10,1")
+    require(values[0] > 0, f"{shown}; it must begin with a noise level above 0, for example 80,10,1")
     for level, lower in zip(values, [*values[1:], 0.0][: len(values) - (values[-1] == 0)], strict=False):
         require(
             0 <= lower < level < math.inf,
-            f"{shown}, where {lower:g} follows {level:g}; levels must be finite and fall, as in 80,10,1",
+            f"{shown}, where {lower:g} follows {level:g}; levels must be finite and fall, for example 80,10,1",
         )
     return tuple(values) if values[-1] == 0 else (*values, 0.0)
 
@@ -121,5 +121,8 @@ def numbers_in(data: bytes, member: str) -> np.ndarray:
     table = np.array([list(map(float, row)) for row in rows]) if len({len(row) for row in rows}) == 1 else None
     if table is not None and table.shape[1] > 1 and len(table) > 1:
         counts = table.shape[1] == 2 and (np.diff(table[:, 0]) == 1).all()
-        require(not counts and len(header) < 2, f"it has lines of several columns, as {','.join(header or rows[0])}")
+        require(
+            not counts and len(header) < 2,
+            f"it has lines of several columns, for example {','.join(header or rows[0])}",
+        )
     return np.array([float(word) for row in rows for word in row])

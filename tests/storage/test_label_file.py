@@ -64,12 +64,12 @@ READ: dict[str, tuple[str, bytes]] = {
     "arr_1": ("l.npz", npz(arr_0=IMAGES, arr_1=COLUMN.reshape(-1))),
 }
 REFUSED: dict[str, tuple[str, bytes, str]] = {
-    "index and label": ("l.csv", b"0,3\n1,1\n2,2\n", "several columns, as 0,3"),
-    "index and label from one": ("l.csv", b"1 3\n2 1\n", "several columns, as 1,3"),
+    "index and label": ("l.csv", b"0,3\n1,1\n2,2\n", "several columns, for example 0,3"),
+    "index and label from one": ("l.csv", b"1 3\n2 1\n", "several columns, for example 1,3"),
     "index and label with a header": (
         "l.csv",
         b"name,label\n7,3\n4,1\n",
-        "several columns, as name,label",
+        "several columns, for example name,label",
     ),
     "beyond 64 bits": ("l.npy", npy(np.array([2**63 + 5], np.uint64)), "has 9.2233720368547758e+18 at position 0"),
     "beyond 64 bits in text": ("l.txt", b"1 9223372036854775813", "has 9.2233720368547758e+18 at position 1"),
