@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ray_sampler.errors import RequestError, redact, require
+from ray_sampler.errors import RequestError, printable, redact, require
 from ray_sampler.networks.family import (
     DTYPES,
     Decodes,
@@ -201,10 +201,14 @@ def described(config: dict[str, Any], shown: str) -> Decoder:
     except RequestError:
         raise
     except Exception as error:  # whatever diffusers raises of values that it did not expect
-        raise RequestError(f"{shown}, whose {CONFIG} describes no {CLASS} ({type(error).__name__}: {error})") from error
-    scaling, pictures = decoder.config["scaling_factor"], decoder.config["out_channels"]
+        raise RequestError(
+            f"{shown}, whose {CONFIG} describes no {CLASS} ({type(error).__name__}: {printable(error)})"
+        ) from error
+    scaling, shift, pictures = (decoder.config[name] for name in ("scaling_factor", "shift_factor", "out_channels"))
     sound = isinstance(scaling, int | float) and 0 < scaling < math.inf
     require(sound, f"{shown}, whose {CONFIG} has scaling_factor {scaling!a:.60}; it must be a number above 0")
+    sound = shift is None or (isinstance(shift, int | float) and math.isfinite(shift))
+    require(sound, f"{shown}, whose {CONFIG} has shift_factor {shift!a:.60}; it must be a number")
     require(pictures in (1, 3), f"{shown}, which makes pictures of {pictures} channels; they must have 1 or 3")
     return decoder
 

@@ -28,7 +28,7 @@ from ray_sampler.storage.fragment import encode, read_fragment
 from ray_sampler.storage.record import FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
 from tests.cluster.autoencoders import autoencoder, model, saved
-from tests.cluster.small_models import edm2_snapshot
+from tests.cluster.small_models import REFERENCE, edm2_snapshot
 from tests.loading import loaded
 
 N = 10
@@ -210,6 +210,7 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no class": (lambda f: config(f, _class_name="absent"), "of class None"),
     "no scale": (lambda f: config(f, scaling_factor=None), "scaling_factor None; it must be a number above 0"),
     "a negative scale": (lambda f: config(f, scaling_factor=-1), "scaling_factor -1"),
+    "a shift that is none": (lambda f: config(f, shift_factor="no"), "shift_factor 'no'; it must be a number"),
     "scales of their own": (lambda f: config(f, latents_mean=[0] * 4), "has latents_mean"),
     "quantised": (lambda f: config(f, quantization_config={}), "has quantization_config"),
     "another architecture": (lambda f: config(f, block_out_channels=[8, 8]), "do not fit its config.json"),
@@ -283,6 +284,18 @@ def test_a_snapshot_of_edm2_brings_the_rule_and_the_rounding_of_its_publication(
     made = job(vae, model=str(latent), sampler="heun")
     assert made.image_shape == (16, 16, 3)
     assert made.identity.items() >= {"decoder_rule": "edm2", "rounding": "truncate"}.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "rounding"),
+    [("sit_repa8", {"num_heads": 4}, "truncate"), ("dit8", {"num_heads": 3, "prediction": "eps"}, "nearest")],
+)
+def test_transformers_bring_the_rule_and_the_rounding_of_their_publication(
+    name: str, flags: dict[str, Any], rounding: str, vae: Path
+) -> None:
+    made = job(vae, model=str(REFERENCE / name / "checkpoint.pt"), sampler="heun", **flags)
+    assert made.identity.items() >= {"decoder_rule": "sd", "rounding": rounding}.items()
+    assert made.image_shape == (16, 16, 3)
 
 
 # Latents that another run kept.
