@@ -223,7 +223,7 @@ def storage_block(containing: str) -> str:
 
 def test_read_fragment_gives_what_its_comments_say(digits: np.ndarray) -> None:
     names: dict[str, Any] = {}
-    exec(storage_block("read_fragment"), names)
+    exec(storage_block("fragment.samples.images"), names)
     fragment = names["fragment"]
     np.testing.assert_array_equal(fragment.samples.images, digits[:25])
     assert (fragment.samples.images.shape, fragment.samples.images.dtype) == ((25, 32, 32, 3), np.uint8)
