@@ -1,4 +1,4 @@
-"""The command line: `ray-sampler sample|status|verify|merge|preview|export|score|reference|inspect|spot|presets`."""
+"""The command line: `ray-sampler COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import ray_sampler
 from ray_sampler.commands import (
@@ -22,6 +22,7 @@ from ray_sampler.commands import (
     declare_folder,
     declare_inspect,
     declare_reference,
+    declare_resume,
     declare_score,
     declare_spot,
     declare_status,
@@ -35,12 +36,16 @@ from ray_sampler.commands import (
     execute_spot,
     execute_status,
     execute_verify,
+    folder_of,
     request_of,
 )
 from ray_sampler.errors import RequestError, RunError, debugging, printable, show_traceback
-from ray_sampler.flags import Parser, flags_among, spelled, unknown_argument, without_value
+from ray_sampler.flags import Parser, flags_among, given_values, spelled, unknown_argument, without_value
 from ray_sampler.interrupts import end_now, interruptible
 from ray_sampler.streams import OutputLost, sturdy_streams
+
+if TYPE_CHECKING:
+    from ray_sampler.config import RunConfig
 
 DONE, FAILED, WRONG = 0, 1, 2
 
@@ -166,7 +171,7 @@ def leave(code: int) -> int:
 
 
 def interrupted(argv: Sequence[str]) -> str:
-    again = "run the same command again to resume" if argv[:1] == ["sample"] else "run it again"
+    again = "run the same command again to resume" if argv[:1] in (["sample"], ["resume"]) else "run it again"
     return f"interrupted; finished samples are kept: {again}"
 
 
@@ -259,9 +264,20 @@ def declare_sample(parser: Parser) -> None:
 
 
 def execute_sample(arguments: argparse.Namespace) -> int:
+    return carry_out(request_of(arguments))
+
+
+def execute_resume(arguments: argparse.Namespace) -> int:
+    from ray_sampler.config import RunConfig
+    from ray_sampler.run_folder import resumed
+
+    return carry_out(resumed(folder_of("resume", arguments), given_values(arguments, RunConfig)))
+
+
+def carry_out(config: RunConfig) -> int:
+    """Run a request, or say what it would be; returns the exit code."""
     from ray_sampler.resolve import check, dry_run, missing_files, without_file
 
-    config = request_of(arguments)
     check(config)  # what is wrong is said before torch and Ray are imported
     for sentence in missing_files(config):
         if not config.dry_run:
@@ -285,6 +301,12 @@ COMMANDS: dict[str, Command] = {
         declare_sample,
         execute_sample,
         "[--FLAG VALUE] ...",
+    ),
+    "resume": Command(
+        "Resume the run in a directory: run the command that began it again.",
+        declare_resume,
+        execute_resume,
+        "[--FLAG VALUE] ... URL",
     ),
     "status": Command(
         "Show the progress of a run, from its directory alone: no Ray, no GPU, from any machine.",

@@ -50,6 +50,15 @@ def execute_status(arguments: argparse.Namespace) -> int:
     return print_status(folder_of("status", arguments), arguments.json, arguments.watch)
 
 
+def declare_resume(parser: Parser) -> None:
+    declare_folder(parser)
+    from ray_sampler.config import FleetOptions
+    from ray_sampler.reporting.options import ReportingOptions
+
+    parser.declare("fleet", flags_among((FleetOptions,)))
+    parser.declare("reporting", flags_among((ReportingOptions,), leave_out=("dry_run",)))
+
+
 def execute_verify(arguments: argparse.Namespace) -> int:
     from ray_sampler.run_folder import verify_run
 

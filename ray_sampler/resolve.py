@@ -13,7 +13,7 @@ from ray_sampler.errors import redact, require, shortened
 from ray_sampler.networks.families import ARCHITECTURE, BROUGHT, told_by_flags
 from ray_sampler.networks.sources import not_there
 from ray_sampler.options import flags_of, of
-from ray_sampler.presets import BUNDLED, model_name, model_of
+from ray_sampler.presets import BUNDLED, OBJECT, model_name, model_of
 from ray_sampler.sampling.multistep_solvers import IndexOptions, indices_of
 from ray_sampler.sampling.options import NoiseOptions, PlanOptions, check_seeds
 from ray_sampler.sampling.schedules import name_of
@@ -35,7 +35,7 @@ FRESH_SEED_BITS = 24
 """Of the seed that --generator dummy draws: small enough for num_samples * seed to fit in 64 bits."""
 
 URLS = {"model", "weights", "guide", "guide_weights", "decoder", "latents", "labels", "output", "score", "address"}
-URLS |= {"features_weights"}
+URLS |= {"features_weights", "model_path"}
 """Options that may hold a credential."""
 
 NOT_SHOWN = ("model_path", "use_fp16", "dry_run")
@@ -188,6 +188,20 @@ def settings_json(config: RunConfig) -> dict[str, Any]:
     for url in URLS & result.keys():
         result[url] = redact(result[url])
     return result | {"s_tmax": str(float(result["s_tmax"]))}
+
+
+def command_of(config: RunConfig) -> dict[str, Any] | None:
+    """The command that a request is, as run.json and summary.json have it; None where a Model was given as an object.
+
+    Without a credential, and without --overwrite: running it again must not delete what it made.
+    """
+    if str(config.model).startswith(OBJECT):
+        return None
+    names = [name for name in flags_of(RunConfig) if name in config.given - {"overwrite", "dry_run"}]
+    values = {name: getattr(config, name) for name in names}
+    shown = {name: redact(value) if name in URLS else value for name, value in values.items()}
+    arguments = [f"--{name}={value}" for name, value in shown.items()]
+    return {"argv": ["sample", *arguments], "folder": os.getcwd(), "tag": config.tag}
 
 
 def dry_run(config: RunConfig) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from ray_sampler.errors import RequestError, RunError, counted, printable
+from ray_sampler.options import flags_of
+from ray_sampler.presets import OBJECT
 from ray_sampler.reporting.scores import read_scores
 from ray_sampler.reporting.sheet import PREVIEW, Sheet
 from ray_sampler.reporting.status import FragmentFact, Status, render, status
@@ -20,6 +23,9 @@ from ray_sampler.storage.ranges import cover, missing
 from ray_sampler.storage.record import DamagedFragment, FragmentName, Record
 from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.verify import verify
+
+if TYPE_CHECKING:
+    from ray_sampler.config import RunConfig
 
 WATCH_S = 10.0
 
@@ -45,6 +51,41 @@ def open_run(url: str) -> tuple[RunDir, dict[str, Any]]:
     if not run.keys() >= NEEDED:
         raise RequestError(f"{run_dir.url}/run.json is not one of ray-sampler's; give the --output of a run")
     return run_dir, run
+
+
+def resumed(url: str, beside: Mapping[str, Any]) -> RunConfig:
+    """The request that began the run in a directory, which becomes its output, with other flags of its fleet.
+
+    The working directory becomes the one of that command, where that exists here.
+
+    Raises:
+        RequestError: there is no run, or its command was not recorded.
+    """
+    from ray_sampler.config import RunConfig
+    from ray_sampler.flags import value_of
+
+    run_dir, run = open_run(url)
+    flags = flags_of(RunConfig)
+    try:
+        _, *arguments = run["command"]["argv"]
+        texts = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
+        given = {name: value_of(flags[name], text) for name, text in texts.items()}
+        folder = str(run["command"]["folder"])
+    except (KeyError, TypeError, ValueError) as error:
+        name = str(run["settings"].get("model"))
+        how = (
+            f"call run() with the same Model, {name.removeprefix(OBJECT)},"
+            if name.startswith(OBJECT)
+            else (
+                f"type it again, as `ray-sampler sample --model {printable(name)} --num_samples {run['num_samples']}`,"
+            )
+        )
+        raise RequestError(
+            f"{run_dir.url} does not record the command that began it; {how} with --output {run_dir.url}"
+        ) from error
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    return RunConfig(**(given | {"output": run_dir.url} | dict(beside)))
 
 
 def print_status(url: str, as_json: bool, watch: bool) -> int:

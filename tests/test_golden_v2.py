@@ -51,7 +51,7 @@ LAST_BIT = {"ancestral", "shifted", "own x0 of a path", "own velocity", "own vel
 """Pictures whose last bit may differ: their coefficients were rounded twice."""
 
 
-NEW_KEYS = {"source"}
+NEW_KEYS = {"source", "command"}
 """Keys that run.json has gained since."""
 
 

@@ -22,7 +22,7 @@ from ray_sampler.networks.opening import open_network
 from ray_sampler.options import flags_of, of
 from ray_sampler.planning import identity, plan_of
 from ray_sampler.presets import BUNDLED, OBJECT, check_bundled, model_of
-from ray_sampler.resolve import check, given_values, resolve, settings_json, settled
+from ray_sampler.resolve import check, command_of, given_values, resolve, settings_json, settled
 from ray_sampler.sampling.decoding import DECODER, empty_latents
 from ray_sampler.sampling.finish import FINISHERS
 from ray_sampler.sampling.options import Compile, DecoderOptions, GuidanceOptions, guide_of
@@ -172,8 +172,9 @@ class Job:
 
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
-        source = {"source": self.source} if self.source else {}
-        return source | {
+        command = command_of(self.config)
+        later = {"source": self.source} | {"command": command}
+        return {name: value for name, value in later.items() if value} | {
             "format": RUN_FORMAT,
             "fingerprint": self.fingerprint,
             "identity": self.identity,
@@ -386,7 +387,8 @@ def claim(job: Job) -> None:
         refuse_another(job, there)
         refuse_changed_code(job, there)
     if there["num_samples"] != job.num_samples:
-        job.run_dir.replace_run(there | {"num_samples": job.num_samples})
+        command = command_of(job.config)
+        job.run_dir.replace_run(there | {"num_samples": job.num_samples} | ({"command": command} if command else {}))
 
 
 def still_ours(job: Job) -> None:
