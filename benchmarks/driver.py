@@ -1,7 +1,7 @@
 """What does the driver cost: shards a second with a null engine, and memory and time for a million shards?
 
 Ours is the dispatch as a run does it, with its inventory of fragments; theirs is a bare ray.wait loop over the same two
-actors, with as many shards in flight. The million is driven in a process of its own, whose actors answer at once from
+actors, with as many shards in flight. The million is driven in a separate process, whose actors answer at once from
 within it: what is left is what the driver itself takes. The resumed run finds 990,000 fragments in a real directory.
 """
 
@@ -209,7 +209,7 @@ def drive_here(folder: Path) -> None:
 
 
 def drive(done: int) -> dict[str, float]:
-    """A run of a million shards in a process of its own, which finds the first `done` of them there."""
+    """A run of a million shards in a separate process, which finds the first `done` of them there."""
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         fragments = Path(name) / "fragments"
         fragments.mkdir()

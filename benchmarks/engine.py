@@ -1,7 +1,7 @@
 """How many images a second does the engine make on a CPU, against the textbook loop on the same cores?
 
 float32, equal weights, solver and batch. Ours computes a batch on each core; the textbook loop has torch's threads.
-Each side has a process of its own, as ours changes how its process keeps memory.
+Each side has a separate process, as ours changes how its process keeps memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Everything that a GPU must show, within nine minutes: `make gpu`.
 
-The tests of tests/gpu and the cases of gpu_cases.py run as processes of their own, those of most worth first. What was
+The tests of tests/gpu and the cases of gpu_cases.py run as separate processes, the most valuable first. What was
 found is written after every step, into $OUT if that is set and else into benchmarks/results, so a run that is cut short
 leaves its figures. Without a GPU nothing is measured; with --rehearse all steps run on the CPU then, with tiny
 networks, to prove that they work.
@@ -144,7 +144,7 @@ class Results:
 
 
 def run(step: Step, seconds: float, environment: dict[str, str]) -> Outcome:
-    """Run a step for so many seconds at most."""
+    """Run a step for this number of seconds at most."""
     with tempfile.TemporaryDirectory() as folder:
         found, printed = Path(folder) / "rows.json", Path(folder) / "output"
         extra = () if "pytest" in step.command else ("--json", str(found))
@@ -166,7 +166,7 @@ def run(step: Step, seconds: float, environment: dict[str, str]) -> Outcome:
 
 
 def begin(command: Sequence[str], environment: dict[str, str], output: Any) -> subprocess.Popen[bytes]:
-    """Start a Python process at the head of a group of its own."""
+    """Start a Python process at the head of a new process group."""
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=HERE.parent,

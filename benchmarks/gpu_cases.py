@@ -1,4 +1,4 @@
-"""The cases of the GPU benchmark, each in a process of its own: gpu_cases.py CASE [--json FILE].
+"""The cases of the GPU benchmark, each in a separate process: gpu_cases.py CASE [--json FILE].
 
 Weights are random. With GPU_REHEARSAL=1 and no GPU every case runs on the CPU with tiny networks, to prove the code.
 """

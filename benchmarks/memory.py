@@ -1,7 +1,7 @@
 """Does memory grow with N? Peak memory of the driver, an actor and the merge, for a small and a large run.
 
 A network of one block at 32x32 pixels, sampled in one step, stands in for a real one: what could grow with N is not
-in the network. The merge runs in a Ray worker of its own; peaks are the kernel's (VmHWM), read while processes live.
+in the network. The merge runs in a separate Ray worker; peaks are the kernel's (VmHWM), read while processes live.
 Ours is the peak at the larger number, theirs the same program's at the smaller one, which is large enough for an
 actor's heap to have split into the blocks that it needs: that takes some 15,000 samples.
 """

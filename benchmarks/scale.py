@@ -3,7 +3,7 @@
 The driver's dispatch, pool and inventory run on the simulated cluster of `make simulate`, without a fault: its actors
 answer by a virtual clock, one after another and together a hundred times a second, however many they are. What is
 counted is the processor time between the driver's calls to Ray; what Ray takes in those is not in it. Each run is a
-process of its own.
+separate process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def drive(actors: int, shards: int) -> float:
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--drive", type=int, nargs=2, help="internal: drive so many actors through so many shards")
+    made.add_argument(
+        "--drive", type=int, nargs=2, help="internal: drive this number of actors through this number of shards"
+    )
     arguments = made.parse_args()
     if arguments.drive:
         print(drive_here(*arguments.drive))

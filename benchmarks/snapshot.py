@@ -2,7 +2,7 @@
 
 560 MB of float16 in NVIDIA's pickle: read, checked, hashed, and shipped tensor by tensor. The other side reads the file
 once, front to back, and casts what it reads to float32. The last row is the network with its weight normalisation done
-once at load, against at every call. Each repeat of a side is a process of its own; Ray's start is
+once at load, against at every call. Each repeat of a side is a separate process; Ray's start is
 not counted. Memory is the driver's peak over the file's size, Ray and torch included, and shared memory that it wrote.
 """
 

@@ -1,6 +1,6 @@
 """How soon does a new user see pictures, and where do the seconds of `make sample` go?
 
-The command of `make sample`, as a process of its own, in a new folder each time: when its parts are there, in seconds
+The command of `make sample`, as a separate process, in a new folder each time: when its parts are there, in seconds
 since it was typed, packages installed. Nothing else is compared.
 """
 

@@ -1,4 +1,4 @@
-"""Read samples without the archive, also while a run goes on: fragments are Parquet files that prove themselves.
+"""Read samples without the archive, even during a run: fragments are Parquet files with checksums.
 
 python examples/read_fragments.py     # writes runs/fragments/means.png
 """

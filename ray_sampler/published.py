@@ -21,7 +21,7 @@ class Preset:
 
     description: str
     file: str
-    """Its name where it was published; empty where that is no plain file at an address."""
+    """Its name where it was published; empty where it is not a plain file at an address."""
     parameters: int
     settings: Mapping[str, Any]
     """By flag name."""

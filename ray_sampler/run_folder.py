@@ -150,7 +150,7 @@ def lost(run_dir: RunDir, fingerprint: str) -> set[FragmentName]:
 
 
 def evenly(names: Sequence[FragmentName], most: int) -> Sequence[FragmentName]:
-    """All of `names`, or so many of them at even distances."""
+    """All of `names`, or this number of them at even distances."""
     return [names[i * len(names) // most] for i in range(most)] if len(names) > most else names
 
 

@@ -242,7 +242,7 @@ def _shadow(averages: Sequence[Entry], items: dict[Any, Any], key: str) -> Tenso
     if first is None or last is None or first != last[::-1]:
         raise Refused(
             f"it has averaged weights under {key!r} as a list without names, which the state dict beside it does not "
-            "tell for certain; load them into your model and save its state dict, or take other weights with "
+            "determine; load them into your model and save its state dict, or take other weights with "
             f"--weights_key {there}"
         )
     return {**beside, **dict(zip(first, averages, strict=True))}

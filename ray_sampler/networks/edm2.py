@@ -85,8 +85,8 @@ _BALANCES = ("label_balance", "concat_balance", "res_balance", "attn_balance")
 
 
 def options_from_shapes(tensors: Mapping[str, Tensor], channels_per_head: int = 0) -> Edm2Options:
-    """What the shapes of a state dict tell (names with or without `unet.`); what they do not tell
-    is as published: the filter [1, 1], the balances and, unless given above 0, 64 channels in an attention head.
+    """The options that follow from the shapes of a state dict (names with or without `unet.`); the others
+    are as published: the filter [1, 1], the balances and, unless given above 0, 64 channels in an attention head.
 
     Raises:
         Refused: these are not the tensors of an EDM2 network.

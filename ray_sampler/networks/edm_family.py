@@ -187,7 +187,7 @@ def checked(
 def told_by(network: Any, kind: str) -> dict[str, Any]:
     """The settings of a file's network, by the names of ADM's flags; a function decides whether a given value matches.
 
-    A flag that is left out here is one that such a network cannot use.
+    A flag that is left out here cannot be used with this network.
     """
     adm_like = isinstance(network, AdmOptions)
     width = network.num_channels if adm_like else getattr(network, "model_channels", network.channels[0])

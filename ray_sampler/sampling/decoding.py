@@ -59,7 +59,7 @@ def decoded(
     bytes depend neither on --batch_size nor on its neighbours.
 
     Raises:
-        OutOfDeviceMemoryError: the device has no room for so many.
+        OutOfDeviceMemoryError: the device has no room for this number.
     """
     network, size = networks[DECODER], options.decoder_batch
     z = rule.latents(x.float(), decodes).to(next(network.parameters()).dtype)

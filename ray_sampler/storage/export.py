@@ -60,7 +60,7 @@ def export(source: str, output: str, subdirs: bool = False) -> tuple[int, int]:
     require(
         foreign is None,
         f"--output is {store.url}, which holds {foreign}, none of these {pictures.num_samples} pictures, and an "
-        "evaluator would read it too; give a folder of its own",
+        "evaluator would read it too; give an empty folder",
     )
     rows, kept = ["file,label"], 0
     with ThreadPoolExecutor(WRITES_AT_ONCE, "export") as pool:

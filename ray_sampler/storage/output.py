@@ -39,7 +39,7 @@ class OutputOptions:
 
 
 def check_output(output: str) -> None:
-    """Raises RequestError: nothing can be written to such a path or URL."""
+    """Raises RequestError: nothing can be written to this kind of path or URL."""
     require(output != "", "--output is empty; it must be a directory or an fsspec URL")
     require(
         not output.startswith("memory://"),

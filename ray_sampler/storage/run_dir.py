@@ -267,7 +267,7 @@ class RunDir:
 
 
 def absolute(url: str) -> str:
-    """A run directory as actors find it, who have working directories of their own."""
+    """A run directory as actors find it, who have other working directories."""
     run_dir = RunDir(url)
     return run_dir.url if run_dir.is_local else url
 

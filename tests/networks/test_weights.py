@@ -183,7 +183,7 @@ def test_averages_without_names_are_named_only_where_it_is_certain(tmp_path: Pat
     assert "without names" in refusal(path)
     torch.save({"ema": {"shadow_params": [torch.zeros(2)]}, "model": {"a": torch.zeros(2), "b": torch.zeros(2)}}, path)
     said = refusal(path)
-    assert "does not tell for certain" in said
+    assert "does not determine" in said
     assert said.endswith("or take other weights with --weights_key model")
     with pytest.raises(RequestError, match="without names"):
         read_checkpoint(str(path), "ema")
