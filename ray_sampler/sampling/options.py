@@ -93,7 +93,8 @@ class GuidanceOptions:
     )
     guidance_interval: str | None = option(
         None,
-        "Noise levels LO,HI between which guidance applies, inclusive (default: all).",
+        "Noise levels LO,HI between which guidance applies, inclusive; for flow_euler, flow_heun and flow_sde times t "
+        "(default: all).",
         recorded=False,
         numbers=True,
     )
