@@ -35,7 +35,13 @@ FOREIGN = {
     "--metrics-export-port": "ray start",
 }
 """Flags of Ray's commands that the pages name."""
-OTHERS = {"--json", "--watch", "--cache", "--help", "--help-all", "--subdirs", "--reference"}
+SCRIPTS = """--ckpt --image-size --num-classes --num-sampling-steps --cfg-scale --num-fid-samples
+--per-proc-batch-size --global-seed --vae --sample-dir --tf32 --diffusion-form --last-step --last-step-size
+--sampling-method --path-type --resolution --encoder-depth --projector-embed-dims --qk-norm --mode --num-steps --heun
+--guidance-low --guidance-high --net --gnet --seeds --class --batch --outdir"""
+"""Flags of the scripts of DiT, SiT, REPA and EDM2."""
+
+OTHERS = {*SCRIPTS.split(), "--json", "--watch", "--cache", "--help", "--help-all", "--subdirs", "--reference"}
 OTHERS |= {f"--{spelled}" for name in SYNONYMS for spelled in (name, name.replace("_", "-"))}
 """Flags of our other commands, of examples/digits/evaluate.py, and of other programs."""
 

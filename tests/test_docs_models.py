@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ray_sampler import cli
 from ray_sampler.cluster.job import prepare, tried
+from ray_sampler.commands import request_of
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.networks import custom
 from ray_sampler.sampling.noise import philox_normals
 from ray_sampler.sampling.plan import sample_block
+from tests.loading import loaded
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text()
 MODULES = {
@@ -120,6 +124,48 @@ def test_a_network_of_diffusers_is_sampled(files: Path, monkeypatch: pytest.Monk
     (files / "unet").mkdir()
     job = prepare(RunConfig(model="python:my_unet:load", weights="unet", gpus_per_actor=0.0, steps=2))
     assert tried(job) == []
+
+
+@pytest.fixture(scope="module")
+def transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the small weights that the page makes."""
+    folder = tmp_path_factory.mktemp("transformers")
+    (block,) = re.findall(r"```python\n(# tiny\.py\n.*?)```", PAGE, re.DOTALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(compile(block, "tiny.py", "exec"), {})
+    return folder
+
+
+OF_TINY = re.findall(r"^ray-sampler (?:sample|inspect) .* --num_heads 3\b.*$", PAGE, re.MULTILINE)
+
+
+def test_the_page_has_a_command_for_each_transformer() -> None:
+    assert len(OF_TINY) == 6
+    assert {name for name in ("dit.pt", "sit.pt", "repa.pt") if any(name in line for line in OF_TINY)} == {
+        "dit.pt",
+        "sit.pt",
+        "repa.pt",
+    }
+
+
+@pytest.mark.parametrize("line", OF_TINY)
+def test_a_command_for_a_transformer_of_the_page_samples_it(
+    line: str, transformers: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(transformers)
+    arguments = line.split()[1:]
+    if arguments[0] == "inspect":
+        assert cli.main(arguments) == 0
+        assert "dit" in capsys.readouterr().out
+        return
+    job = prepare(replace(request_of(cli.parse(arguments)[1]), gpus_per_actor=0.0, precision="fp32"))
+    networks = {role: loaded(network) for role, network in job.networks.items()}
+    with torch.inference_mode():
+        x, labels = sample_block(networks, job.plan, torch.arange(2))
+    assert x.shape == (2, 4, 8, 8)
+    assert x.isfinite().all()
+    assert labels is not None
 
 
 def test_the_page_names_every_kind_and_every_argument() -> None:

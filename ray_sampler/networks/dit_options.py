@@ -25,6 +25,9 @@ class DitFlags:
         None, "The t that holds data for --prediction velocity: 1 as in SiT, 0 as in REPA.", recorded=False
     )
 
+    shared: ClassVar[tuple[str, ...]] = ("image_size", "num_heads", "class_cond", "num_classes", "learn_sigma")
+    """Flags of other families that may be given for this one too."""
+
     family_defaults: ClassVar[Mapping[str, Any]] = {"clip_denoised": False, "state": "fp64"}
     """What the family brings of other components' settings; the rounding is by what was published of each kind."""
 

@@ -35,7 +35,8 @@ def told_by_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.keys() & flags_of(DitFlags).keys():  # which say nothing of its shape
         return {**open_, **DitFlags.family_defaults}
     for component in ArchitectureOptions.__bases__:
-        if settings.keys() & flags_of(component).keys() - set(INERT) and hasattr(component, "family_defaults"):
+        own = flags_of(component).keys() - {*INERT, *DitFlags.shared}
+        if settings.keys() & own and hasattr(component, "family_defaults"):
             return {name: flag.default for name, flag in flags_of(ArchitectureOptions).items()} | dict(
                 component.family_defaults
             )
