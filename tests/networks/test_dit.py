@@ -304,7 +304,7 @@ REFUSED: list[tuple[Path, dict[str, Any], str]] = [
     (DIT, OF_DIT | {"num_classes": 6, "guidance": 2.0}, "the network has no null label"),
     (DIT, OF_DIT | {"sampler": "flow_euler"}, "--sampler is flow_euler, which samples flows"),
     (DIT, OF_DIT | {"sampler": "ddpm", "steps": 1001}, "--steps is 1001; for --sampler ddpm it must be at most 1000"),
-    (DIT, OF_DIT | {"sampler": "ddpm", "schedule": "logsnr"}, "--schedule is 'logsnr', but --sampler ddpm has levels"),
+    (DIT, OF_DIT | {"sampler": "ddpm", "schedule": "logsnr"}, "--schedule is 'logsnr', but --sampler ddpm has fixed"),
     (DIT, OF_DIT | {"decoder": None}, "--decoder is missing"),
     (REPA, OF_REPA | {"prediction": "eps"}, "--prediction is eps, but the file says velocity"),
     (REPA, OF_REPA | {"data_at": 1}, "--data_at is 1, but the file says 0"),
