@@ -1,7 +1,7 @@
 """The family `dit`: the transformer of DiT (Peebles & Xie 2023), SiT (Ma et al. 2024) and REPA (Yu et al. 2025).
 
-Their networks are the same, and their shapes tell all of it but the attention heads. What it predicts leaves no trace
-in the weights, except for the projectors that REPA trains beside it.
+Their networks are the same, and their shapes determine everything except the attention heads. The prediction leaves no
+trace in the weights, except for the projectors that REPA trains beside it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROJECTORS = "projectors."
 NORM_EPS = 1e-6
 MAX_PERIOD = 10_000.0
 PIXELS = 8
-"""Width in pixels of what one place of a latent stands for, in the published models."""
+"""Width in pixels of one place of a latent, in the published models."""
 
 SHOWN = ("pos_embed", "x_embedder.proj.weight", "blocks.0.adaLN_modulation.1.weight", "final_layer.linear.weight")
 """Names by which a checkpoint of this family is known."""
@@ -77,7 +77,7 @@ class DitOptions:
     head_channels: int | None
     """Of a query and a key where they are normalised; None where they are not."""
     num_heads: int | None = None
-    """None where nothing tells it."""
+    """None where it is unknown."""
     num_classes: int = 0
 
     def identity(self) -> dict[str, Any]:
@@ -90,10 +90,10 @@ def recognises(checkpoint: Checkpoint) -> bool:
 
 
 def options_from(tensors: Mapping[str, Tensor]) -> DitOptions:
-    """What the names and shapes of a state dict tell: all but classes, and heads where these leave no trace.
+    """The options that follow from a state dict: all but classes, and heads where these leave no trace.
 
     Raises:
-        LookupError, ValueError: these are not the tensors of such a network.
+        LookupError, ValueError: these are not the tensors of this family.
     """
     width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     learned = len(tensors["final_layer.linear.weight"]) == 2 * channels * patch**2
@@ -174,7 +174,7 @@ def lacking(untold: list[str]) -> str:
         return ""
     flags = " and ".join(f"--{name}" for name in untold)
     remedies = ", and ".join(MISSING[name][1] for name in untold)
-    return f"{flags} {'is' if len(untold) == 1 else 'are'} missing, which the weights do not tell; give {remedies}"
+    return f"{flags} {'is' if len(untold) == 1 else 'are'} missing, and not in the weights; give {remedies}"
 
 
 def spec_of(options: DitOptions, known: Mapping[str, Any], lacks: str) -> NetworkSpec:

@@ -1,4 +1,4 @@
-"""Flags of the family `dit`: what the weights of a transformer do not tell of it."""
+"""Flags of the family `dit`: settings that the weights of a transformer do not determine."""
 
 from __future__ import annotations
 

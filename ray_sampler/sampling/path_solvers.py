@@ -83,7 +83,7 @@ def check_times(name: str) -> Callable[[ScheduleOptions, object], None]:
     def check(schedule: ScheduleOptions, options: object) -> None:
         require(
             name_of(schedule) == "shifted",
-            f"the levels are {name_of(schedule)}, but --sampler {name} has times of its own, even or with --shift; "
+            f"the levels are {name_of(schedule)}, but --sampler {name} has fixed times, even or with --shift; "
             "leave --schedule, --rho and --sigmas out",
         )
 

@@ -291,7 +291,7 @@ def test_the_last_row_of_the_label_table_is_the_null_label_unless_all_are_classe
 
 
 REFUSED: list[tuple[Path, dict[str, Any], str]] = [
-    (DIT, {"num_heads": 3}, "--prediction is missing, which the weights do not tell; give --prediction eps for DiT"),
+    (DIT, {"num_heads": 3}, "--prediction is missing, and not in the weights; give --prediction eps for DiT"),
     (DIT, {"num_heads": 3, "prediction": "velocity"}, "--data_at is missing"),
     (DIT, {"prediction": "eps"}, "--num_heads is missing"),
     (DIT, OF_DIT | {"data_at": 1}, "--data_at is 1, which this network cannot use"),
@@ -310,8 +310,8 @@ REFUSED: list[tuple[Path, dict[str, Any], str]] = [
     (REPA, OF_REPA | {"data_at": 1}, "--data_at is 1, but the file says 0"),
     (REPA, OF_REPA | {"sampler": "ddpm"}, "--sampler is ddpm, which samples networks of a table of alphas"),
     (REPA, OF_REPA | {"sampler": "flow_sde", "clip_denoised": True}, "--clip_denoised is True, but --sampler flow_sde"),
-    (REPA, OF_REPA | {"sampler": "flow_heun", "schedule": "karras"}, "--sampler flow_heun has times of its own"),
-    (REPA, OF_REPA | {"sampler": "flow_heun", "sigmas": "80,1"}, "--sampler flow_heun has times of its own"),
+    (REPA, OF_REPA | {"sampler": "flow_heun", "schedule": "karras"}, "--sampler flow_heun has fixed times"),
+    (REPA, OF_REPA | {"sampler": "flow_heun", "sigmas": "80,1"}, "--sampler flow_heun has fixed times"),
     (REPA, OF_REPA | {"shift": 2.0}, "only --schedule shifted has a shift"),
     (Path("digits"), {"prediction": "eps"}, "--prediction is eps, which this network cannot use"),
     (Path("digits"), {"sampler": "flow_euler"}, "--sampler is flow_euler, which samples flows"),
