@@ -17,8 +17,11 @@ class Digits(NamedTuple):
     labels: np.ndarray
 
 
-def load_digits(seed: int = 0) -> tuple[Digits, Digits]:
-    """4,500 digits to train on and 500 held out, 50 a class, chosen by `seed`."""
+def load_digits(seed: int = 0, held_out_per_class: int = HELD_OUT_PER_CLASS) -> tuple[Digits, Digits]:
+    """Digits to train on and digits held out, chosen by `seed`: 4,500 and 500 by default.
+
+    What is held out of 50 a class is also held out of more.
+    """
     pixels, labels = mnist_data()
     images = np.pad(pixels.reshape(-1, 1, 28, 28), ((0, 0), (0, 0), (2, 2), (2, 2)))
     images = np.repeat((images / 127.5 - 1).astype(np.float32), 3, axis=1)
@@ -27,6 +30,6 @@ def load_digits(seed: int = 0) -> tuple[Digits, Digits]:
     for digit in range(10):
         of_class = order[labels[order] == digit]
         rank[of_class] = np.arange(len(of_class))
-    held_out = rank < HELD_OUT_PER_CLASS
+    held_out = rank < held_out_per_class
     labels = labels.astype(np.int64)
     return Digits(images[~held_out], labels[~held_out]), Digits(images[held_out], labels[held_out])
