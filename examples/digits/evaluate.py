@@ -1,7 +1,8 @@
 """Measure an archive of digits with a small classifier that was trained on real digits only.
 
-Three questions: does the classifier see in each sample the digit that its label asks for, how far is the distribution
-of its features on samples from that on real digits, and do the samples of a class differ as much as real digits do?
+Four questions: does the classifier see in each sample the digit that its label asks for, how far is the distribution
+of its features on samples from that on real digits, do the samples of a class differ as much as real digits do, and are
+they copies, of each other or of digits that the model was trained on?
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data import Digits, load_digits
+from data import JUDGES_PER_CLASS, Digits, load_digits
 from ray_sampler.scoring.digits_network import FEATURES, DigitsNetwork
 from ray_sampler.scoring.moments import Moments, frechet
 
 EPOCHS = 24
 BATCH = 50
 PEAK_LEARNING_RATE = 3e-3
+FULL = 4500
+"""Digits for which EPOCHS is meant; of fewer, each is seen more often."""
 LARGEST_SHIFT = 2
 """Pixels."""
 SPLITS = 20
@@ -60,7 +63,13 @@ class Measures:
     within_class_variance: float
     """Of the samples, see `within_class_variance`."""
     within_class_variance_real: float
-    """Of the real digits that were trained on."""
+    """Of the real digits that the model was trained on."""
+    twice: int
+    """Samples that equal an earlier one."""
+    nearest: tuple[float, float]
+    """Least and median distance of a sample to the nearest digit that the model was trained on, see `nearest`."""
+    nearest_real: tuple[float, float]
+    """The same of real digits that it was not trained on."""
 
 
 class Seen(NamedTuple):
@@ -110,15 +119,16 @@ def train_classifier(
 
 def obtain_classifier(digits: Digits, cache: Path | None) -> DigitsNetwork:
     """The classifier from `cache` if this very file left it there, else a freshly trained one, kept there."""
-    path = None
+    path, count = None, len(digits.labels)
     if cache is not None:
-        path = cache / f"classifier-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}.safetensors"
+        version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+        path = cache / f"classifier-{count}-{version}.safetensors"
         if path.exists():
             classifier = DigitsNetwork()
             classifier.load_state_dict(load_file(path))
             return classifier.eval()
     began = time.monotonic()
-    classifier = train_classifier(gray(digits.images), digits.labels)
+    classifier = train_classifier(gray(digits.images), digits.labels, epochs=EPOCHS * FULL // count)
     print(f"trained a classifier in {time.monotonic() - began:.0f} s", file=sys.stderr)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +155,13 @@ def within_class_variance(digits: Digits) -> float:
     return float(np.mean([red[digits.labels == each].var(axis=0, dtype=np.float64).sum() for each in classes]))
 
 
+def nearest(digits: Digits, trained: Digits) -> tuple[float, float]:
+    """Least and median Euclidean distance to the nearest of `trained`, red values from -1 to 1."""
+    red, others = (torch.from_numpy(each.images[:, 0]).flatten(1) for each in (digits, trained))
+    distances = torch.cat([torch.cdist(part, others).amin(dim=1) for part in red.split(250)])
+    return float(distances.min()), float(distances.median())
+
+
 def load_archive(path: Path) -> Digits:
     """The samples of an archive as images (N, 3, 32, 32) float32 in [-1, 1] and labels (N,) int64.
 
@@ -165,8 +182,11 @@ def load_archive(path: Path) -> Digits:
     return Digits((images.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32), labels.astype(np.int64))
 
 
-def measure(samples: Digits, cache: Path | None = None) -> Measures:
+def measure(samples: Digits, cache: Path | None = None, unseen: bool = False) -> Measures:
     """Train or load the classifier, and measure `samples` with it, beside real digits.
+
+    The classifier is trained on the digits that the model was trained on; with `unseen`, for `digits-latent`, on those
+    that the model never saw.
 
     The Frechet distances of samples and of real digits have equal counts on both sides, as their bias depends on
     the counts: real digits are halved at random; one half is the reference of both distances, and as many of the
@@ -174,7 +194,8 @@ def measure(samples: Digits, cache: Path | None = None) -> Measures:
     """
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    train, held_out = load_digits()
+    trained, others = load_digits(held_out_per_class=JUDGES_PER_CLASS) if unseen else load_digits()
+    train, held_out = (others, trained) if unseen else (trained, others)
     classifier = obtain_classifier(train, cache)
     on_samples, on_held_out = look_at(classifier, samples.images), look_at(classifier, held_out.images)
     agrees = on_samples.classes == samples.labels
@@ -186,10 +207,10 @@ def measure(samples: Digits, cache: Path | None = None) -> Measures:
     distances, real_distances = [], []
     for _ in range(SPLITS):
         order = rng.permutation(len(real))
-        of_reference, others = moments(real[order[:half]]), real[order[half:]]
+        of_reference, rest = moments(real[order[:half]]), real[order[half:]]
         chosen = rng.permutation(len(samples.labels))[:compared]
         distances.append(frechet(moments(on_samples.features[chosen]), of_reference))
-        real_distances.append(frechet(moments(others[:compared]), of_reference))
+        real_distances.append(frechet(moments(rest[:compared]), of_reference))
 
     classes = sorted({int(label) for label in samples.labels})
     return Measures(
@@ -206,7 +227,10 @@ def measure(samples: Digits, cache: Path | None = None) -> Measures:
         frechet_real=float(np.mean(real_distances)),
         frechet_real_deviation=float(np.std(real_distances)),
         within_class_variance=within_class_variance(samples),
-        within_class_variance_real=within_class_variance(train),
+        within_class_variance_real=within_class_variance(trained),
+        twice=len(samples.images) - len({image.tobytes() for image in samples.images}),
+        nearest=nearest(samples, trained),
+        nearest_real=nearest(others, trained),
     )
 
 
@@ -223,6 +247,9 @@ Frechet distance, samples to real{m.frechet:12.3f}   deviation {m.frechet_deviat
 Frechet distance, real to real{m.frechet_real:15.3f}   deviation {m.frechet_real_deviation:.3f}
 variance within a class, samples{m.within_class_variance:11.1f}
 variance within a class, real{m.within_class_variance_real:14.1f}
+samples that equal an earlier one{m.twice:12}
+nearest digit of the training, samples{m.nearest[0]:7.2f}   median {m.nearest[1]:.2f}
+nearest digit of the training, real{m.nearest_real[0]:10.2f}   median {m.nearest_real[1]:.2f}
 Both distances: {m.compared} images to {m.reference} real digits, {FEATURES} features, mean of {SPLITS} splits."""
 
 
@@ -231,6 +258,7 @@ if __name__ == "__main__":
     parser.add_argument("archive", type=Path, help="an .npz of digits: arr_0 (N, 32, 32, 3) uint8, arr_1 (N,) labels")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--cache", type=Path, help="folder where the trained classifier is kept for the next time")
+    parser.add_argument("--unseen", action="store_true", help="train it on digits that digits-latent never saw")
     request = parser.parse_args()
-    result = measure(load_archive(request.archive), request.cache)
+    result = measure(load_archive(request.archive), request.cache, request.unseen)
     print(json.dumps(asdict(result), indent=2) if request.json else table(result))
