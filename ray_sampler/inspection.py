@@ -15,7 +15,7 @@ from ray_sampler.errors import printable, redact
 from ray_sampler.networks.called import Called
 from ray_sampler.networks.family import Network, beside_user
 from ray_sampler.networks.opening import open_network
-from ray_sampler.presets import check_bundled, model_of
+from ray_sampler.presets import BUNDLED, check_bundled, model_of
 from ray_sampler.resolve import given_values, resolve
 from ray_sampler.sampling.parameterisation import Parameterisation
 from ray_sampler.sampling.plan import parameterisation_of
@@ -89,7 +89,8 @@ def command(model: str, config: RunConfig, network: Network) -> str:
     flags |= {
         name: value for name, value in sorted(given_values(config).items()) if name not in ("model", "model_path")
     }
-    if network.spec.latent or network.spec.shape[0] not in (1, 3):
+    latent = network.spec.latent or network.spec.shape[0] not in (1, 3)
+    if latent and model not in BUNDLED:  # which brings its decoder
         flags["decoder"] = "none"
     words = [word for name, value in flags.items() for word in (f"--{name}", shlex.quote(printable(value)))]
     words += [word for name, placeholder in network.untold.items() for word in (f"--{name}", placeholder)]

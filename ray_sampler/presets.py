@@ -17,6 +17,8 @@ from ray_sampler.published import BUNDLED, PRESETS, Bundled, Preset
 __all__ = ["BUNDLED", "PRESETS", "Bundled", "ModelOptions", "Preset", "model_of"]
 
 DEFAULT_MODEL = "digits"
+UNTOLD = ("image_size", "num_head_channels", "training_mode", "prediction", "data_at", "num_heads")
+"""Flags that the weights of a bundled network do not determine."""
 OBJECT = "object:"
 """Begins the name of a model that was given as an object."""
 OWN = re.compile(r"(?!python:)([a-zA-Z_][\w./]*):([a-zA-Z_]\w*)")
@@ -37,8 +39,8 @@ class ModelOptions:
 
     model: str | Callable[[str | None], Any] | OwnModel | None = option(
         None,
-        "A bundled model (digits, digits-v1, digits-cd), the path or URL of a checkpoint, or python:module:function, a "
-        "network of your own (default: digits).",
+        "A bundled model (digits, digits-latent, digits-v1, digits-cd), the path or URL of a checkpoint, or "
+        "python:module:function, a network of your own (default: digits).",
         common=True,
     )
     model_path: str = option("", "The same as --model.")
@@ -128,7 +130,7 @@ def check_bundled(model: str, given: Mapping[str, Any]) -> None:
         RequestError: a flag contradicts the name.
     """
     own: Mapping[str, Any] = BUNDLED[model].settings if model in BUNDLED else {}
-    for name in ("image_size", "num_head_channels", "training_mode"):  # which its weights do not determine
+    for name in UNTOLD:
         value = given.get(name)
         same = [each if name != "training_mode" else "consistency" in str(each) for each in (value, own.get(name))]
         require(

@@ -326,6 +326,20 @@ BUNDLED: dict[str, Bundled] = {
         DIGITS_PARAMETERS + DIGITS_EMBEDDING,
         {**DIGITS, "label_dropout": 0.1, "training_mode": "edm", "sampler": "dpmpp_2m_sde", "steps": 12},
     ),
+    "digits-latent": Bundled(
+        "flow transformer over latents 4x8x8, handwritten digits 32x32",
+        "digits-latent.safetensors",
+        1_871_120,
+        {
+            "prediction": "velocity",
+            "data_at": 0,
+            "num_heads": 4,
+            "decoder": "digits-decoder",
+            "sampler": "dpmpp_2m",
+            "schedule": "shifted",
+            "steps": 12,
+        },
+    ),
     "digits-v1": Bundled(
         "EDM, handwritten digits 32x32, the first weights",
         "digits-v1.safetensors",

@@ -41,7 +41,8 @@ SCRIPTS = """--ckpt --image-size --num-classes --num-sampling-steps --cfg-scale 
 --guidance-low --guidance-high --net --gnet --seeds --class --batch --outdir"""
 """Flags of the scripts of DiT, SiT, REPA and EDM2."""
 
-OTHERS = {*SCRIPTS.split(), "--json", "--watch", "--cache", "--help", "--help-all", "--subdirs", "--reference"}
+OTHERS = {*SCRIPTS.split(), "--json", "--watch", "--cache", "--unseen", "--help", "--help-all"}
+OTHERS |= {"--subdirs", "--reference"}
 OTHERS |= {f"--{spelled}" for name in SYNONYMS for spelled in (name, name.replace("_", "-"))}
 """Flags of our other commands, of examples/digits/evaluate.py, and of other programs."""
 

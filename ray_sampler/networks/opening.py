@@ -12,16 +12,19 @@ from ray_sampler.errors import RequestError, redact, require
 from ray_sampler.networks.adm import ADM
 from ray_sampler.networks.choose import listed
 from ray_sampler.networks.custom import open_custom
+from ray_sampler.networks.digits_decoder import DIGITS_DECODER
 from ray_sampler.networks.dit import DIT
 from ray_sampler.networks.edm_family import EDM, EDM2
 from ray_sampler.networks.family import PREFIX, Family, Network, without_memory
 from ray_sampler.networks.weights import Checkpoint, read_checkpoint, weights_hash
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (ADM, EDM, EDM2, DIT)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (ADM, EDM, EDM2, DIT, DIGITS_DECODER)}
 """By name, in the order in which they are asked; another family is one name more here."""
 
-BUNDLED = {name: f"{name}.safetensors" for name in ("digits", "digits-v1", "digits-cd")}
-"""Models whose weights are in the package: their files in networks/digits."""
+BUNDLED = {
+    name: f"{name}.safetensors" for name in ("digits", "digits-latent", "digits-decoder", "digits-v1", "digits-cd")
+}
+"""Networks whose weights are in the package: their files in networks/digits."""
 
 NAMED = 3
 """How many tensors an error names."""
