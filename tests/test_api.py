@@ -69,6 +69,8 @@ def test_a_run_uses_the_ray_that_is_started_and_leaves_it_running(configure: Con
     assert result.archive == str(Path(str(config.output)) / ARCHIVE)
     assert Path(result.archive).read_bytes() == savez(samples)
     assert result.summary == json.loads((Path(str(config.output)) / "summary.json").read_text())
+    assert all(Path(path).is_file() for path in (result.report, result.preview))
+    assert len(repr(result)) < 300
     archive, summary = result
     assert (archive, summary["num_samples"]) == (result.archive, 40)
 
@@ -125,6 +127,13 @@ def test_a_wrong_request_raises_and_writes_nothing(configure: Configure, tmp_pat
         with pytest.raises(RequestError):
             run(configure(**flags))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_gives_the_resolved_settings_and_writes_nothing(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    resolved = run(RunConfig(dry_run=True, num_samples=20, output="run")).summary
+    assert (resolved["num_samples"], resolved["steps"], resolved["output"]) == (20, 12, "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_request_is_one_value_with_one_field_for_each_flag(configure: Configure):

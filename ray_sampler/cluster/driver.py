@@ -30,8 +30,8 @@ from ray_sampler.options import of
 from ray_sampler.reporting.options import ReportingOptions
 from ray_sampler.reporting.progress import Reporter, reporter
 from ray_sampler.reporting.scores import described
-from ray_sampler.reporting.sheet import PreviewKeeper, Tile
-from ray_sampler.resolve import given_values, settings_json
+from ray_sampler.reporting.sheet import PREVIEW, PreviewKeeper, Tile
+from ray_sampler.resolve import dry_run, given_values, settings_json
 from ray_sampler.sampling.decoding import DECODER
 from ray_sampler.sampling.numerics import compiles
 from ray_sampler.sampling.plan import GUIDE, MAIN
@@ -39,6 +39,7 @@ from ray_sampler.sampling.stepping import unused_options
 from ray_sampler.scoring.features import FEATURES
 from ray_sampler.scoring.scores import network_of
 from ray_sampler.storage.record import FragmentName
+from ray_sampler.storage.run_dir import REPORT
 
 REPAIR_ROUNDS = 5
 """Times that the merge may find a damaged fragment and have it sampled again."""
@@ -59,23 +60,42 @@ class RunResult(NamedTuple):
     archive: str
     """Path or URL of the archive."""
     summary: dict[str, Any]
-    """The content of summary.json."""
+    """The content of summary.json; of a dry run, every setting under its flag's name."""
+
+    def __repr__(self) -> str:
+        return f"RunResult(archive={self.archive!r}, num_samples={self.summary['num_samples']})"
+
+    @property
+    def report(self) -> str:
+        """Path or URL of report.html."""
+        return f"{self.archive.rpartition('/')[0]}/{REPORT}"
+
+    @property
+    def preview(self) -> str:
+        """Path or URL of preview.png."""
+        return f"{self.archive.rpartition('/')[0]}/{PREVIEW}"
 
 
 def run(config: RunConfig) -> RunResult:
     """Fill the archive that `config` asks for; continue where an earlier run of it stopped.
 
     Uses the Ray that this process is connected to, or the one at config.address or RAY_ADDRESS, else starts its own.
+    With `dry_run` nothing is opened or written, and the result holds the resolved settings in place of a summary.
 
     Raises:
         RequestError: the request is wrong; nothing was written.
         RunError: the run failed or is incomplete; finished samples are kept.
     """
     require(isinstance(config, RunConfig), f"run takes a RunConfig, not {config!r}; give run(RunConfig(...))")
+    if config.dry_run:
+        return RunResult("", dry_run(config))
     began = time.monotonic()
     shown = of(ReportingOptions, config)
     with reporter(shown.progress, shown.json_log) as report, joined(config.address):
-        return drive([prepare(config)], report, began)[0]
+        result = drive([prepare(config)], report, began)[0]
+        for path in (result.archive, result.report, result.preview):
+            report.message(f"  {path}")
+        return result
 
 
 def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> list[RunResult]:
@@ -339,7 +359,10 @@ class Filling:
         if isinstance(merged, Damage):
             inventory.repair(merged)
             return None
-        return write_outcome(job, tally, inventory, merged, self.previews[run], self.began, self.merge_s[run])
+        summary = write_outcome(job, tally, inventory, merged, self.previews[run], self.began, self.merge_s[run])
+        for warning in (summary["pixels"] or {}).get("warnings", ()):
+            self.report.message(warning, "warning")
+        return summary
 
 
 def tiles_of_task(job: Job, closing: Event, wanted: Mapping[FragmentName, Sequence[int]]) -> dict[int, Tile]:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import shlex
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
 from typing import Any
 
 import ray
@@ -19,7 +25,7 @@ from ray_sampler.reporting.progress import Reporter, Snapshot
 from ray_sampler.reporting.report import render_report
 from ray_sampler.reporting.sheet import PreviewKeeper, class_rows_of
 from ray_sampler.reporting.summary import summary_of
-from ray_sampler.resolve import settings_json
+from ray_sampler.resolve import command_of, settings_json
 from ray_sampler.storage.archive import archive_intact
 from ray_sampler.storage.archive_layout import ArchiveLayout
 from ray_sampler.storage.run_dir import REPORT, SUMMARY
@@ -66,12 +72,36 @@ def write_outcome(
         pixels=merged.pixels,
         timeline=tally.timeline,
         weights=job.fetched(),
+        made=made_of(job),
     )
     page = render_report(summary, preview.finish(merged.tiles), class_rows_of(merged.tiles))
     # A path may hold bytes that are not text.
     job.run_dir.write_view(REPORT, page.encode(errors="backslashreplace"))
     job.run_dir.write_file(SUMMARY, json.dumps(summary, indent=1).encode())
     return summary
+
+
+def made_of(job: Job) -> dict[str, Any]:
+    """When, where and by what a run was finished, and the command that repeats it; None for what is not known."""
+    command = command_of(job.config)
+    return {
+        "command": shlex.join(["ray-sampler", *command["argv"]]) if command else None,
+        "folder": os.getcwd(),
+        "output": job.run_dir.url,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit_here(),
+        "versions": {name: metadata.version(name) for name in ("ray-sampler", "torch", "ray")}
+        | {"python": platform.python_version()},
+    }
+
+
+def commit_here() -> str | None:
+    """The git commit of the working folder; None where there is none."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
 
 
 def members_of(layout: ArchiveLayout) -> list[tuple[str, int, int]]:

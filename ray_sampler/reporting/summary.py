@@ -16,6 +16,7 @@
     parts: who computed what, without overlap.
     archive_members: name, bytes and CRC-32 of each array.
     labels: samples of each label; None for an unconditional model.
+    made: when, where and by what: command, folder, output, date, commit, versions.
     weights: by role of a network: url, sha256 of the file, hash of the weights, and key; only where a file was fetched.
 """
 
@@ -112,6 +113,7 @@ def summary_of(
     pixels: PixelStatistics | None = None,
     timeline: Timeline | None = None,
     weights: Mapping[str, Any] | None = None,
+    made: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of summary.json: plain JSON values, finite numbers only."""
     makers = computed_by(parts)
@@ -141,4 +143,4 @@ def summary_of(
         "labels": None if labels is None else {str(label): int(n) for label, n in sorted(labels.items())},
         "pixels": pixels.as_json() if pixels and pixels.images else None,
         "timeline": (timeline or Timeline()).as_json(),
-    } | ({"weights": dict(weights)} if weights else {})
+    } | {name: dict(value) for name, value in (("weights", weights), ("made", made)) if value}

@@ -54,5 +54,13 @@ def summary(images: np.ndarray) -> dict[str, Any]:
         labels={label: 5000 + label for label in range(10)},
         pixels=pixels,
         timeline=timeline,
+        made={
+            "command": "ray-sampler sample --num_samples=50000",
+            "folder": "/home/user",
+            "output": "s3://bucket/run",
+            "date": "2026-01-02T03:04:05+00:00",
+            "commit": "ab" * 20,
+            "versions": {"ray-sampler": "0.2.0", "torch": "2.13", "ray": "2.60", "python": "3.11"},
+        },
     )
     return json.loads(json.dumps(content, allow_nan=False))

@@ -112,6 +112,15 @@ def test_a_run_without_labels_pixels_timeline_or_archive_has_a_report(summary: d
     assert "50,000" in render_report(bare, PNG)
 
 
+def test_a_report_says_how_to_repeat_the_run_and_which_classes_occur(summary: dict[str, Any]) -> None:
+    summary["settings"]["num_classes"] = 1000
+    html = render_report(summary, PNG)
+    texts = {key: text for key, value, text in Page(html).figures if value is None}
+    for name in ("command", "folder", "output", "date", "commit", "versions.torch"):
+        assert texts[f"made.{name}"] == look_up(summary, f"made.{name}")
+    assert "10 of 1,000 classes occur" in html
+
+
 def test_a_thousand_labels_are_a_chart_and_a_table(summary: dict[str, Any]) -> None:
     summary["labels"] = {str(label): 40 + label % 17 for label in range(1000)}
     page = Page(render_report(summary, PNG))
