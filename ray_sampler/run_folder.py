@@ -18,7 +18,7 @@ from ray_sampler.presets import OBJECT
 from ray_sampler.reporting.scores import read_scores
 from ray_sampler.reporting.sheet import PREVIEW, Sheet
 from ray_sampler.reporting.status import FragmentFact, Status, render, status
-from ray_sampler.storage.archive import DamagedPiece, content_of, merge
+from ray_sampler.storage.archive import DamagedPiece, archive_complete, archive_intact, content_of, lay_out, merge
 from ray_sampler.storage.ranges import cover, missing
 from ray_sampler.storage.record import DamagedFragment, FragmentName, Record
 from ray_sampler.storage.run_dir import RunDir
@@ -127,15 +127,24 @@ def status_of(run_dir: RunDir, run: dict[str, Any]) -> Status:
         for name in fragments
     ]
     archive = run_dir.archive_name(run["num_samples"], tuple(run["image_shape"]))
-    there = archive if run_dir.has(archive) else None
-    found = status(run["fingerprint"], run["num_samples"], facts, there, time.time())
+    there = run_dir.has(archive)
+    damaged_archive = there and not archive_complete(run_dir, *shape_of(run))
+    named = archive if there and not damaged_archive else None
+    found = status(run["fingerprint"], run["num_samples"], facts, named, time.time())
     products = {
         folder: sum(
             stop - start for start, stop, _ in cover(run_dir.ranges(folder).list().fragments, run["num_samples"])
         )
         for folder in run_dir.products()
     }
-    return replace(found, products=products, scores=read_scores(run_dir))
+    return replace(found, products=products, scores=read_scores(run_dir), archive_damaged=damaged_archive)
+
+
+def shape_of(run: Mapping[str, Any]) -> tuple[int, tuple[int, int, int], bool, str]:
+    """Of the archive of a run: samples, (H, W, C), whether it has labels, and the dtype of its images."""
+    height, width, channels = run["image_shape"]
+    dtype = "float32" if run["settings"].get("decoder") == "none" else "uint8"
+    return run["num_samples"], (height, width, channels), run["labelled"], dtype
 
 
 def lost(run_dir: RunDir, fingerprint: str) -> set[FragmentName]:
@@ -169,7 +178,7 @@ def made_by(run_dir: RunDir, name: FragmentName, fingerprint: str) -> Mapping[st
 def verify_run(url: str) -> int:
     """Check every file of every product and reject what is damaged.
 
-    Returns 0 if nothing is damaged and the fragments are complete, else 1.
+    Returns 0 if nothing is damaged, the archive included, and the fragments are complete, else 1.
     """
     run_dir, run = open_run(url)
     found = verify(run_dir, run["fingerprint"])
@@ -193,7 +202,26 @@ def verify_run(url: str) -> int:
     if gaps:
         count = sum(stop - start for start, stop in gaps)
         print(f"{count} of {run['num_samples']} samples are missing; rerun the run's command to generate them")
-    return 1 if gaps or rejected else 0
+    damaged_archive = not gaps and archive_damaged(run_dir, run, found.records)
+    if damaged_archive:
+        print(
+            f"the archive is damaged: {damaged_archive}; rerun the run's command, or `ray-sampler merge`, to write it"
+        )
+    return 1 if gaps or rejected or damaged_archive else 0
+
+
+def archive_damaged(run_dir: RunDir, run: Mapping[str, Any], records: Mapping[FragmentName, Record]) -> str | None:
+    """What is wrong with the archive beside the checksums of its fragments; None if nothing is, or there is none."""
+    num_samples, shape, labelled, _ = shape_of(run)
+    if not run_dir.has(run_dir.archive_name(num_samples, shape)):
+        return None
+    contents = {name: content_of(record) for name, record in records.items()}
+    pieces = cover(records, num_samples)
+    try:
+        layout = lay_out(run_dir, pieces, contents, num_samples, shape, labelled, run["fingerprint"])
+    except DamagedPiece as damage:
+        return str(damage)
+    return None if archive_intact(run_dir, layout) else "its size or a checksum is not that of the fragments"
 
 
 def mixed_code(records: Iterable[Record]) -> dict[str, list[str]]:

@@ -135,6 +135,27 @@ def test_verify_of_a_whole_run_finds_nothing(configure: Configure, output: Path,
     assert contents(output) == before
 
 
+def test_verify_and_status_check_the_archive(configure: Configure, output: Path, samples: Samples, capsys):
+    leave(configure(), samples, WHOLE)
+    assert main(["merge", str(output)]) == 0
+    assert main(["verify", str(output)]) == 0
+    archive = output / ARCHIVE
+    right = archive.read_bytes()
+    for wrong, known_by_size in (
+        (right[:-1], True),
+        (right[:1000], True),
+        (right[:4000] + bytes(9) + right[4009:], False),
+    ):
+        archive.write_bytes(wrong)
+        capsys.readouterr()
+        status = status_of(output, capsys)
+        assert (status["archive_damaged"], status["state"] == "done") == (known_by_size, not known_by_size)
+        assert main(["verify", str(output)]) == 1
+        assert "the archive is damaged" in capsys.readouterr().out
+    assert main(["merge", str(output)]) == 0
+    assert archive.read_bytes() == right
+
+
 def test_verify_sets_aside_what_is_damaged_or_foreign_with_reasons(configure, output: Path, samples: Samples, capsys):
     leave(configure(), samples, WHOLE)
     damage(output, samples)

@@ -69,6 +69,8 @@ class Status:
     """Samples that exist of each product beside the pictures, by folder."""
     scores: Mapping[str, Any] | None = None
     """The content of scores.json."""
+    archive_damaged: bool = False
+    """Whether a file of the archive's name is there that is cut short or of another size."""
 
     @property
     def state(self) -> str:
@@ -110,6 +112,7 @@ class Status:
             "records_read": self.records_read,
             "products": dict(self.products),
             "scores": self.scores,
+            "archive_damaged": self.archive_damaged,
         }
 
 
@@ -209,7 +212,8 @@ def _rows(status: Status) -> list[tuple[str, str]]:
         keys = f"{len(status.numerics_keys)} numerics keys"
         rows.append(("mixed", f"{keys}: pixels may differ by rounding from a run on one kind"))
     rows += [(folder, f"{samples:,} samples") for folder, samples in status.products.items()]
-    rows.append(("archive", status.archive or "not written yet"))
+    lacking = "damaged (another size); rerun the command to write it" if status.archive_damaged else "not written yet"
+    rows.append(("archive", status.archive or lacking))
     if status.scores:
         rows.append(("score", described(status.scores)))
     return rows

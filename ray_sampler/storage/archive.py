@@ -31,6 +31,9 @@ FRAGMENT_MEMORY = 128 * 2**20
 COMMITS = 3
 """Times that an archive is written, at most, because a disk or store does not keep it."""
 
+ZIP64_END, ZIP_END_BYTES = b"PK\x06\x06", 22
+"""How the last records of a large zip file begin, and the size of that of a small one; neither holds a checksum."""
+
 CHUNK_BYTES = 16 * 2**20
 """That are read or written at once: of a bucket, by one request."""
 
@@ -288,6 +291,16 @@ def archive_intact(run_dir: RunDir, layout: ArchiveLayout) -> bool:
             raise
         logger.warning("%s; it counts as lost, and is written again", error)
         return False
+
+
+def archive_complete(
+    run_dir: RunDir, num_samples: int, image_shape: tuple[int, int, int], labelled: bool, dtype: str
+) -> bool:
+    """Whether the archive that is there ends where it must, from its last bytes, which say how long it is."""
+    layout = ArchiveLayout(num_samples, image_shape, 0, 0 if labelled else None, dtype)
+    end = layout.directory[layout.directory.rfind(ZIP64_END) :] if ZIP64_END in layout.directory else b""
+    end = end or layout.directory[-ZIP_END_BYTES:]
+    return run_dir.read_end(run_dir.archive_name(num_samples, image_shape), len(end)) == end
 
 
 def values_crc32(file: Readable, size: int, crc32: int) -> int | None:

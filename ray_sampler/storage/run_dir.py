@@ -175,6 +175,10 @@ class RunDir:
         """Whether there is a file of this name at the top of the directory."""
         return any(entry.name == name and entry.is_file for entry in self._store.list(""))
 
+    def read_end(self, name: str, size: int) -> bytes | None:
+        """The last bytes of a file at the top of the directory; as of a store."""
+        return self._store.read_end(own_name(name), size)
+
     @contextlib.contextmanager
     def open_file(self, name: str) -> Iterator[Readable]:
         """Read a file at the top of the directory piece by piece. Raises FileNotFoundError."""
