@@ -7,11 +7,12 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
 import ray
+import torch
 
 from ray_sampler.cluster.dispatch import Tally
 from ray_sampler.cluster.inventory import Inventory
@@ -90,8 +91,12 @@ def made_of(job: Job) -> dict[str, Any]:
         "output": job.run_dir.url,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit_here(),
-        "versions": {name: metadata.version(name) for name in ("ray-sampler", "torch", "ray")}
-        | {"python": platform.python_version()},
+        "versions": {
+            "ray-sampler": sys.modules["ray_sampler"].__version__,
+            "torch": torch.__version__,
+            "ray": ray.__version__,
+            "python": platform.python_version(),
+        },
     }
 
 
