@@ -1,6 +1,6 @@
 """Train the transformer of `digits-latent`: a class-conditional flow over the latents of autoencoder.py.
 
-Interrupted, it goes on from its last checkpoint when the same command is run again.
+After an interruption, the same command continues from the last checkpoint.
 """
 
 from __future__ import annotations
