@@ -18,9 +18,6 @@ FILE = PRODUCT / "cluster" / "private.py"
 
 MOST = 3
 
-NOT_YET = {"storage/gcs_store.py"}
-"""Sends its requests by the session of gcsfs, and keeps that from sending one twice: two names more."""
-
 PROMISED = {"_replace", "_asdict", "_fields", "_exit"}
 """Of named tuples and of os: public in spite of how they begin."""
 
@@ -69,7 +66,7 @@ def private_names(tree: ast.AST) -> Iterator[str]:
 def test_no_private_name_of_another_package_is_used_but_in_one_file():
     others = {str(path.relative_to(PRODUCT)): path for path in PRODUCT.rglob("*.py") if path != FILE}
     found = {name: list(private_names(tree_of(path))) for name, path in others.items()}
-    assert {name for name, names in found.items() if names} == NOT_YET
+    assert {name: names for name, names in found.items() if names} == {}
 
 
 def test_that_file_has_at_most_three():

@@ -1,6 +1,6 @@
 """A bucket of Google Cloud Storage, by the requests of its JSON interface.
 
-gcsfs finds the credentials, as its users expect, and its session sends the requests: once, as ours are tried again.
+gcsfs finds the credentials, as its users expect. Each request is sent once: ours are tried again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 import threading
 import urllib.parse
 import urllib.request
+import weakref
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import google.auth.exceptions
 import google.auth.transport.requests
 import yarl
 from fsspec.asyn import sync
+from fsspec.implementations.http import get_client
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
@@ -40,6 +42,20 @@ LOOKS_S = 15.0
 """How long credentials are looked for: a metadata server that does not answer would hold a run for minutes."""
 
 SCOPE = "https://www.googleapis.com/auth/devstorage.full_control"
+
+
+class Once:
+    """Keeps aiohttp from sending a request again by itself where a connection breaks: a part must not come twice."""
+
+    def __init__(self) -> None:
+        self.sent = False
+
+    async def __call__(self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        """Send it. Raises ServerDisconnectedError: it was sent before."""
+        if self.sent:
+            raise aiohttp.ServerDisconnectedError
+        self.sent = True
+        return await send(request)
 
 
 class Answer(NamedTuple):
@@ -73,6 +89,8 @@ class GcsStore(BucketStore):
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, url: str) -> None:
         super().__init__(filesystem, root, url)
         self.bucket, _, self.prefix = root.partition("/")
+        self.session: aiohttp.ClientSession = sync(filesystem.loop, get_client, **filesystem.session_kwargs)
+        weakref.finalize(self, filesystem.close_session, filesystem.loop, self.session)
 
     def _request(
         self,
@@ -92,9 +110,6 @@ class GcsStore(BucketStore):
         filesystem = self.filesystem
 
         async def made() -> Answer:
-            await filesystem._set_session()
-            # Of a connection that was used before, aiohttp sends a request twice by itself, and a part must not be.
-            filesystem.session._retry_connection = False
             address = path if path.startswith("http") else filesystem.base.removesuffix("/storage/v1/") + path
             payer = filesystem.requester_pays
             pays = {"userProject": payer if isinstance(payer, str) else filesystem.project} if payer else {}
@@ -102,12 +117,13 @@ class GcsStore(BucketStore):
             signed = dict(headers or {})
             filesystem.credentials.apply(signed)
             joined = f"{address}{'&' if '?' in address else '?'}{parameters}" if parameters else address
-            async with filesystem.session.request(
+            async with self.session.request(
                 method,
                 yarl.URL(joined, encoded=True),
                 data=data,
                 headers=signed,
                 timeout=TIMEOUT,
+                middlewares=(Once(),),
             ) as response:
                 return Answer(response.status, response.headers, await response.read())
 
@@ -249,7 +265,7 @@ def credential_option() -> dict[str, Any]:
 
     By itself it asks for the metadata server of a Google machine twice, the second time for more than a minute.
     """
-    if any("token" in fsspec.config.conf.get(protocol, {}) for protocol in ("gs", "gcs")):
+    if is_configured("token"):
         return {}
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         return {"token": "anon"}
@@ -265,9 +281,14 @@ def credential_option() -> dict[str, Any]:
     return {"token": "cache" if os.path.exists(os.path.expanduser("~/.gcs_tokens")) else "anon"}
 
 
+def is_configured(option: str) -> bool:
+    """Whether fsspec's configuration sets this option of gcsfs."""
+    return any(option in fsspec.config.conf.get(protocol, {}) for protocol in ("gs", "gcs"))
+
+
 def require_name_service() -> None:
     """Raises RunError: the store's name has no address here. Each request would be tried again for half a minute."""
-    if urllib.request.getproxies():  # which may be what looks names up
+    if urllib.request.getproxies() or is_configured("endpoint_url"):  # a proxy may be what looks names up
         return
     try:
         socket.getaddrinfo(HOST, 443)
