@@ -26,6 +26,8 @@ def discs(number: int = 64, size: int = 32) -> Tensor:
 class Ideal(nn.Module):
     """D(x, sigma): the mean of the data set's pictures, weighted by how likely each became x through noise of sigma."""
 
+    data: Tensor
+
     def __init__(self, data: Tensor) -> None:
         super().__init__()
         self.register_buffer("data", data)

@@ -17,8 +17,9 @@ def main(num_samples: int = 200) -> str:
     run(RunConfig(model="digits-cd", labels="balanced", num_samples=num_samples, output="runs/fragments"))
     sums, counts = np.zeros((10, 32, 32)), np.zeros(10)
     for path in sorted(Path("runs/fragments/fragments").iterdir()):
-        fragment = read_fragment(path)  # raises where a checksum differs
-        for image, label in zip(fragment.samples.images, fragment.samples.labels, strict=True):
+        samples = read_fragment(path).samples  # raises where a checksum differs
+        assert samples.labels is not None  # they are None of a network without classes
+        for image, label in zip(samples.images, samples.labels, strict=True):
             sums[label] += image[..., 0]
             counts[label] += 1
     means = (sums / counts[:, None, None]).astype(np.uint8)

@@ -44,7 +44,8 @@ def test_it_means_the_same_run_from_another_folder(place: Path, configure: Confi
     assert Path.cwd() == place / "project"
     job = prepare(request)
     assert job.fingerprint == run["fingerprint"]
-    assert (request.output, request.max_actors, request.overwrite) == (str(place / "project" / "run"), 2, None)
+    assert (request.output, request.max_actors) == (str(place / "project" / "run"), 2)
+    assert not request.overwrite
     assert request.labels == config.labels
 
 
