@@ -14,13 +14,14 @@ import ray
 
 from ray_sampler.cluster.actors import actors, own_ray
 from ray_sampler.cluster.dispatch import Dispatch, Tally
-from ray_sampler.cluster.inventory import Inventory, complete
+from ray_sampler.cluster.inventory import Inventory, complete, only_to_merge
 from ray_sampler.cluster.job import Job, claim, prepare, record_code, still_ours, tried
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.outcome import already_done, merge, write_outcome
 from ray_sampler.cluster.pool import Pool, reason_of
 from ray_sampler.cluster.scoring import scored_run, standing_scores
 from ray_sampler.cluster.session import Fleet, beside_driver, joined, plan_fleet
+from ray_sampler.cluster.shards import padding
 from ray_sampler.cluster.shipping import Shipped, ship
 from ray_sampler.cluster.tasks import Damage, show_task
 from ray_sampler.cluster.worker import Loaded, RunSpec, Task, TaskResult
@@ -45,9 +46,6 @@ REPAIR_ROUNDS = 5
 """Times that the merge may find a damaged fragment and have it sampled again."""
 
 LOOK_S = 0.2
-
-PADDING_SHARE = 0.25
-"""Share of the samples that may be computed in excess before the run warns."""
 
 
 Summary = dict[str, Any]
@@ -133,7 +131,12 @@ def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> 
         untried |= {number} if warnings is None else set()
     groups: dict[Any, list[int]] = {}
     for number, job in enumerate(jobs):
-        if number not in results:
+        if number in results:
+            continue
+        merged = Filling([job], [None], report, began).merge_here() if only_to_merge(job) else None
+        if merged:
+            results[number] = merged
+        else:
             groups.setdefault(job.loads(), []).append(number)
     if groups:
         with own_ray(report, jobs[0].local):
@@ -246,6 +249,10 @@ class Filling:
             for preview in self.previews:
                 preview.close()
 
+    def merge_here(self) -> RunResult | None:
+        """Merge the only run in this process, without Ray; None where a fragment is damaged."""
+        return self._finish(0, here=True) if self.inventories[0].check_here() else None
+
     def _sample(self, tasks: list[Task], runs: Iterable[int], generate: bool = True) -> RunError | None:
         """Carry out tasks, and check the fragments of `runs` meanwhile; returns what could not be done."""
         if not tasks and not any(self.inventories[run].unchecked() for run in runs):
@@ -340,21 +347,21 @@ class Filling:
         compile = job.compile if generate else "off"
         return Loaded(networks, job.precision, job.config.batch_size, compile, fleet.cpus, fleet.gpus, self.tried)
 
-    def _finish(self, run: int) -> RunResult | None:
+    def _finish(self, run: int, here: bool = False) -> RunResult | None:
         """Merge and score a run; None where a fragment was damaged, and its range is to be sampled again."""
         job, tally, summary = self.jobs[run], self.tallies[run], self.done[run]
-        if summary is None and (summary := self._merge(run)) is None:
+        if summary is None and (summary := self._merge(run, here)) is None:
             return None
         if job.scoring:
             summary = summary | {"scores": scored_run(job, self.report)}
         self.report.update(replace(tally.latest, stage="done"))
         return result_of(job, summary)
 
-    def _merge(self, run: int) -> Summary | None:
+    def _merge(self, run: int, here: bool) -> Summary | None:
         job, inventory, tally = self.jobs[run], self.inventories[run], self.tallies[run]
         still_ours(job)
         merging = time.monotonic()
-        merged = merge(job, inventory, tally, self.report)
+        merged = merge(job, inventory, tally, self.report, here)
         self.merge_s[run] += time.monotonic() - merging
         if isinstance(merged, Damage):
             inventory.repair(merged)
@@ -381,16 +388,3 @@ def tiles_of_task(job: Job, closing: Event, wanted: Mapping[FragmentName, Sequen
         return ray.get(task)
     except ray.exceptions.RayError as error:
         raise RunError(f"the preview cannot be drawn: {reason_of(error)}") from error
-
-
-def padding(num_samples: int, batch_size: int) -> str | None:
-    """What it costs that the last batch is filled up, where that is much."""
-    batches = -(-num_samples // batch_size)
-    thrown_away = batches * batch_size - num_samples
-    if thrown_away <= PADDING_SHARE * num_samples:
-        return None
-    return (
-        f"--batch_size {batch_size} computes {batches * batch_size:,} images, of which {thrown_away:,} only fill up "
-        f"the last batch and are thrown away; --batch_size {-(-num_samples // batches)} avoids that (pixels may differ "
-        "by rounding from those of another batch size)"
-    )

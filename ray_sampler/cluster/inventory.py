@@ -14,7 +14,7 @@ from ray_sampler.cluster.job import Job
 from ray_sampler.cluster.pool import reason_of
 from ray_sampler.cluster.session import beside_driver
 from ray_sampler.cluster.shards import cut
-from ray_sampler.cluster.tasks import Damage, check_task
+from ray_sampler.cluster.tasks import Damage, check_fragments, check_task
 from ray_sampler.cluster.worker import IMAGES, Task
 from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter
@@ -84,6 +84,9 @@ class Shelf:
     def unchecked(self) -> bool:
         """Whether files that are needed have not been checked."""
         return any(piece.fragment not in self.known for piece in self.cover())
+
+    def next_to_check(self) -> list[FragmentName]:
+        return [self.to_check.pop() for _ in range(min(CHECK_FRAGMENTS, len(self.to_check)))]
 
 
 class Inventory:
@@ -197,8 +200,7 @@ class Inventory:
                 self._take(self.checking.pop(ref), self._result(ref))
         for shelf in self.shelves.values():
             while shelf.to_check and len(self.checking) < CHECK_TASKS:
-                names = [shelf.to_check.pop() for _ in range(min(CHECK_FRAGMENTS, len(shelf.to_check)))]
-                self.checking[self._check(shelf, names)] = shelf
+                self.checking[self._check(shelf, shelf.next_to_check())] = shelf
         began = time.monotonic()
         if not self.damage or (began < self.due and self.checking):
             return []
@@ -212,9 +214,18 @@ class Inventory:
         self.due = began + REPLACE_SHARE * (time.monotonic() - began)
         return tasks
 
+    def check_here(self) -> bool:
+        """Check everything in this process, which needs no Ray; returns whether all files are intact."""
+        for shelf in self.shelves.values():
+            while shelf.to_check:
+                self._take(shelf, check_fragments(*self._request(shelf, shelf.next_to_check())))
+        return not self.damage
+
     def _check(self, shelf: Shelf, names: list[FragmentName]) -> ray.ObjectRef[Checked]:
-        task = check_task.options(scheduling_strategy=beside_driver())
-        return task.remote(self.job.output, self.job.fingerprint, names, shelf.ranges.folder, shelf.ranges.holds)
+        return check_task.options(scheduling_strategy=beside_driver()).remote(*self._request(shelf, names))
+
+    def _request(self, shelf: Shelf, names: list[FragmentName]) -> tuple[Any, ...]:
+        return self.job.output, self.job.fingerprint, names, shelf.ranges.folder, shelf.ranges.holds
 
     def _take(self, shelf: Shelf, checked: Checked) -> None:
         """Take in what a check found."""
@@ -269,12 +280,20 @@ class Inventory:
 
 def complete(job: Job) -> bool:
     """Whether all products of a job have all their ranges, from the names in their folders."""
-    for product in job.products.values():
-        ranges = job.run_dir.ranges(product.folder, product.columns)
-        there = [name for name in ranges.list().fragments if name not in ranges.noted()]
-        if missing(cover(there, job.num_samples), job.num_samples):
-            return False
-    return True
+    products = (job.run_dir.ranges(product.folder, product.columns) for product in job.products.values())
+    return all(is_full(ranges, job.num_samples) for ranges in products)
+
+
+def only_to_merge(job: Job) -> bool:
+    """Whether a local run has every range of every product, from their names, so that it needs no Ray."""
+    local = job.local and not (job.overwrite or job.scoring)
+    return local and is_full(job.run_dir.ranges(), job.num_samples) and complete(job)
+
+
+def is_full(ranges: RangeSet, num_samples: int) -> bool:
+    """Whether a folder has all ranges up to `num_samples`, those not counted that an earlier start found damaged."""
+    there = [name for name in ranges.list().fragments if name not in ranges.noted()]
+    return not missing(cover(there, num_samples), num_samples)
 
 
 def without(now: Iterable[tuple[int, int]], before: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -27,6 +27,9 @@ ELASTIC_ACTORS = 8
 
 MANY = 10**9
 
+PADDING_SHARE = 0.25
+"""Share of the samples that may be computed in excess before the run warns."""
+
 
 def cut(job: Job, gaps: Sequence[tuple[int, int]], run: int, product: str = IMAGES) -> list[Task]:
     """The tasks of a job's missing ranges: as large as --shard_size says, else as suits their number and the fleet.
@@ -67,3 +70,16 @@ def expected_actors(options: FleetOptions, gpus: float, local: bool) -> int:
     kind, each = ("GPU", fleet.gpus) if fleet.gpus else ("CPU", fleet.cpus)
     room = sum(int(resources.get(kind, 0) / each) for resources in nodes)
     return min(fleet.max_actors, max(room, ELASTIC_ACTORS))
+
+
+def padding(num_samples: int, batch_size: int) -> str | None:
+    """What it costs that the last batch is filled up, where that is much."""
+    batches = -(-num_samples // batch_size)
+    thrown_away = batches * batch_size - num_samples
+    if thrown_away <= PADDING_SHARE * num_samples:
+        return None
+    return (
+        f"--batch_size {batch_size} computes {batches * batch_size:,} images, of which {thrown_away:,} only fill up "
+        f"the last batch and are thrown away; --batch_size {-(-num_samples // batches)} avoids that (pixels may differ "
+        "by rounding from those of another batch size)"
+    )
