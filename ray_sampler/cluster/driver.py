@@ -33,6 +33,7 @@ from ray_sampler.reporting.progress import Reporter, reporter
 from ray_sampler.reporting.scores import described
 from ray_sampler.reporting.sheet import PREVIEW, PreviewKeeper, Tile
 from ray_sampler.resolve import dry_run, given_values, settings_json
+from ray_sampler.sampling.advice import advice
 from ray_sampler.sampling.decoding import DECODER
 from ray_sampler.sampling.numerics import compiles
 from ray_sampler.sampling.plan import GUIDE, MAIN
@@ -160,7 +161,7 @@ def announce(job: Job, report: Reporter) -> None:
     for note in job.notes:
         report.message(note)
     unused = unused_options(plan.sampler, given_values(job.config))
-    for warning in filter(None, (plan.solver.warning(plan.schedule, plan.solver_options), unused)):
+    for warning in (*advice(plan), *filter(None, [unused])):
         report.message(warning, "warning")
     if not (job.local or job.gpus or job.config.gpus_per_actor == 0):
         report.message(
