@@ -389,3 +389,11 @@ def test_an_error_of_the_system_is_a_sentence_and_its_traceback_is_shown_on_dema
     assert (before[:1] == ["Traceback (most recent call last):"]) == asked
     assert any("in execute" in line for line in before) == asked
     assert ("RAY_SAMPLER_DEBUG=1" in sentence) != asked
+
+
+def test_a_dry_run_of_an_own_network_shows_what_needs_no_call_of_it(capsys: pytest.CaptureFixture[str]):
+    assert main(["sample", "--model", "python:not_there:build", "--sampler", "heun", "--steps", "9", "--dry_run"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    expected = {"rounding": "truncate", "clip_denoised": False, "schedule": "karras", "nfe": 17}
+    assert {name: shown[name] for name in expected} == expected
+    assert shown["sigma_max"] is None

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ray_sampler.errors import RequestError, printable, require
 from ray_sampler.networks.called import Called
+from ray_sampler.networks.families import OWN_DEFAULTS
 from ray_sampler.networks.family import NAMED, PREFIX, Network, NetworkSpec, Precision, as_it_is, beside_user
 from ray_sampler.networks.state import twin
 from ray_sampler.networks.user_code import brief, function_of, travelling
@@ -166,7 +167,7 @@ def open_custom(model: Any, settings: Mapping[str, Any], given: frozenset[str]) 
         null_label=made.null_label,
         sigma_min=made.sigma_min,
         sigma_max=made.sigma_max,
-        defaults={"clip_denoised": False, "rounding": "truncate", "state": "fp32"},
+        defaults=OWN_DEFAULTS,
         latent=made.decoder,
     )
     spec.check_given({name: settings[name] for name in given})

@@ -26,11 +26,18 @@ ARCHITECTURE = tuple(name for name in flags_of(ArchitectureOptions) if name not 
 """Options that describe a network: None in a resolved run where they do not apply to its family."""
 
 
+OWN_DEFAULTS = {"clip_denoised": False, "rounding": "truncate", "state": "fp32"}
+"""What a user's network brings of other components' settings, whatever it is."""
+
+
 def told_by_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults of the network that `settings` describe, by flag name; None for those that only a file determines.
 
-    Settings that name options of a family describe a network of that family.
+    Settings that name options of a family describe a network of that family. Of a user's network all is known but its
+    architecture and its range of levels.
     """
+    if str(settings.get("model")).startswith("python:"):
+        return dict.fromkeys((*ARCHITECTURE, "sigma_min", "sigma_max")) | OWN_DEFAULTS
     open_ = dict.fromkeys((*ARCHITECTURE, *BROUGHT))
     if settings.keys() & flags_of(DitFlags).keys():  # which say nothing of its shape
         return {**open_, **DitFlags.family_defaults}
