@@ -1,4 +1,4 @@
-"""`make chaos`: rounds of mistreated runs, then each storage request of a run failed, and one table of what became."""
+"""`make chaos`: rounds of mistreated runs, then each storage request of a run failed, and a table of what became of each."""
 
 from __future__ import annotations
 
@@ -57,6 +57,13 @@ def rows_of(swept: Swept) -> list[tuple[str, str]]:
     ]
 
 
+def show(title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title, "")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
 def main(request: Request) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
@@ -65,12 +72,10 @@ def main(request: Request) -> int:
         for part in ("rounds", "sweep"):
             (Path(name) / part).mkdir()
         score = disturbed(request, checkpoint, Path(name) / "rounds")
+        show(f"seed {request.seed}, {(time.monotonic() - began) / 60:.0f} minutes", score.rows())
         left = None if request.minutes is None else request.minutes - (time.monotonic() - began) / 60
         swept = sweep(checkpoint, Path(name) / "sweep", request.seed, minutes=left)
-    table = Table(f"seed {request.seed}, {(time.monotonic() - began) / 60:.0f} minutes", "")
-    for row in [*score.rows(), *rows_of(swept)]:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    show(f"{(time.monotonic() - began) / 60:.0f} minutes in all", rows_of(swept))
     return 1 if score.failures or swept.failures else 0
 
 
