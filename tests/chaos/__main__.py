@@ -1,4 +1,4 @@
-"""`make chaos`: rounds of mistreated runs, then each storage request of a run failed, and a table of what became of each."""
+"""`make chaos`: rounds of mistreated runs, then each storage request of a run failed, and a table of either."""
 
 from __future__ import annotations
 
