@@ -118,7 +118,7 @@ WRONG = [
     ("--model text.pt", ["--model", "text.pt", "text, not a checkpoint"]),
     ("--model numbers.pt", ["--model", "numbers.pt", "state dict"]),
     ("--model bomb.pt", ["--model", "bomb.pt", "state dict"]),
-    ("--model raw-bomb.pth", ["--model", "raw-bomb.pth", "code is not run"]),
+    ("--model raw-bomb.pth", ["--model", "raw-bomb.pth", "code is not executed"]),
     ("--model a-file", ["--model", "a-file"]),
     ("--model folder.pt", ["--model", "folder.pt", "directory"]),
     ("--model http://127.0.0.1:9/weights.pt", ["--model", "http://127.0.0.1:9/weights.pt"]),

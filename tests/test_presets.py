@@ -153,10 +153,9 @@ def test_an_explicit_flag_wins_over_a_preset() -> None:
     assert resolved(preset="ct-cat256", model="w.pt", ts="0,75,150").settings["ts"] == "0,75,150"
 
 
-def test_a_preset_wins_over_a_bundled_model() -> None:
-    run = resolved(model="digits", preset="edm-imagenet64")
-    assert run.config.model == "digits"
-    assert (run.plan.schedule.steps, run.plan.image_shape) == (40, (64, 64, 3))
+def test_a_preset_beside_a_bundled_model_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"^--preset is 'edm-imagenet64' beside --model digits"):
+        resolved(model="digits", preset="edm-imagenet64")
 
 
 def test_without_a_model_the_bundled_digits_run_with_their_own_settings() -> None:

@@ -39,6 +39,7 @@ LINES = {
     "reference": ["run", "--features", "digits", "--output", "reference.npz"],
     "score": ["--help"],
     "spot": ["--help"],
+    "resume": ["--help"],
     "--help": [],
 }
 """Arguments of every command, with which it prints something."""

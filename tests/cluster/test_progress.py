@@ -18,8 +18,10 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 def test_the_log_has_a_line_for_each_change_of_the_fleet(configure, capsys):
     assert main(["sample", *flags_of(configure(progress="log", num_heads=4))]) == 0
-    lines = capsys.readouterr().err.splitlines()
-    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
+    *lines, archive, report, preview = capsys.readouterr().err.splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in (*lines, archive, report, preview))
+    assert archive.endswith(".npz")
+    assert (report.rpartition("/")[2], preview.rpartition("/")[2]) == ("report.html", "preview.png")
     assert re.search(r" run [0-9a-f]{8} in ", lines[0])
     states = [line[9:].split(" | ") for line in lines[1:]]
     stages = list(dict.fromkeys(parts[0].partition(":")[0] for parts in states))
@@ -52,7 +54,7 @@ def test_every_line_of_the_json_log_is_json(configure, capsys):
     printed = capsys.readouterr()
     events = [json.loads(line) for line in printed.err.splitlines()]
     assert {event["event"] for event in events} == {"message", "progress"}
-    last = events[-1]
+    last = [event for event in events if event["event"] == "progress"][-1]
     assert (last["stage"], last["num_samples"], last["done"], last["reused"], last["eta_s"]) == ("done", 40, 40, 0, 0.0)
     assert next(event["done"] for event in events if event["event"] == "progress") == 0
     assert printed.out.strip().endswith(".npz")

@@ -35,6 +35,8 @@ WRONG: dict[str, Any] = {
     "resblock_updown": None,
     "learn_sigma": True,
     "training_mode": "consistency_training",
+    "prediction": "velocity",
+    "data_at": 1,
 }
 """Values that no network here has; None: the opposite of what it has."""
 

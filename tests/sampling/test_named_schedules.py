@@ -92,7 +92,7 @@ def test_given_levels_stand_in_the_place_of_a_schedule() -> None:
     assert schedule_identity(schedule, ("steps", "sigma_min", "schedule")) == {"sigmas": "80.0,2.5,0.3,0.0"}
 
 
-OLD, NEW = ("steps", "sigma_min"), ("steps", "sigma_min", "schedule")
+OLD, NEW = ("steps", "sigma_max", "sigma_min"), ("steps", "sigma_max", "sigma_min", "schedule")
 PLAIN = {"sigma_max": 80.0, "sigma_min": 0.002, "steps": 40}
 
 
@@ -107,7 +107,8 @@ PLAIN = {"sigma_max": 80.0, "sigma_min": 0.002, "steps": 40}
         ({}, NEW, PLAIN | {"schedule": "karras"}),
         ({"schedule": "karras", "rho": 5.0}, NEW, PLAIN | {"schedule": "karras", "rho": 5.0}),
         ({"nfe": 9}, NEW, PLAIN | {"schedule": "karras"}),
-        ({"schedule": "logsnr"}, (), {"sigma_max": 80.0}),
+        ({"schedule": "logsnr"}, ("sigma_max",), {"sigma_max": 80.0}),
+        ({"schedule": "logsnr"}, (), {}),
     ],
 )
 def test_only_what_applies_and_differs_from_version_1_is_in_the_identity(

@@ -95,7 +95,7 @@ def test_a_run_json_cut_short_at_any_length_or_changed_in_any_byte_is_refused_or
     others = [b"[1]", b"7", b"null", b'"x"', b"\xff", b"[" * 100_000, b"NaN", data + data]
     for content in [*cut, *others]:
         (tmp_path / "run.json").write_bytes(content)
-        with pytest.raises(RunError, match=r"delete that file alone"):
+        with pytest.raises(RunError, match=r"delete it and run the same command"):
             run_dir.read_run()
     for i in range(len(data)):
         (tmp_path / "run.json").write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
@@ -130,7 +130,7 @@ def test_a_run_json_that_contradicts_itself_is_refused(tmp_path, change):
     run_dir = RunDir(str(tmp_path))
     run_dir.create_run(whole_run())
     run_dir.replace_run(whole_run() | change)
-    with pytest.raises(RunError, match=r"delete that file alone"):
+    with pytest.raises(RunError, match=r"delete it and run the same command"):
         run_dir.read_run()
 
 
