@@ -19,7 +19,7 @@ from data import JUDGES_PER_CLASS, load_digits
 from ray_sampler.networks.digits_decoder import LATENT_CHANNELS
 from ray_sampler.networks.dit import DitOptions, Transformer
 from recipe import recipe_of
-from train import learning_rate, moved, save_checkpoint
+from train import descend, learning_rate, moved, save_checkpoint
 
 NULL_LABEL = 10
 
@@ -149,15 +149,8 @@ def train(recipe: Recipe) -> None:
         t = (recipe.t_mean + recipe.t_std * torch.randn(count, generator=generator)).sigmoid()
         noise = torch.randn(latents.shape, generator=generator)
         loss = flow_loss(network, latents, asked, t, noise)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
         step += 1
-        decay = min(recipe.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for name, weight in network.state_dict().items():
-                averaged[name].lerp_(weight, 1 - decay)
+        descend(loss, network, optimizer, averaged, min(recipe.ema, (1 + step) / (10 + step)))
         running += (loss.item() - running) / min(step, 200)
         if step % 100 == 0:
             speed = (step - began_at) * recipe.batch / (time.monotonic() - began)

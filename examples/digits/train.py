@@ -127,6 +127,23 @@ def channels_last(network: UNet) -> UNet:
     return network
 
 
+def descend(
+    loss: Tensor,
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averaged: dict[str, Tensor],
+    decay: float,
+) -> None:
+    """One step down the loss, its gradient's norm clipped to 1; `averaged` moves towards the new weights."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        for name, weight in network.state_dict().items():
+            averaged[name].lerp_(weight, 1 - decay)
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
@@ -177,15 +194,8 @@ def train(recipe: Recipe) -> None:
         noise = torch.randn(batch.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             loss = edm_loss(network, batch, asked, sigma, noise)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
         step += 1
-        decay = min(cycle.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for name, weight in network.state_dict().items():
-                averaged[name].lerp_(weight, 1 - decay)
+        descend(loss, network, optimizer, averaged, min(cycle.ema, (1 + step) / (10 + step)))
         running += (loss.item() - running) / min(step, 100)
         if step % 50 == 0:
             speed = (step - began_at) * recipe.batch / (time.monotonic() - began)
