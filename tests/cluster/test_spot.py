@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,12 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from ray_sampler import cli
+from ray_sampler import cli, run
 from ray_sampler.cluster import spot
 from tests.cluster.fleets import Fleet
 from tests.cluster.metadata import Service, metadata_service
-from tests.cluster.processes import PATIENCE_S, Moment, kill_session, started, wait_for
-from tests.cluster.runs import sampled, savez, small
+from tests.cluster.processes import PATIENCE_S, PROMPT_S, Moment, kill_session, started, wait_for
+from tests.cluster.runs import sampled, savez, small, whole
 from tests.conftest import ROOT, Configure
 
 
@@ -89,7 +90,8 @@ def command_of(file: str) -> list[str]:
     return words[words.index("ray-sampler") + 1 :]
 
 
-SEVERAL: dict[str, Any] = {"num_samples": 240, "shard_size": 4, "steps": 40, "max_actors": 2, "progress": "log"}
+SEVERAL: dict[str, Any] = {"num_samples": 4800, "shard_size": 4, "steps": 40, "max_actors": 2, "progress": "log"}
+"""More than two actors finish while three nodes come and go."""
 
 
 @contextmanager
@@ -110,7 +112,10 @@ def spotting(file: str, node_id: str, service: Service) -> Iterator[subprocess.P
 def test_what_the_cluster_files_start_drains_a_node_when_its_cloud_says_that_it_goes(
     configure: Configure, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Two nodes at a time; one of them leaves by each of the three files, and costs the run nothing."""
+    """Two nodes at a time; one of them leaves by each of the three files, and costs the run nothing.
+
+    The run is then interrupted, and another command takes what it finished into a smaller archive.
+    """
     output, log = tmp_path / "run", tmp_path / "log"
     fleet = Fleet(workers=2)
     try:
@@ -126,12 +131,16 @@ def test_what_the_cluster_files_start_drains_a_node_when_its_cloud_says_that_it_
                     wait_for(left(fleet, leaving), output, process, log)
                     assert spot_process.wait(PATIENCE_S) == 0
                 fleet.add()
-            assert process.wait(PATIENCE_S) == 0, log.read_text()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PROMPT_S) == 130, log.read_text()
     finally:
         fleet.close()
     assert "lost an actor" not in log.read_text()
-    expected = savez(sampled(small(checkpoint, Path("unused"), **SEVERAL)))
-    assert (output / "samples_240x8x8x3.npz").read_bytes() == expected
+    finished = 4 * len(whole(output)) // 2
+    result = run(configure(**SEVERAL | {"num_samples": finished}))
+    assert result.summary["computed"] == 0
+    expected = savez(sampled(small(checkpoint, Path("unused"), **SEVERAL | {"num_samples": finished})))
+    assert (output / f"samples_{finished}x8x8x3.npz").read_bytes() == expected
 
 
 def says(text: str, log: Path, since: int) -> Moment:
