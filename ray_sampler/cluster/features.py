@@ -17,7 +17,7 @@ from ray_sampler.config import FleetOptions
 from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter
 from ray_sampler.sampling.products import Product
-from ray_sampler.scoring.extractors import Extractor
+from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.features import FEATURES, StoredFeatures
 from ray_sampler.scoring.scores import network_of, product_of
 from ray_sampler.storage.pictures import Pictures

@@ -12,7 +12,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from ray_sampler.errors import redact, require
-from ray_sampler.scoring.extractors import WEIGHTS_FLAG, Extractor
+from ray_sampler.scoring.extractor import WEIGHTS_FLAG, Extractor
 
 FOLDER = "digits"
 """Of its weights, and of the features of held-out digits."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ray_sampler.errors import RequestError, require
 from ray_sampler.networks.family import misfits
 from ray_sampler.networks.weights import read_checkpoint
-from ray_sampler.scoring.extractors import WEIGHTS_FLAG, Extractor, rgb
+from ray_sampler.scoring.extractor import WEIGHTS_FLAG, Extractor, rgb
 
 PATCH, GRID, HEAD = 14, 16, 64
 """Pixels of a patch, patches along a side of a picture of 224x224, and width of an attention head."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ray_sampler.errors import RequestError, require
 from ray_sampler.networks.weights import Checkpoint, read_checkpoint
-from ray_sampler.scoring.extractors import WEIGHTS_FLAG, Extractor, rgb
+from ray_sampler.scoring.extractor import WEIGHTS_FLAG, Extractor, rgb
 
 ADDRESS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 PUBLISHED = "6726825d"

@@ -15,7 +15,8 @@ import torch
 from ray_sampler.errors import RunError, require
 from ray_sampler.sampling.numerics import pin
 from ray_sampler.sampling.products import derive
-from ray_sampler.scoring.extractors import Extractor, open_extractor
+from ray_sampler.scoring.extractor import Extractor
+from ray_sampler.scoring.extractors import open_extractor
 from ray_sampler.scoring.features import FEATURES, in_blocks
 from ray_sampler.scoring.inception import spatial_of
 from ray_sampler.scoring.moments import reduce

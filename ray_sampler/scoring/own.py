@@ -11,7 +11,7 @@ from ray_sampler.errors import RequestError, printable, require
 from ray_sampler.networks.family import beside_user
 from ray_sampler.networks.user_code import brief, companions
 from ray_sampler.networks.weights import weights_hash
-from ray_sampler.scoring.extractors import Extractor
+from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.options import FUNCTION
 
 

@@ -19,7 +19,7 @@ from ray_sampler.networks.inert import Foreign, Refused, damage_refused, unpickl
 from ray_sampler.networks.nvidia import array_of
 from ray_sampler.networks.sources import Source, opened
 from ray_sampler.scoring.digits_network import bundled
-from ray_sampler.scoring.extractors import Extractor
+from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.options import DIGITS
 from ray_sampler.storage.pictures import Pictures, open_pictures
 

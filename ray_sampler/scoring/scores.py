@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ray_sampler.errors import require
 from ray_sampler.networks.family import Network, NetworkSpec, as_it_is
 from ray_sampler.sampling.products import Product
-from ray_sampler.scoring.extractors import Extractor, open_extractor
+from ray_sampler.scoring.extractor import Extractor
+from ray_sampler.scoring.extractors import open_extractor
 from ray_sampler.scoring.features import FEATURES
 from ray_sampler.scoring.inception import spatial_of
 from ray_sampler.scoring.metrics import NEIGHBOUR, kid_subset_size

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ray_sampler.scoring import inception
-from ray_sampler.scoring.extractors import Extractor, open_extractor
+from ray_sampler.scoring.extractor import Extractor
+from ray_sampler.scoring.extractors import open_extractor
 from ray_sampler.scoring.options import FeatureOptions
 from tests.scoring.random_inception import write_weights
 

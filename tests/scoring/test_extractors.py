@@ -17,7 +17,8 @@ from torch import nn
 
 from ray_sampler.errors import RequestError
 from ray_sampler.scoring import dinov2, inception
-from ray_sampler.scoring.extractors import Extractor, open_extractor, rgb
+from ray_sampler.scoring.extractor import Extractor, rgb
+from ray_sampler.scoring.extractors import open_extractor
 from ray_sampler.scoring.options import FeatureOptions
 
 

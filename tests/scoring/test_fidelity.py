@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from ray_sampler.scoring.extractors import Extractor
+from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.features import Held
 from ray_sampler.scoring.metrics import kid_part, kid_subsets, radii, within
 from ray_sampler.scoring.moments import Head, frechet, reduce

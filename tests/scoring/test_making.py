@@ -13,7 +13,7 @@ from PIL import Image
 
 from ray_sampler.cli import main
 from ray_sampler.scoring import inception, making
-from ray_sampler.scoring.extractors import Extractor
+from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.references import open_reference
 from ray_sampler.scoring.scores import product_of
 

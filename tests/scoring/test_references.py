@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ray_sampler.errors import RequestError
-from ray_sampler.scoring.extractors import Extractor
+from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.references import open_reference
 from ray_sampler.storage.record import Samples
 from tests.cluster.runs import leave, small
