@@ -266,6 +266,11 @@ class Inventory:
         except ray.exceptions.RayError as error:
             raise RunError(f"the fragments in {self.job.run_dir.url} cannot be checked: {reason_of(error)}") from error
 
+    def seconds(self) -> float:
+        """That actors took to compute the fragments in use, in whichever start that was, once nothing is missing."""
+        contents = (self.fragments.known[piece.fragment] for piece in self.fragments.cover())
+        return sum(content.seconds for content in contents if content)
+
     def parts(self) -> tuple[Part, ...]:
         """Who computed what, once nothing is missing."""
 

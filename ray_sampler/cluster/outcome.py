@@ -59,6 +59,7 @@ def write_outcome(
             "start": first - began if first else 0.0,
             "sampling": last - first if first and last else 0.0,
             "merge": merge_s,
+            "computing": inventory.seconds(),
             **idle,
         },
         max_actors=tally.max_actors,

@@ -7,9 +7,10 @@
     nfe: evaluations of the denoiser for one sample.
     sigmas: the noise levels that the solver visits.
     reused, computed: samples that earlier runs left, and that this run computed.
-    seconds: start: from the start of the driver to the first shard; sampling: from there to the last sample; merge:
-        that the archive took; gpu_computing and gpu_idle, of GPUs: that they computed, and that they had nothing to do
-        between two shards.
+    seconds: computing: that actors took to compute the fragments of the archive, summed over all starts. Of this
+        start: from the start of the driver to the first shard (start), from there to the last sample (sampling), to
+        write the archive (merge); and of GPUs, that they computed (gpu_computing) and that they had nothing to do
+        between two shards (gpu_idle).
     max_actors: actors ready at one time, at most.
     failures: shards and actors that failed; retries: times that a shard was put back in the queue.
     rejected: name and reason of every rejected fragment.

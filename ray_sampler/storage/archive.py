@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -65,16 +66,20 @@ class Content(NamedTuple):
     label_crc32: int | None
     """Of the labels as int64, as the archive holds them; None if there are none."""
     maker: Maker
+    seconds: float
+    """That an actor took to compute it; 0.0 where its record does not say."""
 
     def same_samples(self, other: Content) -> bool:
         """Whether two fragments of one name hold the same samples, whoever computed them."""
-        return self[:-1] == other[:-1]
+        return self[:3] == other[:3]
 
 
 def content_of(record: Record) -> Content:
     made = record.computed_by
     maker = Maker(str(made.get("numerics_key", "unknown")), str(made.get("device", "unknown")))
-    return Content(record.columns["image"], record.crc32["image"], record.crc32.get("label_int64"), maker)
+    taken = made.get("seconds")
+    seconds = taken if isinstance(taken, float) and 0 <= taken < math.inf else 0.0
+    return Content(record.columns["image"], record.crc32["image"], record.crc32.get("label_int64"), maker, seconds)
 
 
 def lay_out(

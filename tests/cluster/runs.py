@@ -20,6 +20,7 @@ from ray_sampler.sampling.engine import Engine
 from ray_sampler.sampling.plan import MAIN
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import FragmentName, Samples
+from ray_sampler.storage.run_dir import RunDir
 from tests.loading import loaded
 
 TINY: dict[str, Any] = {
@@ -105,6 +106,12 @@ def leave(config: RunConfig, samples: Samples, ranges: Iterable[tuple[int, int]]
         made = {"numerics_key": "a key", "device": "cpu"}
         data, _ = encode(part(samples, start, stop), job.fingerprint, made, name.format)
         job.run_dir.write_fragment(name, data)
+
+
+def recorded_seconds(output: Path | str) -> float:
+    """What the records of all fragments add up to of the seconds that actors computed."""
+    ranges = RunDir(str(output)).ranges()
+    return sum(ranges.read_record(name, None).computed_by["seconds"] for name in ranges.list().fragments)
 
 
 def fragments(output: Path | str) -> list[str]:

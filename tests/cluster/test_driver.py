@@ -20,7 +20,18 @@ from ray_sampler.cluster.worker import Worker, WorkerInfo
 from ray_sampler.errors import RunError
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.record import Samples
-from tests.cluster.runs import ARCHIVE, contents, flags_of, fragments, leave, part, random_weights, sampled, savez
+from tests.cluster.runs import (
+    ARCHIVE,
+    contents,
+    flags_of,
+    fragments,
+    leave,
+    part,
+    random_weights,
+    recorded_seconds,
+    sampled,
+    savez,
+)
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -123,6 +134,8 @@ def test_a_damaged_archive_is_written_again_from_the_fragments(configure, copy, 
     summary = run(configure()).summary
     assert (copy / ARCHIVE).read_bytes() == savez(samples)
     assert (summary["reused"], summary["computed"]) == (40, 0)
+    assert summary["seconds"]["computing"] == pytest.approx(recorded_seconds(copy), abs=1e-3)
+    assert summary["seconds"]["computing"] > 0
     assert old(copy) >= {f"fragments/{name}" for name in fragments(copy)}
 
 
@@ -136,6 +149,7 @@ def test_a_larger_num_samples_adds_only_the_new_ones(configure, copy, samples):
         "000000000048-000000000051.npz",
     }
     assert (summary["reused"], summary["computed"]) == (40, 11)
+    assert summary["seconds"]["computing"] == pytest.approx(recorded_seconds(copy), abs=1e-3)
     new = part(sampled(config), 40, 51)
     assert samples.labels is not None
     assert new.labels is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.processes import PROMPT_S, Moment, claimed, kill_session, session_is_gone, started, wait_for, written
-from tests.cluster.runs import LONGER, savez, whole
+from tests.cluster.runs import LONGER, recorded_seconds, savez, whole
 from tests.conftest import Configure
 
 pytestmark = pytest.mark.accidents
@@ -41,6 +41,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(
     assert fragment_times(output).items() >= kept.items()
     assert summary["reused"] == 4 * len(kept) >= 20
     assert summary["rejected"] == []
+    assert summary["seconds"]["computing"] == pytest.approx(recorded_seconds(output), abs=1e-3)
 
 
 @pytest.mark.parametrize(
