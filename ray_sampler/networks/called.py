@@ -55,26 +55,30 @@ class Called(nn.Module):
             return self
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *more: Any, **named: Any) -> Any:
-        """Raises RunError: the network raises, or returns something unlike x, which arithmetic might take all the same.
+        """What the network makes of copies, as it may write to what it gets, and to what it returned, in a later call.
 
-        Memory that runs out is the cause of the error then.
+        Raises:
+            RunError: the network raises, or returns something unlike x, which arithmetic might take all the same.
+                Memory that runs out is the cause of the error then.
         """
         dtype = DTYPES[self.precision]
         half = dtype != torch.float32
         with torch.autocast(x.device.type, dtype if half else torch.bfloat16, enabled=half):
             labels = (y,) if more else ()
             if y is not None:
-                labels = (self._rows(y) if self.one_hot else y,)
+                labels = (self._rows(y) if self.one_hot else y.clone(),)
             try:
-                output = self.network(x, t, *labels, *more, **named)
-            except Exception as error:
-                said = brief(error, place_of(self.network)) + remedy_of_dtypes(self.network)
+                output = self.network(x.clone(), t.clone(), *labels, *more, **named)
+            except (Exception, SystemExit) as error:
+                said = brief(error, place_of(self.network)) + remedy_of(
+                    error, self.network, "x, t" + ", y" * bool(labels)
+                )
                 raise RunError(f"the network of --model raised {said}") from error
         if self.checked:
             wrong = unlike(output, x)
             if wrong:
                 raise RunError(f"the network of --model returned {wrong}{place_of(self.network)}")
-        return output.float() if isinstance(output, Tensor) else output
+        return output.to(torch.float32, copy=True) if isinstance(output, Tensor) else output
 
     def _rows(self, y: Tensor) -> Tensor:
         """One-hot rows (B, num_classes) float32; any label past the classes is the null label, a row of zeros."""
@@ -84,6 +88,11 @@ class Called(nn.Module):
 def unlike(output: Any, x: Tensor) -> str | None:
     """What a network returned in place of a tensor like x, and the remedy."""
     if isinstance(output, Tensor):
+        odd = [str(output.layout).removeprefix("torch.")] * (output.layout != torch.strided)
+        odd += [str(output.dtype).removeprefix("torch.")] * output.is_quantized
+        odd += [f"on {output.device}"] * (output.device != x.device)
+        if odd:
+            return f"a tensor that is {', '.join(odd)}; it must return a dense one on {x.device}, like x"
         if output.shape == x.shape and not output.is_complex():
             return None
         said = f"a tensor of shape {list(output.shape)} for x of shape {list(x.shape)}; it must return one like x"
@@ -102,8 +111,12 @@ def unlike(output: Any, x: Tensor) -> str | None:
     return said + (f", as {found[0]}" if found else "")
 
 
-def remedy_of_dtypes(network: nn.Module) -> str:
-    """What to do where weights are of another type than x, as exceptions of torch do not say."""
+def remedy_of(error: BaseException, network: nn.Module, arguments: str) -> str:
+    """What to do about an exception of a network, where those of torch and Python do not say it."""
+    if f"{type(network).__name__}.forward()" in str(error):
+        return f"; it is called as network({arguments})"
+    if "require grad" in str(error) or "Inference tensors" in str(error):
+        return "; take gradients of a clone of x, under torch.inference_mode(False) and torch.enable_grad()"
     others = {p.dtype for p in network.parameters() if p.is_floating_point()} - {torch.float32}
     named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
     return f"; x and t are float32, and its weights {named}: give Model network.float()" if others else ""

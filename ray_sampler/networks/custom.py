@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -74,8 +75,9 @@ class Model:
             kind is not None and not isinstance(kind, tuple | list),
             f"Model's kind is missing; give what the network computes, as Model(network, 'eps', shape): one of {KINDS}",
         )
-        meant = MEANT.get(kind.lower().replace("-", "_")) if isinstance(kind, str) else None
-        require(meant is None, f"Model's kind is {kind!r}; {meant!r} is probably meant; it must be one of {KINDS}")
+        spelled = re.sub(r"[\s-]", "_", kind.strip().lower()) if isinstance(kind, str) else ""
+        meant = MEANT.get(spelled, spelled if spelled in KINDS.split(", ") else kind)
+        require(meant == kind, f"Model's kind is {kind!r}; {meant!r} is probably meant; it must be one of {KINDS}")
         num_classes, null_label, sigma_min, sigma_max = map(plain, (num_classes, null_label, sigma_min, sigma_max))
         shape = tuple(map(plain, shape)) if isinstance(shape, (tuple, list)) else shape
         whole = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
@@ -85,7 +87,7 @@ class Model:
             f"Model's num_classes is {num_classes!r}; it must be a whole number, 0 for an unconditional network",
         )
         require(
-            null_label is None or (type(null_label) is int and null_label >= 0 and num_classes > 0),
+            null_label is None or (type(null_label) is int and 0 <= null_label < 2**31 and num_classes > 0),
             f"Model's null_label is {null_label!r} with num_classes {num_classes}; it must be a label of a network "
             "with classes, or None",
         )
@@ -96,6 +98,8 @@ class Model:
             f"Model's sigma_min is {sigma_min!r} and sigma_max {sigma_max!r}; they must satisfy "
             "0 < sigma_min < sigma_max",
         )
+        of_class = getattr(kind, "__name__", "") if isinstance(kind, type) else ""
+        require(not of_class, f"Model's kind is the class {of_class}; give an object of it, {of_class}()")
         require(
             isinstance(kind, str) or all(callable(getattr(kind, name, None)) for name in ("denoiser", "identity")),
             f"Model's kind is of type {type(kind).__name__}; it must be a name such as 'denoiser' or 'eps', or "
@@ -111,7 +115,8 @@ class Model:
         self.sigma_min = None if sigma_min is None else float(sigma_min)
         self.sigma_max = None if sigma_max is None else float(sigma_max)
         self.decoder = decoder
-        self.one_hot = bool(options.pop("one_hot", False))
+        self.one_hot = options.pop("one_hot", False)
+        require(isinstance(self.one_hot, bool), f"Model's one_hot is {self.one_hot!r}; it must be True or False")
         self.options = options
 
 
@@ -226,10 +231,14 @@ def tensors_of(network: nn.Module, shown: str) -> dict[str, Tensor]:
     """What is hashed of a network: dense tensors by name, those of packed quantised layers too.
 
     Raises:
-        RequestError: a tensor cannot be read as ordinary numbers; names it.
+        RequestError: a tensor cannot be read as ordinary numbers; names it. Or state_dict raises.
     """
     found: dict[str, Tensor] = {}
-    for name, value in network.state_dict().items():
+    try:
+        state = network.state_dict()
+    except Exception as error:  # whatever the user's own raises
+        raise RequestError(f"{shown}; its network's state_dict() raised {brief(error)}") from error
+    for name, value in state.items():
         packed = value if isinstance(value, tuple) else ()
         parts = {f"{name}.{i}": part for i, part in enumerate(packed) if isinstance(part, Tensor) and part.is_quantized}
         for key, tensor in parts.items() if packed else {name: value}.items():

@@ -6,6 +6,8 @@ All solvers work in EDM coordinates (Karras et al. 2022): sigma = s / a and x = 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -173,7 +175,21 @@ def timed(kind: str, c_noise: str | Time, **more: Any) -> tuple[dict[str, Any], 
     known = callable(c_noise) or c_noise in TIMES
     require(known, f"c_noise is {c_noise!r}; it must be a function of sigma or one of {', '.join(TIMES)}")
     said = {} if c_noise == "250log" else {"c_noise": c_noise if isinstance(c_noise, str) else "a function"}
-    return {"preconditioning": kind, **more, **said}, TIMES[c_noise] if isinstance(c_noise, str) else c_noise
+    return {"preconditioning": kind, **more, **said}, TIMES[c_noise] if isinstance(c_noise, str) else partial(
+        time_of, c_noise
+    )
+
+
+def time_of(c_noise: Callable[[Tensor], Any], sigma: Tensor) -> Tensor:
+    """What a user's function gives for a level. Raises RequestError: it is no time of that level."""
+    time = c_noise(sigma)
+    time = torch.tensor(time) if isinstance(time, int | float) else time
+    fine = isinstance(time, Tensor) and time.shape in (sigma.shape, ())
+    given = f"shape {list(time.shape)}" if isinstance(time, Tensor) else f"a {type(time).__name__}"
+    require(
+        fine, f"Model's c_noise gave {given} for a sigma of shape {list(sigma.shape)}; it must give one time for each"
+    )
+    return time
 
 
 def edm(c_noise: str | Time = "log/4", shared_time: bool = False) -> Preconditioned:
@@ -212,11 +228,13 @@ def of_table(
     except (TypeError, ValueError, RuntimeError):
         raise RequestError(f"alphas is a {type(alphas).__name__} that holds no list of numbers; {wanted}") from None
     require(len(table) >= 2, f"alphas has {len(table)} values; {wanted}")
+    if all(0 < low <= high < 1 for low, high in itertools.pairwise(table)):
+        wanted += "; if these are betas, it is torch.cumprod(1 - betas, 0)"
     bounds = (1.0, *table, 0.0)
-    for i, alpha in enumerate(table):
+    for i, alpha in sorted(enumerate(table), key=lambda item: math.isfinite(item[1])):
         remedy = {
             0.0: f"which is all noise; give alphas[:{i - len(table)}]",
-            1.0: "which has no noise; give alphas[1:]",
+            1.0: f"which has no noise; give alphas[{table.count(1.0)}:]",
         }
         falls = bounds[i] > alpha > bounds[i + 2]
         require(falls, f"alphas has {alpha!r} at index {i}{', ' + remedy[alpha] if alpha in remedy else '; ' + wanted}")
@@ -302,9 +320,24 @@ def parameterise(kind: str | Parameterisation, sigma_min: float | None = None, /
             raise RequestError(f"a network of kind {kind!r} does not take these options: {given}") from error
     else:
         require(not options, f"the parameterisation is given as an object, so {', '.join(options)} must be left out")
+        check_identity(kind)
     if sigma_min is not None and isinstance(kind, Preconditioned) and kind.at_sigma_min is not None:
         return kind.at_sigma_min(sigma_min)
     return kind
+
+
+def check_identity(kind: Parameterisation) -> None:
+    """Raises RequestError: what identifies a parameterisation of the user's own cannot be part of a fingerprint."""
+    name = f"{type(kind).__name__}.identity()"
+    try:
+        said = kind.identity()
+        json.dumps(said, sort_keys=True, allow_nan=False)
+    except Exception as error:  # whatever the user's own raises
+        raise RequestError(f"{name} has no plain values: {type(error).__name__}: {error}") from error
+    require(
+        isinstance(said, dict) and all(isinstance(key, str) for key in said),
+        f"{name} gave {said!r}; it must give a dict with names as keys",
+    )
 
 
 def clipped(denoise: Denoiser) -> Denoiser:

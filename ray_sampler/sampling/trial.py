@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ray_sampler.errors import RequestError, RunError, require
-from ray_sampler.networks.called import Called
+from ray_sampler.networks.called import Called, place_of
 from ray_sampler.networks.user_code import brief
 from ray_sampler.sampling.memory import ran_out_of_memory
 from ray_sampler.sampling.parameterisation import Parameterisation
@@ -82,6 +82,11 @@ def _differs(network: Called, denoise: Callable[..., Any], x: torch.Tensor, leve
         results.append(denoise(x * level, torch.tensor(level)))
         fine = isinstance(results[-1], torch.Tensor) and results[-1].shape == x.shape
         require(fine, f"the parameterisation of --model gave {_kind(results[-1])} for x of shape {list(x.shape)}")
+        sound = results[-1].isfinite().flatten(1).all(1).any()
+        require(
+            level != levels[0] or bool(sound),
+            f"the network of --model gave values that are not finite at sigma {level:g}{place_of(network.network)}",
+        )
     network.begin()
     if torch.equal(results[0].nan_to_num(), results[1].nan_to_num()):
         return []

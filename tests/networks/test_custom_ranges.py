@@ -83,6 +83,13 @@ def test_a_directory_begun_with_the_range_that_all_had_resumes_with_it(
         ([0.9, 0.5, 0.0], "alphas has 0.0 at index 2, which is all noise; give alphas[:-1]"),
         ([0.9, 0.5, 0.0, 0.0], "alphas has 0.0 at index 2, which is all noise; give alphas[:-2]"),
         ([1.0, 0.5, 0.1], "alphas has 1.0 at index 0, which has no noise; give alphas[1:]"),
+        ([1.0, 1.0, 0.5, 0.1], "alphas has 1.0 at index 0, which has no noise; give alphas[2:]"),
+        ([0.9, float("nan"), 0.1], "alphas has nan at index 1; it must be a falling table"),
+        (
+            [0.001, 0.002, 0.02],
+            "alphas has 0.001 at index 0; it must be a falling table of cumulative alphas between 0 and 1; "
+            "if these are betas, it is torch.cumprod(1 - betas, 0)",
+        ),
         ([0.9, 0.95, 0.1], "alphas has 0.9 at index 0; it must be a falling table"),
         ([0.9, -0.5], "alphas has -0.5 at index 1; it must be a falling table"),
     ],

@@ -28,7 +28,11 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "is no Python": ("def make(weights):\n    return (", ("SyntaxError", "MODULE.py, line 2")),
     "imports what is not there": ("import surely_not_there", ("importing it failed", "surely_not_there", "line 1")),
     "has no function": ("made = 3", ("has no function 'make'",)),
-    "has something else": ("make = 3", ("has no function 'make'",)),
+    "has something else": ("make = 3", ("has no function 'make'; make is a int",)),
+    "has the Model itself": (
+        FINE + "make = Model(nn.Conv2d(3, 3, 1), 'edm', (3, 4, 4))",
+        ("make is a Model: define a function that returns it",),
+    ),
     "takes no argument": ("def make():\n    return 3", ("TypeError", "make() takes 0 positional arguments")),
     "returns a module": (
         FINE + "def make(weights):\n    return nn.Linear(2, 2)",
@@ -50,6 +54,26 @@ WRONG_MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "a shape in place of a kind": (f"{NETWORK}, (3, 4, 4)", ("kind is missing",)),
     "another program's kind": (f"{NETWORK}, 'epsilon', (3, 4, 4)", ("'epsilon'; 'eps' is probably meant",)),
     "another program's v": (f"{NETWORK}, 'v-prediction', (3, 4, 4)", ("'v' is probably meant",)),
+    "a kind in capitals": (f"{NETWORK}, 'EPS', (3, 4, 4)", ("'EPS'; 'eps' is probably meant",)),
+    "a kind of two words": (f"{NETWORK}, 'flow matching', (3, 4, 4)", ("'velocity' is probably meant",)),
+    "a class in place of its object": (
+        f"{NETWORK}, type('P', (), {{'denoiser': print, 'identity': print}}), (3, 4, 4)",
+        ("kind is the class P; give an object of it, P()",),
+    ),
+    "an identity that is none": (
+        f"{NETWORK}, type('P', (), {{'denoiser': print, 'identity': lambda self: 'me'}})(), (3, 4, 4)",
+        ("P.identity() gave 'me'; it must give a dict",),
+    ),
+    "an identity of other values": (
+        f"{NETWORK}, type('P', (), {{'denoiser': print, 'identity': lambda self: {{'net': self}}}})(), (3, 4, 4)",
+        ("P.identity() has no plain values: TypeError",),
+    ),
+    "a label past all": (f"{NETWORK}, 'edm', (3, 4, 4), 10, 10**20", ("null_label is 100000000000000000000 with",)),
+    "words for a switch": (f"{NETWORK}, 'edm', (3, 4, 4), 10, one_hot='no'", ("one_hot is 'no'; it must be True or",)),
+    "a state dict that raises": (
+        "type('N', (nn.Conv2d,), {'state_dict': lambda self, *a: [][0]})(3, 3, 1), 'edm', (3, 4, 4)",
+        ("state_dict() raised IndexError: list index out of range", "MODULE.py, line 4"),
+    ),
     "channels last": (f"{NETWORK}, 'edm', (16, 16, 3)", ("shape is (16, 16, 3)", "(3, 16, 16) is probably meant")),
     "no shape": (f"{NETWORK}, 'edm'", ("shape is None", "(C, H, W)")),
     "a rising table": (f"{NETWORK}, 'eps', (3, 4, 4), alphas=[0.1, 0.9]", ("alphas", "falling")),

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from ray_sampler.cluster.job import prepare
+from ray_sampler.config import RunConfig
 from ray_sampler.networks.called import Called
+from ray_sampler.networks.custom import Model
 from ray_sampler.networks.state import remember, twin
 from ray_sampler.sampling.engine import Engine
 from ray_sampler.sampling.plan import MAIN, sample_block
@@ -85,6 +88,44 @@ def test_what_is_kept_between_calls_is_kept_within_a_block(way: str, write: Writ
         for size in (2, 6, 24):
             shards = [engine.sample(made.plan, start, start + size)() for start in range(0, 24, size)]
             np.testing.assert_array_equal(np.concatenate([each.columns["image"] for each in shards]), wanted)
+
+
+WRITERS = {
+    "to x": "result = self.layer(x); given.zero_(); return result",
+    "to t": "result = self.layer(x); t.zero_(); return result",
+    "to y": "y.zero_(); return self.layer(x)",
+    "to what it returned": "self.out.copy_(self.layer(x)); return self.out",
+}
+
+
+@pytest.mark.parametrize("way", WRITERS)
+@pytest.mark.parametrize(("kind", "sampler"), [("denoiser", "dpmpp_2m"), ("velocity", "heun")])
+def test_what_a_network_writes_to_its_arguments_and_results_changes_no_sample(
+    way: str, kind: str, sampler: str
+) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(2, 2, 1)
+            for tensor in self.layer.parameters():
+                tensor.data.fill_(0.1)
+            self.register_buffer("out", torch.zeros(8, 2, 4, 4), persistent=False)
+
+    def sampled(body: str) -> torch.Tensor:
+        names: dict[str, Any] = {}
+        exec(
+            f"def forward(self, x, t, y):\n    given, x = x, x * (y.sum() == 30)\n    {body}", names
+        )  # lines of this file
+        made = type("Network", (Network,), {"forward": names["forward"]})
+        options: dict[str, Any] = {"data_at": 0} if kind == "velocity" else {}
+        model = Model(made(), kind, (2, 4, 4), num_classes=5, null_label=5, **options)
+        fixed: dict[str, Any] = {"labels": "1,2,3,4", "guidance": 2.0, "decoder": "none", "num_samples": 4, "steps": 4}
+        prepared = prepare(RunConfig(model=model, sampler=sampler, **fixed))
+        with torch.inference_mode():
+            network = prepared.networks[MAIN].build("fp32")
+            return sample_block({MAIN: network}, prepared.plan, torch.arange(4))[0]
+
+    assert torch.equal(sampled(WRITERS[way]), sampled("return self.layer(x)"))
 
 
 def test_threads_share_weights_and_nothing_else() -> None:

@@ -70,6 +70,38 @@ WRONG = {
         "Network(), 'eps', num_classes=3, null_label=3",
         ("IndexError",),
     ),
+    "gradients": (
+        "return torch.autograd.grad(x.square().sum(), x)[0]",
+        "Network(), 'eps'",
+        ("raised RuntimeError", "take gradients of a clone of x, under torch.inference_mode(False)"),
+    ),
+    "no argument for labels": (
+        "return x\n\n    def forward(self, x, t):\n        return x",
+        "Network(), 'eps', num_classes=3",
+        ("Network.forward() takes 3 positional arguments but 4 were given", "it is called as network(x, t, y)"),
+    ),
+    "a sparse tensor": (
+        "return x.to_sparse()",
+        "Network(), 'eps'",
+        ("tensor that is sparse_coo; it must return a dense",),
+    ),
+    "a tensor without memory": (
+        "return x.to('meta')",
+        "Network(), 'eps'",
+        ("is on meta; it must return a dense one on cpu",),
+    ),
+    "an end of the program": ("raise SystemExit(0)", "Network(), 'eps'", ("raised SystemExit: 0",)),
+    "no numbers at the largest level": (
+        "return x / (t < 500).view(-1, 1, 1, 1)",
+        "Network(), 'eps'",
+        ("gave values that are not finite at sigma 157.407",),
+    ),
+    "a time of another size": (
+        "return x",
+        "Network(), 'edm', c_noise=lambda sigma: torch.ones(7)",
+        ("c_noise gave shape [7] for a sigma of shape []",),
+    ),
+    "a time that is none": ("return x", "Network(), 'edm', c_noise=print", ("c_noise gave a NoneType",)),
     "a result of its own parameterisation": (
         "return x",
         "Network(), Own()",
@@ -80,7 +112,7 @@ WRONG = {
 
 def source_of(body: str, made: str) -> str:
     model = made.replace("), ", "), ", 1)
-    head, comma, rest = model.partition(", num_classes")
+    head, comma, rest = model.partition(", num_classes" if "num_classes" in model else ", c_noise")
     return (
         f"{BEGIN.replace('BODY', body)}\n\ndef make(weights):\n    return Model({head}, shape=(2, 4, 4){comma}{rest})\n"
     )
@@ -96,7 +128,7 @@ def test_what_is_wrong_is_said_before_anything_is_sampled(what: str, write: Writ
     with pytest.raises(RequestError) as found:
         inspect(RunConfig(model=f"python:{module}:make"))
     assert str(found.value) == str(refused.value)
-    place = () if "parameterisation" in what else (f"{Path.cwd().resolve() / module}.py, line ",)
+    place = () if "parameterisation" in what or "a time" in what else (f"{Path.cwd().resolve() / module}.py, line ",)
     for part in (*parts, *place):
         assert part in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -115,6 +147,18 @@ def test_random_numbers_in_forward_are_noticed(body: str, warned: bool, write: W
     warnings = tried(job(write(source_of(body, "Network(), 'denoiser'")), decoder="none"))
     assert warnings is not None
     assert [warning.startswith("the network of --model gave two results") for warning in warnings] == [True] * warned
+
+
+def test_gradients_may_be_taken_of_a_clone(write: Write) -> None:
+    body = """with torch.inference_mode(False), torch.enable_grad():
+            x = x.clone().requires_grad_()
+            return torch.autograd.grad(self.layer(x).square().sum(), x)[0]"""
+    assert tried(job(write(source_of(body, "Network(), 'eps'")), decoder="none")) == []
+
+
+def test_a_time_may_be_a_number(write: Write) -> None:
+    module = write(source_of("return x", "Network(), 'edm', c_noise=lambda sigma: float(sigma) ** 0.5"))
+    assert tried(job(module, decoder="none")) == []
 
 
 def test_a_network_of_one_batch_size_is_tried_with_that(write: Write) -> None:
