@@ -9,6 +9,7 @@ from typing import Any
 
 from ray_sampler.networks.formats import Entry, Odd, Stored
 from ray_sampler.networks.inert import Foreign, Refused
+from ray_sampler.networks.unnamed import names_of
 
 EMA = ("ema", "model_ema", "ema_model", "ema_state_dict", "model_ema_state_dict", "state_dict_ema", "params_ema")
 PLAIN = ("state_dict", "model", "module", "model_state_dict", "net", "network", "params")
@@ -224,7 +225,9 @@ def _under(items: dict[Any, Any], name: str, path: str, depth: int, seen: set[in
 
 
 def _shadow(averages: Sequence[Entry], items: dict[Any, Any], key: str) -> Tensors:
-    """Averages without names, in the order of the model's parameters, by the names of the state dict beside them."""
+    """Averages without names, in the order of the model's parameters, by the names of the state dict beside them, else
+    by those that their shapes tell.
+    """
     others = [name for name in items if isinstance(name, str) and _is_network(name, items[name])]
     names = [name for name in (*PLAIN, *others) if name in items and not AVERAGE.search(name)]
     there, beside = next((c for name in names for c in _candidates({name: items[name]})), ("", {}))
@@ -235,10 +238,13 @@ def _shadow(averages: Sequence[Entry], items: dict[Any, Any], key: str) -> Tenso
     # From the end the same: what is left out is left out for certain.
     last = _in_order(list(model)[::-1], [t.like.shape for t in model.values()][::-1], shapes[::-1])
     if not model:
-        raise Refused(
-            f"it has averaged weights under {key!r} as a list without names, and no state dict beside it to name them; "
-            "load them into your model and save its state dict"
-        )
+        known = names_of(shapes)
+        if known is None:
+            raise Refused(
+                f"it has averaged weights under {key!r} as a list without names, no state dict beside it to name them, "
+                "and not in the order of a known network; load them into your model and save its state dict"
+            )
+        return dict(zip(known, averages, strict=True))
     if first is None or last is None or first != last[::-1]:
         raise Refused(
             f"it has averaged weights under {key!r} as a list without names, which the state dict beside it does not "

@@ -232,5 +232,5 @@ def test_a_damaged_index_is_refused(content: str, tmp_path: Path) -> None:
 
 
 def test_the_state_of_diffusers_emamodel_alone_is_a_list_without_names(tmp_path: Path) -> None:
-    torch.save(EMA_MODEL, tmp_path / "ema.pt")
+    torch.save(EMA_MODEL, tmp_path / "ema.pt")  # of a network of no known family
     assert "averaged weights under 'shadow_params' as a list without names" in refusal(tmp_path / "ema.pt")
