@@ -25,6 +25,7 @@ from ray_sampler.scoring.features import DamagedFeaturesError, Features, Held
 from ray_sampler.scoring.metrics import ROWS, Pair, kid_part, kid_subsets, radii, within
 from ray_sampler.scoring.moments import Moments, compare, reduce
 from ray_sampler.scoring.options import ScoreOptions
+from ray_sampler.scoring.references import check_channels
 from ray_sampler.scoring.scores import KEYS, Scoring, folder_of, open_scoring
 from ray_sampler.storage.connect import path_text
 from ray_sampler.storage.pictures import Pictures, open_pictures
@@ -74,6 +75,7 @@ def score(source: str | os.PathLike[str], request: ScoreRequest) -> dict[str, An
         require(
             pictures.dtype == "uint8", f"{redact(source)} holds results of a solver, not pictures; decode them first"
         )
+        check_channels(pictures, f"what is scored is {redact(source)}")
         scoring = open_scoring(options, pictures.shape, "--reference")
         scoring.check_count(pictures.num_samples)
         folder, name = parted(request.output)

@@ -81,7 +81,8 @@ def opened(url: str, flag: str = "--model") -> Iterator[Source | Folder]:
         except RequestError as error:
             raise RequestError(f"{flag} is {shown}; {error}") from None
         except FileNotFoundError:
-            reach = "no such file can be reached" if "://" in url else not_there(url)
+            missing = not_there(url) if flag in ("--model", "--guide") else "there is no such file"
+            reach = "no such file can be reached" if "://" in url else missing
             raise RequestError(f"{flag} is {shown}; {reach}") from None
         except Exception as error:  # filesystems raise different exceptions
             # The address may be spelled anew in it, signature and all: %2F becomes a slash.

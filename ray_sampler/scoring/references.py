@@ -99,10 +99,24 @@ def _opened(text: str, extractor: Extractor, flag: str, shown: str) -> Reference
                 pickled or head == ZIP, f"{shown}, which is neither an npz file, nor a pickle of EDM2's, nor a folder"
             )
             held = _of_edm2(found.file, extractor, shown) if pickled else _members(found.file, shown)
+            require(
+                "mu" in held or "arr_0" in held,
+                f"{shown}, which has neither mu and sigma nor pictures, arr_0; make it by `ray-sampler reference`",
+            )
             if "mu" in held:
-                return _reference(name, found.sha256(), held, open_pictures(text) if "arr_0" in held else None)
+                return _reference(name, found.sha256(), held, _beside(text) if "arr_0" in held else None)
     pictures = open_pictures(text)
     return Reference(name, pictures.fingerprint(), images=pictures)
+
+
+def _beside(text: str) -> Pictures | None:
+    """The pictures beside statistics; None where there are others than an archive has, or compressed ones."""
+    try:
+        pictures = open_pictures(text)
+        check_pictures(pictures, text)
+        return pictures
+    except RequestError:
+        return None
 
 
 def _reference(name: str, sha256: str, held: Mapping[str, Any], images: Pictures | None = None) -> Reference:
@@ -115,7 +129,7 @@ def _members(file: BinaryIO, shown: str) -> dict[str, Any]:
     """What an npz file has of statistics, by name; of pictures, which may be large, that they are there."""
     try:
         with np.load(file, allow_pickle=False) as held:
-            found: dict[str, Any] = {name: held[name].astype(NUMBERS[name]) for name in NUMBERS if name in held}
+            found: dict[str, Any] = {name: _real(held[name], NUMBERS[name]) for name in NUMBERS if name in held}
             found |= {name: str(held[name]) for name in TEXTS if name in held}
             return found | ({"arr_0": ...} if "arr_0" in held else {})
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -124,6 +138,13 @@ def _members(file: BinaryIO, shown: str) -> dict[str, Any]:
         else:
             reason = f"it is damaged, or no npz file of statistics ({' '.join(str(error).split())})"
         raise RequestError(f"{shown}; {reason}") from error
+
+
+def _real(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """Raises ValueError: it does not hold real numbers."""
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"an array of {array.dtype}, not of real numbers")
+    return array.astype(dtype)
 
 
 def _of_edm2(file: BinaryIO, extractor: Extractor, shown: str) -> dict[str, Any]:
@@ -169,6 +190,12 @@ def _check(reference: Reference, extractor: Extractor, shown: str) -> None:
             finite = bool(np.isfinite(array).all())
             require(finite, f"{shown}, whose {what} has values that are not finite; make it anew of finite features")
     require((reference.mu is None) == (reference.sigma is None), f"{shown}, which has mu and no sigma; give both")
+    if (sigma := reference.sigma) is not None:
+        even = np.abs(sigma - sigma.T).max() <= 1e-3 * np.abs(sigma).max()
+        require(
+            bool(even and (sigma.diagonal() >= 0).all()),
+            f"{shown}, whose sigma is no covariance: it must be symmetric, with no negative variance; make it anew",
+        )
     if reference.images is not None:
         check_pictures(reference.images, shown)
 
@@ -176,5 +203,14 @@ def _check(reference: Reference, extractor: Extractor, shown: str) -> None:
 def check_pictures(pictures: Pictures, shown: str) -> None:
     """Raises RequestError: no reference can be made of them."""
     require(pictures.dtype == "uint8", f"{shown}, which holds {pictures.dtype} results of a solver; give pictures")
+    check_channels(pictures, shown)
     require(pictures.num_samples > 1, f"{shown}, which holds {pictures.num_samples} pictures; two are needed at least")
     require(not pictures.lacking, f"{shown}, a run that lacks {pictures.lacking} samples; run its command again first")
+
+
+def check_channels(pictures: Pictures, shown: str) -> None:
+    """Raises RequestError: they are neither grey nor in colour, as where the channels are not the last dimension."""
+    require(
+        pictures.shape[-1] in (1, 3),
+        f"{shown}, whose pictures are of shape {list(pictures.shape)}; they must be (H, W, C) with C 1 or 3",
+    )

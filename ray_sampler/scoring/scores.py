@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ray_sampler.errors import require
+from ray_sampler.errors import redact, require
 from ray_sampler.networks.family import Network, NetworkSpec, as_it_is
 from ray_sampler.sampling.products import Product
 from ray_sampler.scoring.extractor import Extractor
@@ -124,7 +124,15 @@ def open_scoring(options: ScoreOptions, shape: tuple[int, ...], flag: str = "--s
             f"{extractor.name} and {reference.name}; give guided-diffusion's VIRTUAL file, or one of `reference` with "
             "inception",
         )
-    return Scoring(options.asked, extractor, reference, spatial_of(extractor) if "sfid" in options.asked else None)
+    spatial = spatial_of(extractor) if "sfid" in options.asked else None
+    if spatial and reference.spatial:
+        found, dims = [each.shape for each in reference.spatial], spatial.dims
+        require(
+            found == [(dims,), (dims, dims)],
+            f"{flag} is {redact(options.score)}, whose mu_s and sigma_s are of shapes {found[0]} and {found[1]}; sFID "
+            f"needs {dims} features",
+        )
+    return Scoring(options.asked, extractor, reference, spatial)
 
 
 def folder_of(extractor: Extractor) -> str:

@@ -123,9 +123,13 @@ def _of_folder(url: str, files: Any, path: str) -> Pictures:
 
     def picture(name: str) -> np.ndarray:
         try:
-            return np.asarray(Image.open(io.BytesIO(load(name))).convert("RGB"))
+            image = Image.open(io.BytesIO(load(name)))
+            pixels = np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise RequestError(f"{shown} holds {name}, which cannot be read as a picture") from error
+        deep = image.mode.startswith(("I", "F"))  # of which PIL would cut off all above 255
+        require(not deep, f"{shown} holds {name}, which has more than 8 bits a channel; convert it first")
+        return pixels
 
     def each(function: Callable[[str], Any], names: list[str]) -> list[Any]:
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:

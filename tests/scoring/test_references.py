@@ -70,6 +70,14 @@ def test_guided_diffusions_file_has_statistics_and_pictures(
     np.testing.assert_array_equal(found.sigma, SIGMA)
 
 
+def test_what_is_beside_statistics_need_not_be_readable(
+    digits: Extractor, pictures: np.ndarray, tmp_path: Path
+) -> None:
+    np.savez_compressed(tmp_path / "small.npz", arr_0=pictures, mu=MU, sigma=SIGMA)
+    found = open_reference(str(tmp_path / "small.npz"), digits)
+    assert (found.images, found.sigma is None) == (None, False)
+
+
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_edm2s_pickle_is_read_by_the_extractors_name(digits: Extractor, tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "img512.pkl"
@@ -131,7 +139,12 @@ def test_what_is_not_a_reference_is_one_sentence(
     assert "holds 1 pictures; two are needed" in made(arr_0=pictures[:1])
     assert "holds 0 pictures; two are needed" in made(arr_0=pictures[:0])
     assert "float32 results of a solver" in made(arr_0=pictures.astype(np.float32))
-    assert "holds no arr_0" in made(other=pictures)
+    assert "neither mu and sigma nor pictures, arr_0" in made(other=pictures)
+    assert "neither mu and sigma nor pictures, arr_0" in made(sigma=SIGMA)
+    assert "not of real numbers" in made(mu=MU + 1j, sigma=SIGMA)
+    assert "sigma is no covariance: it must be symmetric" in made(mu=MU, sigma=-SIGMA)
+    assert "sigma is no covariance: it must be symmetric" in made(mu=MU, sigma=SIGMA + np.eye(D, k=1))
+    assert "pictures are of shape [3, 32, 32]; they must be (H, W, C)" in made(arr_0=pictures.transpose(0, 3, 1, 2))
     (tmp_path / "empty").mkdir()
     assert "holds no pictures" in refused(tmp_path / "empty", digits)
     (tmp_path / "empty.npz").write_bytes(b"")
@@ -140,13 +153,16 @@ def test_what_is_not_a_reference_is_one_sentence(
     assert "neither an npz file" in refused(tmp_path / "text.npz", digits)
     (tmp_path / "cut.npz").write_bytes(savez(tmp_path / "bad.npz", mu=MU, sigma=SIGMA).read_bytes()[:3000])
     assert "it is damaged, or no npz file" in refused(tmp_path / "cut.npz", digits)
-    assert "there is no such file" in refused(tmp_path / "absent.npz", digits)
+    assert refused("sets/absent.npz", digits).endswith("there is no such file")
     leave(small(checkpoint, tmp_path / "part"), samples, [(0, 8)])
     assert "a run that lacks 32 samples" in refused(tmp_path / "part", digits)
     (tmp_path / "sizes").mkdir()
     Image.fromarray(pictures[0]).save(tmp_path / "sizes" / "0.png")
     Image.fromarray(pictures[0, :9]).save(tmp_path / "sizes" / "1.png")
     reference = open_reference(str(tmp_path / "sizes"), digits)
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(pictures[0, ..., 0].astype(np.uint16) * 257).save(tmp_path / "deep" / "0.png")
+    assert "more than 8 bits a channel" in refused(tmp_path / "deep", digits)
     assert reference.images is not None
     with pytest.raises(RequestError, match="pictures of several sizes"):
         list(reference.images.walk())
