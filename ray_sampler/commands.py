@@ -150,6 +150,8 @@ def execute_score(arguments: argparse.Namespace) -> int:
 
     if arguments.url is None:
         raise RequestError("`ray-sampler score` needs a run directory, an archive or a folder of pictures")
+    if not arguments.reference:
+        raise RequestError("--reference is missing; give what the pictures are to be compared with")
     request = ScoreRequest(score=arguments.reference, **given_values(arguments, ScoreRequest))
     request.check()  # what is wrong is said before torch and Ray are imported
     from ray_sampler.cluster.scoring import score

@@ -25,10 +25,9 @@ from ray_sampler.scoring.features import DamagedFeaturesError, Features, Held
 from ray_sampler.scoring.metrics import ROWS, Pair, kid_part, kid_subsets, radii, within
 from ray_sampler.scoring.moments import Moments, compare, reduce
 from ray_sampler.scoring.options import ScoreOptions
-from ray_sampler.scoring.references import check_channels
 from ray_sampler.scoring.scores import KEYS, Scoring, folder_of, open_scoring
 from ray_sampler.storage.connect import path_text
-from ray_sampler.storage.pictures import Pictures, open_pictures
+from ray_sampler.storage.pictures import Pictures, check_channels, open_pictures
 from ray_sampler.storage.run_dir import REFERENCES, SCORES, RunDir
 
 ATTEMPTS = 5
@@ -66,8 +65,8 @@ def score(source: str | os.PathLike[str], request: ScoreRequest) -> dict[str, An
         RequestError: the request is wrong; nothing was written.
         RunError: it failed; features that were made are kept.
     """
+    require(bool(request.score), "--reference is missing; give what the pictures are to be compared with")
     request.check()
-    require(request.score is not None, "--reference is missing; give what the pictures are to be compared with")
     source = absolute(path_text(source, "pictures"))
     options, shown, fleet = of(ScoreOptions, request), of(ReportingOptions, request), of(FleetOptions, request)
     with reporter(shown.progress, shown.json_log) as report, joined(request.address):
@@ -81,6 +80,9 @@ def score(source: str | os.PathLike[str], request: ScoreRequest) -> dict[str, An
         folder, name = parted(request.output)
         kept = source if pictures.is_run else folder or f"{source.rstrip('/').removesuffix('.npz')}.scores"
         target = RunDir(folder or kept)
+        for place_of_files in {target.url: target, kept: RunDir(kept)}.values():
+            place_of_files.prove_rights()
+            place_of_files.probes_clear("rights-")
         with own_ray(report, where.local):
             scores = scored(Extraction(scoring.extractor, fleet, where, report), scoring, pictures, kept)
         write_scores(target, scores, name)

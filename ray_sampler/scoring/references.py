@@ -21,7 +21,7 @@ from ray_sampler.networks.sources import Source, opened
 from ray_sampler.scoring.digits_network import bundled
 from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.options import DIGITS
-from ray_sampler.storage.pictures import Pictures, open_pictures
+from ray_sampler.storage.pictures import Pictures, check_channels, open_pictures
 
 ZIP, PICKLE = b"PK", b"\x80"
 """What a file of statistics begins with."""
@@ -206,11 +206,3 @@ def check_pictures(pictures: Pictures, shown: str) -> None:
     check_channels(pictures, shown)
     require(pictures.num_samples > 1, f"{shown}, which holds {pictures.num_samples} pictures; two are needed at least")
     require(not pictures.lacking, f"{shown}, a run that lacks {pictures.lacking} samples; run its command again first")
-
-
-def check_channels(pictures: Pictures, shown: str) -> None:
-    """Raises RequestError: they are neither grey nor in colour, as where the channels are not the last dimension."""
-    require(
-        pictures.shape[-1] in (1, 3),
-        f"{shown}, whose pictures are of shape {list(pictures.shape)}; they must be (H, W, C) with C 1 or 3",
-    )

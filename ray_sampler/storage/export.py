@@ -14,7 +14,7 @@ from PIL import Image
 from ray_sampler.errors import require
 from ray_sampler.storage.connect import open_store
 from ray_sampler.storage.output import check_output
-from ray_sampler.storage.pictures import open_pictures
+from ray_sampler.storage.pictures import check_channels, open_pictures
 from ray_sampler.storage.store import Store
 
 DIGITS = 6
@@ -49,6 +49,7 @@ def export(source: str, output: str, subdirs: bool = False) -> tuple[int, int]:
         f"{pictures.url} holds {pictures.dtype} results of a solver, of which no PNG can be made; "
         "sample with a --decoder that gives pictures",
     )
+    check_channels(pictures, f"what is exported is {pictures.url}")
     require(
         not pictures.lacking, f"{pictures.url} lacks {pictures.lacking} of its samples; run its command again first"
     )

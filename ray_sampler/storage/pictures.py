@@ -76,6 +76,14 @@ def open_pictures(url: str | os.PathLike[str]) -> Pictures:
     return _of_run(RunDir(text))
 
 
+def check_channels(pictures: Pictures, shown: str) -> None:
+    """Raises RequestError: they are neither grey nor in colour, as where the channels are not the last dimension."""
+    require(
+        pictures.shape[-1] in (1, 3),
+        f"{shown}, whose pictures are of shape {list(pictures.shape)}; they must be (H, W, C) with C 1 or 3",
+    )
+
+
 def _of_archive(archive: Archive) -> Pictures:
     ranges = list(pairwise([*range(0, archive.num_samples, archive.size), archive.num_samples]))
     held = archive.images

@@ -218,6 +218,20 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_output_that_takes_no_files_is_said_before_anything_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "a.npz", np.zeros((20, 8, 8, 3), np.uint8))
+    (tmp_path / "file").touch()
+    request = ["score", str(tmp_path / "a.npz"), "--reference"]
+    assert main([*request, "digits", "--output", str(tmp_path / "file" / "scores")]) == 2
+    assert main([*request, ""]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "a file is in the place of a folder; choose another output" in said[0]
+    assert "--reference is missing" in said[1]
+    assert not (tmp_path / "a.scores").exists()
+
+
 def test_features_that_are_not_finite_cost_the_score_and_no_picture(scored: Request, tmp_path: Path) -> None:
     job = prepare(scored("run", features="python:toyfeatures:broken", num_samples=20, metrics="fid"))
     with pytest.raises(

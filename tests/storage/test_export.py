@@ -102,9 +102,11 @@ def test_what_cannot_be_exported_is_one_sentence(
     checkpoint: Path, samples: Samples, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     floats = savez(tmp_path / "floats.npz", samples.images.astype(np.float32))
+    channels_first = savez(tmp_path / "channels_first.npz", np.zeros((2, 3, 8, 8), np.uint8))
     leave(small(checkpoint, tmp_path / "part"), samples, [(0, 8), (16, 24)])
     (tmp_path / "empty").mkdir()
     for source, sentence in {
+        channels_first: "pictures are of shape [3, 8, 8]; they must be (H, W, C) with C 1 or 3",
         floats: "holds float32 results of a solver, of which no PNG can be made",
         tmp_path / "part": "lacks 24 of its samples; run its command again first",
         tmp_path / "empty": "holds no pictures",
