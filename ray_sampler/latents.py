@@ -112,6 +112,19 @@ def check_picture_size(size: int | None, spec: NetworkSpec, decoder: NetworkSpec
     )
 
 
+def odd_decoder(name: str, spec: NetworkSpec, decoder: NetworkSpec) -> list[str]:
+    """What the user should know of a decoder that is unlike those with which such networks are published."""
+    decodes = decoder.decodes
+    if name in BUNDLED or spec.autoencoder is None or decodes is None:
+        return []
+    pixels, scaling = spec.autoencoder
+    odd = [f"{decodes.factor} pixels in a row for each latent, not {pixels}"] if decodes.factor != pixels else []
+    if scaling and decodes.scaling != scaling:
+        odd.append(f"the scaling_factor {decodes.scaling:g}, not {scaling:g}")
+    said = f"--decoder {printable(redact(name))} has {' and '.join(odd)} as those of published networks of this kind"
+    return [f"{said}; check that it is the one with which the network was trained"] if odd else []
+
+
 def refuse_other_latents(kept: RunDir, identity: Mapping[str, Any], num_samples: int) -> None:
     """Refuse latents that are not those that this run would sample.
 

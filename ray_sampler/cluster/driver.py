@@ -339,7 +339,7 @@ class Filling:
             # Channels last costs a GPU two copies at every normalisation unless the compiler fuses them away.
             contiguous = job.gpus > 0 and not compiles(job.compile, gpu=True)
             for role, network in job.networks.items():
-                if role not in self.shipped:
+                if role not in self.shipped and not (job.latents and role in (MAIN, GUIDE)):
                     precision = job.config.decoder_precision if role == DECODER else job.precision
                     self.shipped[role] = ship(network, precision, contiguous)
         if job.scoring and FEATURES not in self.shipped:

@@ -15,7 +15,7 @@ import torch
 from ray_sampler.cluster.session import place
 from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
-from ray_sampler.latents import check_picture_size, differences, open_decoder, refuse_other_latents
+from ray_sampler.latents import check_picture_size, differences, odd_decoder, open_decoder, refuse_other_latents
 from ray_sampler.networks.called import Called
 from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision, beside_user
 from ray_sampler.networks.opening import open_network
@@ -125,6 +125,7 @@ class Job:
         features = self.scoring and (self.scoring.extractor.name, self.scoring.extractor.sha256)
         return (
             networks,
+            self.latents is None,  # without which nothing is sampled
             features,
             self.precision,
             self.config.decoder_precision,
@@ -153,6 +154,8 @@ class Job:
             )
         if DECODER in self.networks:
             notes += empty_latents(self.config.decoder_batch, self.config.batch_size)
+            specs = self.networks[MAIN].spec, self.networks[DECODER].spec
+            notes += odd_decoder(str(self.config.decoder), *specs)
         return notes
 
     def fetched(self) -> dict[str, Any]:

@@ -37,8 +37,8 @@ PROJECTORS = "projectors."
 
 NORM_EPS = 1e-6
 MAX_PERIOD = 10_000.0
-PIXELS = 8
-"""Width in pixels of one place of a latent, in the published models."""
+PIXELS, SCALING = 8, 0.18215
+"""Width in pixels of one place of a latent, and the scaling of latents, in the published models."""
 
 SHOWN = ("pos_embed", "x_embedder.proj.weight", "blocks.0.adaLN_modulation.1.weight", "final_layer.linear.weight")
 """Names by which a checkpoint of this family is known."""
@@ -194,6 +194,7 @@ def spec_of(options: DitOptions, known: Mapping[str, Any], lacks: str) -> Networ
         defaults={**DitFlags.family_defaults, "rounding": "truncate" if known.get("data_at") == 0 else "nearest"},
         flags=known,
         latent=None if options.in_channels in (1, 3) else "sd",
+        autoencoder=(PIXELS, SCALING),
         lacks=lacks,
     )
 

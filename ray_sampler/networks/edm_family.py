@@ -149,6 +149,7 @@ def open_edm2(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozen
             "steps": 32,
         },
         latent="edm2" if latent else None,
+        autoencoder=(8, None),  # Stable Diffusion's
         script="edm2",
     )
     return checked(EDM2, spec, edm2.network_tensors(source), saved, settings, given, told_by(options, "edm"), encoder)

@@ -75,6 +75,8 @@ class NetworkSpec:
     """What it is given of each sample beside x and the time, by the name of a condition."""
     latent: str | None = None
     """The rule by which x becomes a picture (sd, edm2); None where x is a picture."""
+    autoencoder: tuple[int, float | None] | None = None
+    """Of latents: pixels in a row for each, and the scaling factor where it is used, as published."""
     lacks: str = ""
     """What must be given before it can be sampled, as a sentence; empty where that is nothing."""
     decodes: Decodes | None = None

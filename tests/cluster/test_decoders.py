@@ -18,10 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ray_sampler.cli import main
+from ray_sampler.cluster import driver
 from ray_sampler.cluster.job import Job, claim, prepare
+from ray_sampler.cluster.shipping import Shipped, ship
 from ray_sampler.cluster.worker import kept_of
 from ray_sampler.config import RequestError, RunConfig, RunError
 from ray_sampler.networks.autoencoder import autoencoder_class
+from ray_sampler.networks.family import Network
 from ray_sampler.sampling.engine import Engine, NonFiniteError
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError
 from ray_sampler.storage.fragment import encode, read_fragment
@@ -298,6 +301,19 @@ def test_transformers_bring_the_rule_and_the_rounding_of_their_publication(
     assert made.image_shape == (16, 16, 3)
 
 
+def test_a_decoder_unlike_the_published_ones_is_noted(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"model": str(REFERENCE / "dit8" / "checkpoint.pt"), "sampler": "heun"}
+    flags |= {"prediction": "eps", "num_heads": 3}
+    published: dict[str, Any] = {"scaling_factor": 0.18215, "levels": 4}
+    notes = {
+        name: [note for note in job(saved(tmp_path / name, **config), **flags).notes if "published" in note]
+        for name, config in {"same": published, "small": {}, "scaled": published | {"scaling_factor": 0.13025}}.items()
+    }
+    assert notes["same"] == []
+    assert ["has 2 pixels in a row for each latent, not 8 as those" in note for note in notes["small"]] == [True]
+    assert ["has the scaling_factor 0.13025, not 0.18215 as those" in note for note in notes["scaled"]] == [True]
+
+
 # Latents that another run kept.
 
 
@@ -386,9 +402,17 @@ def test_pictures_and_kept_latents_of_a_whole_run(vae: Path, tmp_path: Path, mon
     np.testing.assert_array_equal(latents(), wanted["latent"])
     # Another decoder needs no new sampling.
     other = saved(tmp_path / "other", scaling_factor=0.5)
+    shipped: list[str] = []
+
+    def recorded(network: Network, *more: Any) -> Shipped:
+        shipped.append(network.spec.family)
+        return ship(network, *more)
+
+    monkeypatch.setattr(driver, "ship", recorded)
     assert main([*command, *f"--output again --num_samples {N} --latents run --decoder {other}".split()]) == 0
     with np.load(tmp_path / "again" / f"samples_{N}x16x16x3.npz") as archive:
         assert (archive["arr_0"] == computed(job(other))["image"]).all()
+    assert shipped == ["autoencoder"]
     capsys.readouterr()
     assert main(["status", "run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["products"] == {"latents": N}
