@@ -15,7 +15,7 @@ import ray
 
 import ray_sampler
 from ray_sampler import RequestError, RunConfig, read_fragment, run
-from ray_sampler.cluster.reaching import own_token
+from ray_sampler.cluster.joining import own_token
 from ray_sampler.storage.record import DamagedFragment, Samples
 from tests.cluster.processes import PATIENCE_S
 from tests.cluster.runs import ARCHIVE, SMALL, TINY, fragments, leave, savez

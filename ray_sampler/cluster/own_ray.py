@@ -26,9 +26,9 @@ import psutil
 import ray
 
 from ray_sampler import streams
+from ray_sampler.cluster.joining import own_token
 from ray_sampler.cluster.machine import address_space, check_machine, cpus, ray_folder
 from ray_sampler.cluster.private import read_settings_again, without_uv
-from ray_sampler.cluster.reaching import own_token
 from ray_sampler.errors import RunError, printable
 
 logger = logging.getLogger(__name__)

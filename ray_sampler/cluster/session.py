@@ -17,9 +17,9 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_sampler.cluster import own_ray
+from ray_sampler.cluster.joining import address_given, cannot_join, check_command_line, knock, refuse_client_address
 from ray_sampler.cluster.machine import cpus, killed_for_memory, memory_limit
 from ray_sampler.cluster.own_ray import Keeper, log_says, session_logs, watched
-from ray_sampler.cluster.reaching import address_given, cannot_join, check_command_line, knock, refuse_client_address
 from ray_sampler.config import FleetOptions
 from ray_sampler.errors import RequestError, require
 from ray_sampler.interrupts import JOB_VARIABLE

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from ray_sampler.cluster.reaching import cannot_join
+from ray_sampler.cluster.joining import cannot_join
 from tests.cluster.processes import PATIENCE_S, kill_session
 from tests.cluster.runs import flags_of
 from tests.conftest import ROOT, Configure

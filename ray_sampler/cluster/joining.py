@@ -1,4 +1,4 @@
-"""Why a cluster cannot be joined, in one sentence: Ray itself says it in pages, and after long waits."""
+"""Joining a cluster, or why it cannot be joined: Ray itself says that in pages, and after long waits."""
 
 from __future__ import annotations
 
