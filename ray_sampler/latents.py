@@ -11,7 +11,7 @@ from ray_sampler.errors import printable, redact, require
 from ray_sampler.networks.autoencoder import open_autoencoder
 from ray_sampler.networks.family import Decodes, Network, NetworkSpec
 from ray_sampler.networks.latent_rules import RULES
-from ray_sampler.networks.opening import BUNDLED, open_network
+from ray_sampler.networks.opening import BUNDLED_FILES, open_network
 from ray_sampler.options import of
 from ray_sampler.sampling.decoding import DECODED_BY, decoding
 from ray_sampler.sampling.finish import FINISHERS, Finisher, pixels
@@ -23,7 +23,7 @@ from ray_sampler.storage.run_dir import RunDir
 
 def open_decoder(name: str) -> Network:
     """The network that decodes latents: a bundled one, or that of a directory."""
-    if name in BUNDLED:
+    if name in BUNDLED_FILES:
         return open_network(name, {}, flag="--decoder")
     require(
         "://" in name or os.path.exists(os.path.expanduser(name)),

@@ -21,7 +21,7 @@ from ray_sampler.networks.weights import Checkpoint, read_checkpoint, weights_ha
 FAMILIES: dict[str, Family] = {family.name: family for family in (ADM, EDM, EDM2, DIT, DIGITS_DECODER)}
 """By name, in the order in which they are asked; another family is one name more here."""
 
-BUNDLED = {
+BUNDLED_FILES = {
     name: f"{name}.safetensors" for name in ("digits", "digits-latent", "digits-decoder", "digits-v1", "digits-cd")
 }
 """Networks whose weights are in the package: their files in networks/digits."""
@@ -102,9 +102,9 @@ def built(family: Family, spec: Any, precision: Any) -> Any:
 
 def read(model: str, key: str | None, flag: str) -> Checkpoint:
     """The checkpoint of a bundled model's name, or of a path or URL."""
-    if model not in BUNDLED:
+    if model not in BUNDLED_FILES:
         return read_checkpoint(model, key, flag)
-    with as_file(files("ray_sampler.networks") / "digits" / BUNDLED[model]) as path:
+    with as_file(files("ray_sampler.networks") / "digits" / BUNDLED_FILES[model]) as path:
         return read_checkpoint(str(path), None, flag)
 
 
