@@ -258,14 +258,14 @@ EDM2_AUTOGUIDED: tuple[tuple[str, str, str, str, str, float, float], ...] = (
 version of itself")."""
 
 MEASURES = {"fid": "FID", "dino": "FDD"}
-PICTURES = {"img512": "ImageNet 512x512, latents", "img64": "ImageNet 64x64"}
+DATA_SETS = {"img512": "ImageNet 512x512, latents", "img64": "ImageNet 64x64"}
 
 
 def _edm2(data: str, size: str, measure: str, network: str, value: float, **guidance: Any) -> Preset:
     plain = size.removesuffix("-uncond")
     conditional = "" if plain == size else ", unconditional"
     return Preset(
-        f"EDM2-{plain.upper()}{conditional}, {PICTURES[data]}",
+        f"EDM2-{plain.upper()}{conditional}, {DATA_SETS[data]}",
         f"edm2-{data}-{network}.pkl",
         EDM2_PARAMETERS[data, plain] - (EDM2_LABELS[plain] if conditional else 0),
         {"sampler": "heun", "steps": 32} | guidance,

@@ -20,8 +20,8 @@ from ray_sampler.storage.record import Column, FragmentName, MissingFragment, Sa
 from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.verify import Checked, check
 
-PICTURES = 20_000
-PICTURE_BYTES = 128 * 2**20
+PIXEL_SAMPLES = 20_000
+PIXEL_BYTES = 128 * 2**20
 """Images that the pixel statistics look at, at most, evenly spaced: so that their cost does not grow with N."""
 
 PACK_PIECES = 4096
@@ -116,7 +116,7 @@ class Seen:
         self.pixels = PixelStatistics()
         self.labels: Counter[int] = Counter()
         self.tiles: dict[int, Tile] = {}
-        most = max(1, min(PICTURES, PICTURE_BYTES // int(np.prod(image_shape))))
+        most = max(1, min(PIXEL_SAMPLES, PIXEL_BYTES // int(np.prod(image_shape))))
         self.every = -(-num_samples // most)
         self.wanted = choose_indices([(0, num_samples)], TILES)
 
