@@ -39,7 +39,7 @@ CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Stored:
+class ShippedTensor:
     """Where the bytes of a tensor are, and how they make it."""
 
     chunk: int
@@ -57,7 +57,7 @@ class Shipped:
 
     module: bytes
     """Pickled, with numbers in place of its tensors."""
-    tensors: tuple[Stored, ...]
+    tensors: tuple[ShippedTensor, ...]
     chunks: tuple[ray.ObjectRef[list[np.ndarray]], ...]
     """Bytes of tensors, in groups."""
     prepare: Callable[[nn.Module, Precision], nn.Module]
@@ -164,7 +164,7 @@ class _Loader:
         self.tensors = tensors
         self.names = names
         self.as_stored = as_stored
-        self.stored: list[Stored] = []
+        self.stored: list[ShippedTensor] = []
         self.chunks: list[ray.ObjectRef[list[np.ndarray]]] = []
         self.known: dict[int, int] = {}
         self.waiting: list[np.ndarray] = []
@@ -184,7 +184,7 @@ class _Loader:
             data = torch.empty_strided(layout.shape, layout.stride(), dtype=dtype, device="cpu").copy_(data)
         flat = data.as_strided((data.numel(),), (1,)).view(torch.uint8).numpy()
         self.stored.append(
-            Stored(
+            ShippedTensor(
                 len(self.chunks),
                 len(self.waiting),
                 str(data.dtype).removeprefix("torch."),
@@ -316,7 +316,7 @@ def unpack(shipped: Shipped) -> nn.Module:
     return module
 
 
-def _restored(data: np.ndarray, stored: Stored) -> Tensor:
+def _restored(data: np.ndarray, stored: ShippedTensor) -> Tensor:
     flat = torch.from_numpy(data).view(getattr(torch, stored.dtype))
     tensor = flat.as_strided(stored.shape, stored.stride)
     return nn.Parameter(tensor, requires_grad=False) if stored.parameter else tensor.clone()
