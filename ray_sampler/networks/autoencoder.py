@@ -29,7 +29,7 @@ from ray_sampler.networks.family import (
     misfits,
     without_memory,
 )
-from ray_sampler.networks.sources import Folder, Source, opened
+from ray_sampler.networks.sources import Folder, Source, open_source
 from ray_sampler.networks.weights import read_checkpoint, weights_hash
 
 CONFIG = "config.json"
@@ -126,7 +126,7 @@ def open_autoencoder(url: str) -> Network:
         RequestError: there is none, a part of it is missing, or it is of another kind.
     """
     shown = f"--decoder is {redact(url)}"
-    with opened(url, "--decoder") as folder:
+    with open_source(url, "--decoder") as folder:
         if not isinstance(folder, Folder):
             raise RequestError(f"{shown}, a file; give the directory of an autoencoder, with its {CONFIG}")
         config, file = read_config(folder, shown), weights_file(folder, shown)
@@ -162,7 +162,7 @@ def read_config(folder: Folder, shown: str) -> dict[str, Any]:
         CONFIG in folder.names,
         f"{shown}, which has no {CONFIG}{pipeline or f'; give the directory of an {CLASS} of diffusers'}",
     )
-    with opened(folder.join(CONFIG), "--decoder") as source:
+    with open_source(folder.join(CONFIG), "--decoder") as source:
         assert isinstance(source, Source)
         try:
             config = json.loads(source.file.read(MAX_CONFIG))

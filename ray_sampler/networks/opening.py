@@ -45,13 +45,13 @@ def open_network(
         RequestError: there is no such file, it is not a checkpoint of a known family, or the settings contradict it.
     """
     try:
-        return opened(model, settings, given, flag)
+        return _open(model, settings, given, flag)
     except RequestError as error:
         named, said = str(error).startswith("--model "), str(error)
         raise RequestError(flag + said.removeprefix("--model") if named else said) from error
 
 
-def opened(model: Any, settings: Mapping[str, Any], given: frozenset[str], flag: str) -> Network:
+def _open(model: Any, settings: Mapping[str, Any], given: frozenset[str], flag: str) -> Network:
     """As `open_network`; what is wrong is said of --model."""
     check_passed(model, settings, given, flag)
     if not isinstance(model, str) or model.startswith(PREFIX):

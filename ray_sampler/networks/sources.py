@@ -66,7 +66,7 @@ class Folder:
 
 
 @contextlib.contextmanager
-def opened(url: str, flag: str = "--model") -> Iterator[Source | Folder]:
+def open_source(url: str, flag: str = "--model") -> Iterator[Source | Folder]:
     """The file at a path or any fsspec URL, or the directory that is there.
 
     A pipe, and a file of another machine, are copied to a temporary file first, and http(s) into the user's cache.

@@ -22,7 +22,7 @@ from ray_sampler.networks import nvidia
 from ray_sampler.networks.choose import Part, WrongKey, choose, listed
 from ray_sampler.networks.formats import Entry, Odd, Stored, content_of, load
 from ray_sampler.networks.inert import Refused
-from ray_sampler.networks.sources import Folder, Source, opened
+from ray_sampler.networks.sources import Folder, Source, open_source
 
 HEAD = 2**16
 NAMED = 3
@@ -74,7 +74,7 @@ def read_checkpoint(url: str, key: str | None = None, flag: str = "--model", wit
             what to do.
     """
     shown = str(redact(url))
-    with opened(url, flag) as found:
+    with open_source(url, flag) as found:
         try:
             if isinstance(found, Folder):
                 return _folder(found, key, shown, flag)
@@ -191,7 +191,7 @@ def _shown(name: str) -> str:
 def _folder(folder: Folder, key: str | None, shown: str, flag: str) -> Checkpoint:
     indices = sorted(name for name in folder.names if name.endswith(INDEX))
     if len(indices) == 1:
-        with opened(folder.join(indices[0]), flag) as index:
+        with open_source(folder.join(indices[0]), flag) as index:
             assert isinstance(index, Source)
             return _indexed(index.file.read(MAX_INDEX), folder.url, key, shown, flag)
     if "model_index.json" in folder.names:
@@ -228,7 +228,9 @@ def _indexed(index: bytes, folder: str, key: str | None, shown: str, flag: str) 
     notes = []
     with contextlib.ExitStack() as stack:
         for number, file in enumerate(files):
-            source = stack.enter_context(opened("/" + file if folder == "/" else f"{folder.rstrip('/')}/{file}", flag))
+            source = stack.enter_context(
+                open_source("/" + file if folder == "/" else f"{folder.rstrip('/')}/{file}", flag)
+            )
             if not isinstance(source, Source):
                 raise Refused(f"its part {_shown(file)} is a directory")
             part = content_of(source.file, _head(source))

@@ -17,7 +17,7 @@ from ray_sampler.errors import RequestError, redact, require
 from ray_sampler.networks.formats import KNOWN
 from ray_sampler.networks.inert import Foreign, Refused, damage_refused, unpickle
 from ray_sampler.networks.nvidia import array_of
-from ray_sampler.networks.sources import Source, opened
+from ray_sampler.networks.sources import Source, open_source
 from ray_sampler.scoring.digits_network import bundled
 from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.options import DIGITS
@@ -77,7 +77,7 @@ def open_reference(text: str, extractor: Extractor, flag: str = "--score") -> Re
         RequestError: there is none, or it is of other features, empty, of one picture, not finite, or holds objects.
     """
     shown = f"{flag} is {redact(text)}"
-    reference = _bundled(shown) if text == DIGITS else _opened(text, extractor, flag, shown)
+    reference = _bundled(shown) if text == DIGITS else _read_from(text, extractor, flag, shown)
     _check(reference, extractor, shown)
     return reference
 
@@ -87,9 +87,9 @@ def _bundled(shown: str) -> Reference:
     return _reference(DIGITS, hashlib.sha256(data).hexdigest(), _members(io.BytesIO(data), shown))
 
 
-def _opened(text: str, extractor: Extractor, flag: str, shown: str) -> Reference:
+def _read_from(text: str, extractor: Extractor, flag: str, shown: str) -> Reference:
     name = str(redact(text)).rstrip("/").rpartition("/")[2]
-    with opened(text, flag) as found:
+    with open_source(text, flag) as found:
         if isinstance(found, Source):
             head = found.file.read(len(ZIP))
             found.file.seek(0)
