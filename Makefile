@@ -7,8 +7,8 @@ ARGS ?=
 PY ?=
 
 # Flags that change samples, for example `make sample ARGS="--guidance 3"`, start another run in runs/<model>-<fingerprint>.
-SAME := --num_samples% --max_actors% --progress% --shard_size% --overwrite% --score% --metrics%
-OUTPUT := $(if $(filter-out $(SAME),$(filter --%,$(ARGS))),,--output runs/digits)
+SAME := --num-samples% --max-actors% --progress% --shard-size% --overwrite% --score% --metrics%
+OUTPUT := $(if $(filter-out $(SAME),$(subst _,-,$(filter --%,$(ARGS)))),,--output runs/digits)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv sample test accidents chaos simulate bench gpu check-inception lint system chromium azurite fuse clean
@@ -43,8 +43,8 @@ endef
 .venv/installed: .venv/installed-core
 	$(install)
 
-sample: .venv/installed-core ## 1,000 handwritten digits into runs/digits, and their score; ARGS="--num_samples 2000" passes flags on
-	$(BIN)/python jobs/sample.py $(OUTPUT) --num_samples 1000 --score digits $(ARGS)
+sample: .venv/installed-core ## 1,000 handwritten digits into runs/digits, and their score; ARGS="--num-samples 2000" passes flags on
+	$(BIN)/python jobs/sample.py $(OUTPUT) --num-samples 1000 --score digits $(ARGS)
 
 test: lint ## linter, type checker and all tests but those of `make accidents`
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS) || $(call again,)

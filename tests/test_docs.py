@@ -132,6 +132,8 @@ def test_make_sample_and_the_plain_command_of_the_readme_are_the_same_request() 
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     dry = ["make", "--no-print-directory", "-n", "sample"]
+    more = subprocess.run([*dry, "ARGS=--num-samples 5"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--output runs/digits" in more  # which this flag extends
     made = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
     (plain,) = {
         tuple(words) for page, words in ours() if page == "README.md" and words[-2:] == ["--output", "runs/digits"]
@@ -158,12 +160,20 @@ def test_rays_commands_exist(page: str, command: str) -> None:
 
 
 def test_flags_that_are_named_exist() -> None:
-    known = {f"--{field.name}" for field in fields(RunConfig)} | set(FOREIGN) | OTHERS
+    own = {f"--{field.name}" for field in fields(RunConfig)}
+    known = own | {flag.replace("_", "-") for flag in own} | set(FOREIGN) | OTHERS
     for page in PAGES:
         prose = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         for code in re.findall(r"`([^`]+)`", prose):
             for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
                 assert flag in known, f"{page.name}: {code}"
+
+
+def test_commands_have_their_flags_as_the_help_shows_them() -> None:
+    """With hyphens; migrating.md has the command lines of another program."""
+    for page, arguments in ours():
+        if page != "migrating.md":
+            assert not [word for word in arguments if re.match(r"--[a-z0-9-]*_", word)], f"{page}: {arguments}"
 
 
 def test_subcommands_that_are_named_exist() -> None:

@@ -137,7 +137,7 @@ def transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-OF_TINY = re.findall(r"^ray-sampler (?:sample|inspect) .* --num_heads 3\b.*$", PAGE, re.MULTILINE)
+OF_TINY = re.findall(r"^ray-sampler (?:sample|inspect) .* --num-heads 3\b.*$", PAGE, re.MULTILINE)
 
 
 def test_the_page_has_a_command_for_each_transformer() -> None:
