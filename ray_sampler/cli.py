@@ -360,7 +360,7 @@ COMMANDS: dict[str, Command] = {
         "Wait for the cloud's notice that this spot node will be reclaimed, then drain it from Ray.",
         declare_spot,
         execute_spot,
-        "aws|gcp|now [--seconds N] [--node_id ID]",
+        "aws|gcp|now [--seconds N] [--node-id ID]",
     ),
     "presets": Command("List the models that are known by name.", lambda parser: None, execute_presets),
 }

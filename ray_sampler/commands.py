@@ -52,6 +52,11 @@ def execute_status(arguments: argparse.Namespace) -> int:
 
 def declare_resume(parser: Parser) -> None:
     declare_folder(parser)
+    declare_fleet(parser)
+
+
+def declare_fleet(parser: Parser) -> None:
+    """The flags of the fleet and of reporting, of a command whose other arguments are a file or folder."""
     from ray_sampler.config import FleetOptions
     from ray_sampler.reporting.options import ReportingOptions
 
@@ -104,7 +109,7 @@ def declare_spot(parser: argparse.ArgumentParser) -> None:
         "when", nargs="?", default="", metavar="aws|gcp|now", help="whose notice to wait for; now waits for none"
     )
     parser.add_argument("--seconds", metavar="FLOAT", default="100", help="of now: how long the node stays (100)")
-    parser.add_argument("--node_id", metavar="TEXT", help="the Ray node (all that run on this machine)")
+    parser.add_argument("--node-id", metavar="TEXT", help="the Ray node to drain (default: all on this machine)")
 
 
 def execute_spot(arguments: argparse.Namespace) -> int:
@@ -139,10 +144,12 @@ def execute_export(arguments: argparse.Namespace) -> int:
 
 def declare_score(parser: Parser) -> None:
     parser.add_argument("url", nargs="?", metavar="SOURCE", help="a run directory, an archive or a folder of pictures")
-    from ray_sampler.config import ScoreRequest
+    from ray_sampler.config import ScoreOutputOptions
+    from ray_sampler.scoring.options import ScoreOptions
 
-    reference = replace(flags_of(ScoreRequest)["score"], name="reference")
-    parser.declare("score", [reference, *flags_among((ScoreRequest,), leave_out=("score", "dry_run"))])
+    reference = replace(flags_of(ScoreOptions)["score"], name="reference")
+    parser.declare("score", [reference, *flags_among((ScoreOptions, ScoreOutputOptions), leave_out=("score",))])
+    declare_fleet(parser)
 
 
 def execute_score(arguments: argparse.Namespace) -> int:

@@ -23,9 +23,9 @@ class AdmFlags:
     image_size: int = option(64, "Height and width in pixels.")
     num_channels: int = option(128, "Base width of the network.")
     num_res_blocks: int = option(2, "Residual blocks at each level.")
-    num_heads: int = option(4, "Attention heads, if num_head_channels is -1.")
-    num_heads_upsample: int = option(-1, "Attention heads on the way up; -1 means num_heads.")
-    num_head_channels: int = option(-1, "Channels per attention head; -1 means by num_heads.")
+    num_heads: int = option(4, "Attention heads, if --num-head-channels is -1.")
+    num_heads_upsample: int = option(-1, "Attention heads on the way up; -1 means --num-heads.")
+    num_head_channels: int = option(-1, "Channels per attention head; -1 divides by --num-heads.")
     attention_resolutions: str = option("32,16,8", "Resolutions that have attention.", numbers=True)
     channel_mult: str = option(
         "", "Width multiplier of each level, such as 1,2,3,4 (default: by image size).", numbers=True
@@ -178,7 +178,7 @@ class TrainingOptions:
     """How a checkpoint was trained: flags of published command lines, of which only the mode changes samples."""
 
     training_mode: TrainingMode = option(
-        "edm", "How the model was trained; those with consistency in their name have its preconditioning."
+        "edm", "How the model was trained: the consistency modes have their own preconditioning."
     )
     use_checkpoint: bool = option(False, "Gradient checkpointing in training.", inert=True)
     use_new_attention_order: bool = option(

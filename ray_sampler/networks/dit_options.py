@@ -18,7 +18,7 @@ class DitFlags:
 
     prediction: Prediction | None = option(
         None,
-        "What a transformer predicts: eps (DiT) or velocity (SiT, REPA). Projectors of REPA in the file tell it.",
+        "What a transformer predicts: eps (DiT) or velocity (SiT, REPA). A file with REPA's projectors needs no flag.",
         recorded=False,
     )
     data_at: int | None = option(

@@ -34,7 +34,7 @@ class OrderOptions:
     """The order of a multistep solver."""
 
     order: int | None = option(
-        None, "Order: unipc 2 or 3 (default 3), ipndm 1 to 4 (4), deis 1 to 3 (3).", recorded=False
+        None, "Order of the solver: unipc 2 or 3 (default 3), ipndm 1 to 4 (4), deis 1 to 3 (3).", recorded=False
     )
 
 

@@ -27,8 +27,8 @@ class NoiseOptions:
     seed: int = option(42, "Seed of the noise and of random labels.", common=True)
     generator: Generator = option(
         "philox",
-        "Source of the noise: philox (counter-based), edm (as EDM's and EDM2's scripts), or determ, determ-indiv and "
-        "dummy (as the consistency-models script).",
+        "Source of the noise: philox (counter-based), edm (as in EDM's and EDM2's scripts), or determ, determ-indiv "
+        "and dummy (as in the consistency-models script).",
     )
 
     def check(self) -> None:
@@ -146,8 +146,8 @@ class DecoderOptions:
     )
     decoder: str | None = option(
         None,
-        "What makes pictures of latents: the directory of an AutoencoderKL of diffusers, a local path or any fsspec "
-        "URL; none writes the solver's result as it is, float32 (H, W, C).",
+        "Decoder of latents: the directory of a diffusers AutoencoderKL, a local path or any fsspec URL; none writes "
+        "the solver's result as it is, float32 (H, W, C).",
         recorded=False,
     )
     decoder_batch: int = option(
@@ -163,7 +163,7 @@ class DecoderOptions:
     )
     latents: str | None = option(
         None,
-        "Run directory whose latents, kept by --keep_latents or --decoder none, are decoded in place of sampling.",
+        "Run directory whose latents, kept by --keep-latents or --decoder none, are decoded in place of sampling.",
         recorded=False,
     )
 

@@ -29,7 +29,7 @@ class RestartOptions(AddedNoise):
 
     restarts: str = option(
         "",
-        "Intervals that restart samples again: N,K,tmin,tmax;... means K times from tmax to tmin on N levels.",
+        "Intervals of the restart solver: N,K,tmin,tmax;... means K times from tmax to tmin on N levels.",
         recorded=False,
     )
 

@@ -28,7 +28,7 @@ LARGEST_LOG = 700.0
 class ScheduleOptions:
     """How many noise levels there are, and where."""
 
-    steps: int = option(40, "Steps: noise levels of the schedule.", common=True)
+    steps: int = option(40, "Number of steps: noise levels of the schedule.", common=True)
     sigma_min: float = option(0.002, "Smallest noise level.")
     sigma_max: float = option(80.0, "Largest noise level.")
     rho: float = option(

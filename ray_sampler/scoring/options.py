@@ -51,7 +51,7 @@ class ScoreOptions(FeatureOptions):
         common=True,
         recorded=False,
     )
-    metrics: str = option("fid", f"Metrics, between commas: {', '.join(METRICS)}.", recorded=False)
+    metrics: str = option("fid", f"Metrics, separated by commas: {', '.join(METRICS)}.", recorded=False)
 
     @property
     def extractor(self) -> str:
@@ -70,7 +70,7 @@ class ScoreOptions(FeatureOptions):
         unknown = set(self.metrics.replace(" ", "").split(",")) - set(METRICS)
         require(
             not unknown,
-            f"--metrics is {self.metrics!r}; it must be some of {', '.join(METRICS)}, between commas",
+            f"--metrics is {self.metrics!r}; it must be some of {', '.join(METRICS)}, separated by commas",
         )
         for name in ("features", "features_weights"):
             require(
