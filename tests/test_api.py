@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 import ray
 
 import ray_sampler
+import ray_sampler.compat
 from ray_sampler import RequestError, RunConfig, read_fragment, run
 from ray_sampler.cluster.joining import own_token
 from ray_sampler.storage.record import DamagedFragment, Samples
@@ -55,9 +59,21 @@ def test_what_needs_no_network_imports_no_torch(tmp_path: Path):
     assert done.stdout == "False\n", done.stderr
 
 
-def test_everything_in_the_public_interface_is_there_and_documented():
-    for name in ray_sampler.__all__:
-        assert getattr(ray_sampler, name).__doc__
+PUBLIC = [(module, name) for module in (ray_sampler, ray_sampler.compat) for name in module.__all__]
+PUBLIC.remove((ray_sampler.compat, "NUM_CLASSES"))
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC, ids=str)
+def test_everything_public_is_documented_and_has_types(module: ModuleType, name: str):
+    public = getattr(module, name)
+    assert public.__doc__
+    members = vars(public).values() if inspect.isclass(public) else [public]
+    functions = [member.fget if isinstance(member, property) else member for member in members]
+    for function in filter(inspect.isfunction, functions):
+        if function.__module__.startswith("ray_sampler") and not function.__name__.startswith("_"):
+            assert function.__doc__, function
+            assert get_type_hints(function).keys() >= {*inspect.signature(function).parameters, "return"} - {"self"}
+    assert inspect.isfunction(public) or get_type_hints(public) is not None
 
 
 def test_a_run_uses_the_ray_that_is_started_and_leaves_it_running(configure: Configure, samples: Samples, local_ray):

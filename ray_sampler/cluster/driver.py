@@ -78,12 +78,16 @@ class RunResult(NamedTuple):
 def run(config: RunConfig) -> RunResult:
     """Fill the archive that `config` asks for; continue where an earlier run of it stopped.
 
-    Uses the Ray that this process is connected to, or the one at config.address or RAY_ADDRESS, else starts its own.
-    With `dry_run` nothing is opened or written, and the result holds the resolved settings in place of a summary.
+    Uses the Ray that this process is connected to, or the one at config.address or RAY_ADDRESS, else starts a local one
+    and stops it. With `dry_run` nothing is opened or written, and the result holds the resolved settings in place of a
+    summary.
+
+    Returns:
+        The archive's path or URL, and the content of summary.json.
 
     Raises:
         RequestError: the request is wrong; nothing was written.
-        RunError: the run failed or is incomplete; finished samples are kept.
+        RunError: the run failed or is incomplete; finished samples are kept, and the same call continues.
     """
     require(isinstance(config, RunConfig), f"run takes a RunConfig, not {config!r}; give run(RunConfig(...))")
     if config.dry_run:

@@ -16,9 +16,11 @@ Device = torch.device | str
 class NoiseSource(Protocol):
     """Where `karras_sample` draws its normals, one call for each draw."""
 
-    def randn(self, *size: int, device: Device) -> Tensor: ...
+    def randn(self, *size: int, device: Device) -> Tensor:
+        """Normals of a size, on a device."""
 
-    def randn_like(self, tensor: Tensor) -> Tensor: ...
+    def randn_like(self, tensor: Tensor) -> Tensor:
+        """Normals of the shape, dtype and device of a tensor."""
 
 
 class GlobalGenerator:
@@ -53,6 +55,7 @@ class SeededGenerator:
         self._streams: dict[tuple[torch.device, int], torch.Generator] = {}
 
     def get_seed(self) -> int:
+        """The first seed."""
         return self.seed
 
     def set_done_samples(self, done_samples: int) -> None:
@@ -62,14 +65,17 @@ class SeededGenerator:
             self.set_seed(self.seed)
 
     def randn(self, *size: int, dtype: torch.dtype = torch.float, device: Device = "cpu") -> Tensor:
+        """Normals of `size`, (rows, ...), each row from its sample's stream."""
         return self._rows(size, device, lambda s, g: torch.randn(s, generator=g, dtype=dtype, device=g.device))
 
     def randn_like(self, tensor: Tensor) -> Tensor:
+        """Normals of the shape, dtype and device of a tensor."""
         return self.randn(*tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     def randint(
         self, low: int, high: int, size: tuple[int, ...], dtype: torch.dtype = torch.long, device: Device = "cpu"
     ) -> Tensor:
+        """Whole numbers from `low` to `high` - 1 of `size`, (rows, ...), each row from its sample's stream."""
         return self._rows(
             size, device, lambda s, g: torch.randint(low, high, s, generator=g, dtype=dtype, device=g.device)
         )

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,17 @@ MEANT = {
 """What other programs call kinds."""
 
 
+class Computes(Protocol):
+    """What a network computes: `ray_sampler.sampling.parameterisation.Parameterisation`, as far as a Model asks."""
+
+    def denoiser(self, network: Any, y: Tensor | None, /) -> Any:
+        """D of a network and the condition of a batch: called with x (B, C, H, W) and sigma (B,), it gives x_0."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides a sample, as JSON values."""
+
+
 class Model:
     """A network of the user's own, with all that is needed to sample it.
 
@@ -60,7 +71,7 @@ class Model:
     def __init__(
         self,
         network: nn.Module,
-        kind: Any = None,
+        kind: str | Computes | None = None,
         shape: tuple[int, int, int] | None = None,
         num_classes: int = 0,
         null_label: int | None = None,
@@ -107,6 +118,7 @@ class Model:
         )
         require(decoder in DECODERS, f"Model's decoder is {decoder!r}; it must be None, 'sd' or 'edm2'")
         assert shape is not None, "checked above"
+        assert kind is not None, "checked above"
         self.network = network
         self.kind = kind
         self.shape = (shape[0], shape[1], shape[2])

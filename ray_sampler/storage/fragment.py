@@ -42,7 +42,10 @@ class Fragment:
     """A fragment's samples, with its record."""
 
     record: Record
+    """What the file says of itself: fingerprint, range, checksums, and what computed it."""
     samples: Samples
+    """Its `start` is the index of the first one; `images` (n, H, W, C) uint8, or float32 with --decoder none; `labels`
+    (n,) int32, None of an unconditional model."""
 
 
 def encode(
@@ -123,7 +126,7 @@ def checked(record: Record, groups: Iterator[dict[str, np.ndarray]], name: Fragm
 
 
 def read_fragment(url: str | os.PathLike[str]) -> Fragment:
-    """The samples and the record of one fragment, checked.
+    """The samples and the record of one fragment, checked: `read_fragment(url).samples.images` is an array.
 
     Args:
         url: a local path or any fsspec URL, ending in the fragment's own name.
