@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ray_sampler.config import RunConfig
+from ray_sampler.config import HEADINGS, RunConfig
 from ray_sampler.errors import redact, require, shortened
 from ray_sampler.networks.families import ARCHITECTURE, BROUGHT, told_by_flags
 from ray_sampler.networks.sources import not_there
@@ -197,10 +197,11 @@ def command_of(config: RunConfig) -> dict[str, Any] | None:
     """
     if str(config.model).startswith(OBJECT):
         return None
-    names = [name for name in flags_of(RunConfig) if name in config.given - {"overwrite", "dry_run"}]
+    in_help = [name for components in HEADINGS.values() for component in components for name in flags_of(component)]
+    names = [name for name in in_help if name in config.given - {"overwrite", "dry_run"}]
     values = {name: getattr(config, name) for name in names}
     shown = {name: redact(value) if name in URLS else value for name, value in values.items()}
-    arguments = [f"--{name}={value}" for name, value in shown.items()]
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in shown.items()]
     return {"argv": ["sample", *arguments], "folder": os.getcwd(), "tag": config.tag}
 
 

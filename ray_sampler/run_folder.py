@@ -69,20 +69,18 @@ def resumed(url: str, beside: Mapping[str, Any]) -> RunConfig:
     try:
         _, *arguments = run["command"]["argv"]
         texts = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
-        given = {name: value_of(flags[name], text) for name, text in texts.items()}
+        named = {name.replace("-", "_"): text for name, text in texts.items()}
+        given = {name: value_of(flags[name], text) for name, text in named.items()}
         folder = str(run["command"]["folder"])
     except (KeyError, TypeError, ValueError) as error:
         name = str(run["settings"].get("model"))
         how = (
-            f"call run() with the same Model, {name.removeprefix(OBJECT)},"
+            f"call run() with the same Model, {name.removeprefix(OBJECT)}, and output={run_dir.url!r}"
             if name.startswith(OBJECT)
-            else (
-                f"type it again, as `ray-sampler sample --model {printable(name)} --num_samples {run['num_samples']}`,"
-            )
+            else f"type it again, with the flags that it had: ray-sampler sample --model {printable(name)} "
+            f"--num_samples {run['num_samples']} ... --output {run_dir.url}"
         )
-        raise RequestError(
-            f"{run_dir.url} does not record the command that began it; {how} with --output {run_dir.url}"
-        ) from error
+        raise RequestError(f"{run_dir.url} does not record the command that began it; {how}") from error
     if os.path.isdir(folder):
         os.chdir(folder)
     return RunConfig(**(given | {"output": run_dir.url} | dict(beside)))
