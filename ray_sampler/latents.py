@@ -107,8 +107,8 @@ def check_picture_size(size: int | None, spec: NetworkSpec, decoder: NetworkSpec
     side, factor = spec.shape[1], decoder.decodes.factor if decoder.decodes else 1
     require(
         size in (None, side, factor * side),
-        f"--image_size is {size}, but of the network's latents of {side} pixels a side --decoder makes pictures of "
-        f"{factor * side}; give their own autoencoder, or leave --image_size out",
+        f"--image_size is {size}, but --decoder makes pictures of {factor * side} pixels a side from the network's "
+        f"latents of {side}; give the autoencoder of these latents, or leave --image_size out",
     )
 
 

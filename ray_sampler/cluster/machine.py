@@ -151,13 +151,13 @@ def check_machine() -> None:
     memory, processes = memory_limit(), processes_left()
     if memory < LEAST_MEMORY:
         raise RunError(
-            f"Ray cannot start: this process may have {memory / 2**20:.0f} MiB of memory, and a run needs about "
+            f"Ray cannot start: this process may have only {memory / 2**20:.0f} MiB of memory, and a run needs about "
             f"{LEAST_MEMORY // 2**20} MiB; raise the limit of the container or job"
         )
     if processes < LEAST_PROCESSES:
         raise RunError(
-            f"Ray cannot start: {processes:.0f} more processes and threads may be started here, and a run needs about "
-            f"{LEAST_PROCESSES}; raise the limit (docker run --pids-limit, TasksMax, ulimit -u)"
+            f"Ray cannot start: only {processes:.0f} more processes and threads may be started here, and a run needs "
+            f"about {LEAST_PROCESSES}; raise the limit (docker run --pids-limit, TasksMax, ulimit -u)"
         )
 
 

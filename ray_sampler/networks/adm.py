@@ -45,8 +45,8 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     attention = checkpoint.tensors.get("middle_block.1.qkv.weight")
     require(
         attention is None or attention.dim() != 3,
-        f"--model is {checkpoint.shown}; its attention is that of guided-diffusion, whose networks predict eps, the "
-        "noise of a table of alphas, often, and velocity if trained by flow matching; give --model "
+        f"--model is {checkpoint.shown}; its attention is that of guided-diffusion, whose networks usually "
+        "predict eps for a table of alphas, or velocity if trained by flow matching; give --model "
         "python:module:function, which returns it as a Model of that kind",
     )
     settings = {**settings, "label_dropout": label_dropout(checkpoint, settings, given)}

@@ -237,7 +237,9 @@ def check_sigma_data(saved: SavedNetwork) -> None:
 def recorded(saved: SavedNetwork, name: str, default: float) -> float:
     """A number that a snapshot records."""
     value = saved.arguments.get(name, default)
-    require(isinstance(value, (int, float)) and value >= 0, f"--model records {name} as {ascii(value)[:40]}, no level")
+    require(
+        isinstance(value, (int, float)) and value >= 0, f"--model has {name} {ascii(value)[:40]}; it must be a number"
+    )
     return float(value)
 
 

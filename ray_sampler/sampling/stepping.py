@@ -149,7 +149,7 @@ def check_steps(options: SolverOptions, schedule: ScheduleOptions, state: str) -
     said = f"--sigma_min is {schedule.sigma_min:g}, --sigma_max {schedule.sigma_max:g} and --rho {schedule.rho:g}"
     require(
         bool((levels[:-1] > 0).all() and levels.isfinite().all()),
-        f"{f'--sigmas is {schedule.sigmas}' if explicit else said}; a level of that is 0 or infinite in "
+        f"{f'--sigmas is {schedule.sigmas}' if explicit else said}; one of the levels is 0 or infinite in "
         f"{state}: give other values{'' if state == 'fp64' else ', or --state fp64'}",
     )
     if "schedule" not in solver.uses:
@@ -158,7 +158,7 @@ def check_steps(options: SolverOptions, schedule: ScheduleOptions, state: str) -
     named = f"--sigmas is {schedule.sigmas}" if explicit else f"--steps is {schedule.steps}"
     require(
         not len(equal),
-        f"{named}; two levels beside each other are {float(equal.max()) if len(equal) else 0:g} in {state}, and "
+        f"{named}; two neighbouring levels are {float(equal.max()) if len(equal) else 0:g} in {state}, and "
         f"--sampler {options.sampler} needs levels that fall: give fewer, or --state fp64",
     )
 

@@ -40,7 +40,8 @@ def open_own(name: str, weights: str | None, shape: tuple[int, ...]) -> Extracto
     said = f"{made.dtype} {list(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
     right = isinstance(made, Tensor) and made.dtype == torch.float32 and made.ndim == 2 and len(made) == 2
     require(
-        right, f"{shown}; of pictures {[2, *shape]} it made {said.removeprefix('torch.')}; it must make float32 [2, D]"
+        right,
+        f"{shown}; for pictures {[2, *shape]} it returned {said.removeprefix('torch.')}; it must return float32 [2, D]",
     )
     tensors = {key: tensor for key, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
     return Extractor(name, weights_hash(tensors), network, made.shape[1], "its own", by_value=companions(module))

@@ -175,8 +175,8 @@ def _check(reference: Reference, extractor: Extractor, shown: str) -> None:
     name, dims, made = extractor.name, extractor.dims, reference.extractor
     require(
         made is None or (made[0] == name and made[1] in ("", extractor.sha256)),
-        f"{shown}, which is of features of {' '.join(made or ())[:60]}, not of {name} {extractor.sha256[:8]}; "
-        "give the --features that made it, or make it anew with `ray-sampler reference`",
+        f"{shown}, which was made with features of {' '.join(made or ())[:60]}, not of {name} {extractor.sha256[:8]}; "
+        "give the --features that made it, or make it again with `ray-sampler reference`",
     )
     for what, sides in (("mu", 1), ("sigma", 2), ("features", 2)):
         array = getattr(reference, what)
@@ -188,7 +188,7 @@ def _check(reference: Reference, extractor: Extractor, shown: str) -> None:
                 "--features that made it",
             )
             finite = bool(np.isfinite(array).all())
-            require(finite, f"{shown}, whose {what} has values that are not finite; make it anew of finite features")
+            require(finite, f"{shown}, whose {what} has values that are not finite; make it again from finite features")
     require((reference.mu is None) == (reference.sigma is None), f"{shown}, which has mu and no sigma; give both")
     if (sigma := reference.sigma) is not None:
         even = np.abs(sigma - sigma.T).max() <= 1e-3 * np.abs(sigma).max()
@@ -204,5 +204,5 @@ def check_pictures(pictures: Pictures, shown: str) -> None:
     """Raises RequestError: no reference can be made of them."""
     require(pictures.dtype == "uint8", f"{shown}, which holds {pictures.dtype} results of a solver; give pictures")
     check_channels(pictures, shown)
-    require(pictures.num_samples > 1, f"{shown}, which holds {pictures.num_samples} pictures; two are needed at least")
+    require(pictures.num_samples > 1, f"{shown}, which holds {pictures.num_samples} pictures; at least two are needed")
     require(not pictures.lacking, f"{shown}, a run that lacks {pictures.lacking} samples; run its command again first")

@@ -212,7 +212,7 @@ def merge(
             except NotCommitted as error:
                 if not left:
                     raise
-                logger.warning("%s; the archive is written anew", error)
+                logger.warning("%s; the archive is written again", error)
     return layout
 
 

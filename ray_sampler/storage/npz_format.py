@@ -51,9 +51,9 @@ def decode_npz(
             raise DamagedFragment(f"its {len(infos)} members are too many, or one is there twice")
         for info in infos:
             if info.compress_type != zipfile.ZIP_STORED:
-                raise DamagedFragment(f"its member {info.filename!r} is not stored as it is")
+                raise DamagedFragment(f"its member {info.filename!r} is compressed")
         if sum(info.file_size for info in infos) > len(data):
-            raise DamagedFragment("its members overlap, or are not stored as they are")
+            raise DamagedFragment("its members overlap: together they are larger than the file")
         members = {info.filename: archive.read(info) for info in infos}
     if "record.npy" not in members:
         raise DamagedFragment("it holds no record: it is another program's file")

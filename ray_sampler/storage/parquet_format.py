@@ -120,7 +120,7 @@ def check_groups(metadata: pq.FileMetaData, rows: int, widths: list[int]) -> Non
             # Its codec is not asked for: where a flipped bit makes it an unknown one, Arrow aborts the process.
             as_it_is = column.total_uncompressed_size == column.total_compressed_size
             if not as_it_is or column.num_values != group.num_rows * width:
-                raise DamagedFragment(f"its column {column.path_in_schema!r} is not stored as it is")
+                raise DamagedFragment(f"its column {column.path_in_schema!r} is compressed or encoded")
 
 
 def parquet_groups(file: pq.ParquetFile, columns: dict[str, Column]) -> Iterator[dict[str, np.ndarray]]:

@@ -71,6 +71,7 @@ class Archive:
 
     @property
     def num_samples(self) -> int:
+        """N."""
         return self.images.shape[0]
 
     @property
@@ -204,7 +205,9 @@ def member(file: IO[bytes], info: zipfile.ZipInfo, size: int, dtypes: tuple[str,
     )
     file.seek(info.header_offset)
     local = file.read(LOCAL_HEADER_BYTES)
-    require(len(local) == LOCAL_HEADER_BYTES and local.startswith(LOCAL_HEADER), f"its {name} is not where it says")
+    require(
+        len(local) == LOCAL_HEADER_BYTES and local.startswith(LOCAL_HEADER), f"its {name} is not where it should be"
+    )
     begin = (
         info.header_offset
         + LOCAL_HEADER_BYTES
@@ -224,7 +227,7 @@ def member(file: IO[bytes], info: zipfile.ZipInfo, size: int, dtypes: tuple[str,
     dtype = np.dtype(descr)
     require(
         info.file_size == info.compress_size == header.end() + math.prod(shape) * dtype.itemsize,
-        f"its {name} has not the size that its shape {shape} needs",
+        f"its {name} does not have the size that its shape {shape} needs",
     )
     return Values(dtype, shape, begin + header.end(), header[0], info.CRC)
 

@@ -113,7 +113,7 @@ CASES = [
     Case("503 that lasts", (answer(503, "SlowDownRead"),), 1, "run the same command again", most=retry.ATTEMPTS),
     Case("520 that lasts", (answer(520, "", form="page"),), 1, "520", most=retry.ATTEMPTS),
     *(
-        Case(f"{operation} finds no upload any more", (lost_upload(operation),), 0, "the archive is written anew")
+        Case(f"{operation} finds no upload any more", (lost_upload(operation),), 0, "the archive is written again")
         for operation in ("UploadPart", "CompleteMultipartUpload")
     ),
     # Conditions and checksums.

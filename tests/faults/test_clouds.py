@@ -259,7 +259,7 @@ def test_an_upload_that_the_store_drops_is_made_anew(cloud: Cloud, caplog):
     cloud.proxy.plan(Fault(**vars(dropped) | {"first": number, "last": number}))
     life = live(cloud.url())
     assert (life.code, life.said) == (0, "")
-    assert "the archive is written anew" in caplog.text
+    assert "the archive is written again" in caplog.text
 
 
 @pytest.mark.parametrize("status", [503, 500])

@@ -61,7 +61,7 @@ CASES = [
         for operation, word in (
             ("write", "follows in"),
             ("rename", "follows in"),
-            ("fsync", "written anew"),
+            ("fsync", "written again"),
             ("read", ""),
         )
     ),

@@ -213,6 +213,6 @@ def test_a_function_of_ones_own_gives_the_network(tmp_path: Path, monkeypatch: p
     assert opened("python:own_features:means", "3").sha256 != extractor.sha256
     assert "own_features.py, line 17" in refused("python:own_features:raises")
     assert "returned a NoneType; it must return a torch.nn.Module" in refused("python:own_features:nothing")
-    assert "it made uint8 [24576]; it must make float32 [2, D]" in refused("python:own_features:flat")
+    assert "it returned uint8 [24576]; it must return float32 [2, D]" in refused("python:own_features:flat")
     assert "No module named 'absent_features'" in refused("python:absent_features:means")
     assert "it raised AttributeError" in refused("python:own_features:absent")

@@ -57,7 +57,7 @@ def test_what_no_reference_can_be_made_of_is_one_sentence(
     for arguments, sentence in {
         (str(folder), "--output", str(tmp_path / "ref.txt")): "it must end in .npz",
         (str(folder),): "needs pictures, and --output FILE.npz",
-        (str(tmp_path / "one.npz"), "--output", str(tmp_path / "ref.npz")): "holds 1 pictures; two are needed",
+        (str(tmp_path / "one.npz"), "--output", str(tmp_path / "ref.npz")): "holds 1 pictures; at least two are needed",
         (str(folder), "--features", "vgg", "--output", str(tmp_path / "ref.npz")): "--features is 'vgg'",
     }.items():
         assert main(["reference", *arguments]) == 2

@@ -141,7 +141,7 @@ def oversold() -> bytes:
         (member(arr_0=IMAGES, arr_1=LABELS[:3]), "arr_1 is of shape"),
         (member(arr_0=np.asfortranarray(IMAGES)), "not a plain array"),
         (compressed(), "compressed"),
-        (oversold(), "has not the size"),
+        (oversold(), "does not have the size"),
         (b"", "cut short"),
         (member(arr_0=IMAGES)[:-30], "cut short"),
     ],
