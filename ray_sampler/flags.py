@@ -234,10 +234,17 @@ def unknown_argument(command: str, parser: Parser, token: str) -> str:
     """What is wrong with an argument that no flag takes."""
     if not token.startswith("-"):
         return f"{token!r} is not expected here; `ray-sampler {command} --help` shows the usage"
+    from ray_sampler.config import RunConfig
+
     flag = token.partition("=")[0]
     name = flag.lstrip("-").replace("-", "_")
     if command == "sample" and name in SYNONYMS:
         return f"{flag} is not a flag of {command}; {SYNONYMS[name]}"
+    if command == "resume" and name in flags_of(RunConfig):
+        return (
+            f"{flag} is not a flag of resume, which repeats the recorded command; to change or extend the run, "
+            f"give `ray-sampler sample` its flags and {flag}"
+        )
     known = [action.dest for action in parser.declared if action.option_strings]
     close = difflib.get_close_matches(name, known, 1, SIMILAR)
     hint = f"did you mean --{close[0]}?" if close else f"`ray-sampler {command} --help` lists the flags"

@@ -73,7 +73,8 @@ def test_everything_public_is_documented_and_has_types(module: ModuleType, name:
         if function.__module__.startswith("ray_sampler") and not function.__name__.startswith("_"):
             assert function.__doc__, function
             assert get_type_hints(function).keys() >= {*inspect.signature(function).parameters, "return"} - {"self"}
-    assert inspect.isfunction(public) or get_type_hints(public) is not None
+    if inspect.isclass(public):
+        get_type_hints(public)  # raises where a name in them is missing
 
 
 def test_a_run_uses_the_ray_that_is_started_and_leaves_it_running(configure: Configure, samples: Samples, local_ray):

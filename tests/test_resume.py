@@ -88,7 +88,9 @@ def test_a_model_object_is_to_be_given_again(place: Path):
 @pytest.mark.parametrize("arguments", [["--steps", "3"], ["--output", "x"], ["--overwrite"], ["--dry_run"]])
 def test_only_flags_of_the_fleet_and_of_reporting_may_stand_beside_it(arguments: list[str], capsys):
     assert main(["resume", "run", *arguments]) == 2
-    assert f"{arguments[0]} is not a flag of resume" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{arguments[0]} is not a flag of resume, which repeats" in said
+    assert "`ray-sampler sample`" in said
 
 
 def test_it_completes_what_a_killed_run_left(
