@@ -50,7 +50,7 @@ def build(weights: str | None) -> Model:
     return Model(nn.Conv2d(3, 3, 1), "eps", (3, 8, 8), sigma_max=20.0, alphas=[0.9, 0.5])
 
 
-config = RunConfig(model=build, steps=18, max_actors=None, output="run", labels=[3, 1])
+config = RunConfig(model=build, steps=18, max_actors=None, output="run", labels="3,1")
 more: int = replace(config, num_samples=100).steps + 1
 try:
     result: RunResult = run(config)
