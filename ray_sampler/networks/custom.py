@@ -118,7 +118,6 @@ class Model:
         )
         require(decoder in DECODERS, f"Model's decoder is {decoder!r}; it must be None, 'sd' or 'edm2'")
         assert shape is not None, "checked above"
-        assert kind is not None, "checked above"
         self.network = network
         self.kind = kind
         self.shape = (shape[0], shape[1], shape[2])
