@@ -115,7 +115,7 @@ def check_picture_size(size: int | None, spec: NetworkSpec, decoder: NetworkSpec
 def odd_decoder(name: str, spec: NetworkSpec, decoder: NetworkSpec) -> list[str]:
     """What the user should know of a decoder that is unlike those with which such networks are published."""
     decodes = decoder.decodes
-    if name in BUNDLED or spec.autoencoder is None or decodes is None:
+    if name in BUNDLED_FILES or spec.autoencoder is None or decodes is None:
         return []
     pixels, scaling = spec.autoencoder
     odd = [f"{decodes.factor} pixels in a row for each latent, not {pixels}"] if decodes.factor != pixels else []
