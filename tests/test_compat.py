@@ -214,8 +214,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("generator", ["determ", "determ-indiv"])
-@pytest.mark.parametrize("preconditioning", ["edm", "consistency"])
+@pytest.mark.parametrize(
+    ("preconditioning", "generator"), [("edm", "determ-indiv"), ("consistency", "determ")], ids="-".join
+)
 def test_samples_are_the_originals_within_1e_4(
     preconditioning: str, generator: str, case: str, golden_model: UNet
 ) -> None:

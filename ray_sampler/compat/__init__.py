@@ -6,15 +6,16 @@ scripts run without an edit: `python -m ray_sampler.compat SCRIPT [ARGS]`.
 
 from __future__ import annotations
 
-from ray_sampler.compat.generators import Device, GlobalGenerator, NoiseSource, SeededGenerator, get_generator
-from ray_sampler.compat.karras import karras_sample
-from ray_sampler.compat.preconditioned import (
+from ray_sampler.compat.cm.karras_diffusion import KarrasDenoiser, karras_sample
+from ray_sampler.compat.cm.random_util import Device, GlobalGenerator, NoiseSource, SeededGenerator, get_generator
+from ray_sampler.compat.cm.script_util import (
     NUM_CLASSES,
-    KarrasDenoiser,
+    add_dict_to_argparser,
+    args_to_dict,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
+    str2bool,
 )
-from ray_sampler.compat.script_arguments import add_dict_to_argparser, args_to_dict, str2bool
 
 __all__ = [
     "NUM_CLASSES",

@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
     script = argv[0]
     try:
         check_launcher(script)
-        check_script(script)
+        there = os.path.isfile(script) and os.access(script, os.R_OK)
+        require(there, f"SCRIPT is {script}; it must be the path of a Python script that can be read")
         run_script(script, argv[1:])
     except RequestError as error:
         print(f"ray_sampler.compat: {error}{place(error, script)}", file=sys.stderr)
@@ -63,15 +64,6 @@ def check_launcher(script: str) -> None:
             f"{name} is {size}: an MPI launcher started this process, and MPI is not used here; "
             f"start it with torchrun --nproc_per_node {size} -m ray_sampler.compat {script}",
         )
-
-
-def check_script(script: str) -> None:
-    """Raises RequestError: `script` is not a file that can be read."""
-    try:
-        with open(script, "rb"):
-            pass
-    except OSError as error:
-        raise RequestError(f"SCRIPT is {script}; it must be the path of a Python script: {error.strerror}") from None
 
 
 def place(error: RequestError, script: str) -> str:
