@@ -23,8 +23,7 @@ from scipy.linalg import sqrtm
 
 from merge import memory_mib
 from ray_sampler.scoring.features import Features, Held, StoredFeatures
-from ray_sampler.scoring.metrics import ROWS, radii, within
-from ray_sampler.scoring.moments import Moments, frechet, reduce
+from ray_sampler.scoring.metrics import ROWS, Moments, frechet, radii, reduce, within
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.record import FragmentName, Samples

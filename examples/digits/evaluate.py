@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import JUDGES_PER_CLASS, Digits, load_digits
-from ray_sampler.scoring.digits_network import FEATURES, DigitsNetwork
-from ray_sampler.scoring.moments import Moments, frechet
+from ray_sampler.scoring.extractors import FEATURES, DigitsNetwork
+from ray_sampler.scoring.metrics import Moments, frechet
 
 EPOCHS = 24
 BATCH = 50

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data import Digits, load_digits
 from evaluate import BATCH, EPOCHS, train_classifier
-from ray_sampler.scoring.digits_network import DigitsNetwork
+from ray_sampler.scoring.extractors import DigitsNetwork
 from recipe import recipe_of
 
 

@@ -22,8 +22,7 @@ from ray_sampler.reporting.options import ReportingOptions
 from ray_sampler.reporting.progress import Reporter, reporter
 from ray_sampler.reporting.scores import described, read_scores, show_in_run, write_scores
 from ray_sampler.scoring.features import DamagedFeaturesError, Features, Held
-from ray_sampler.scoring.metrics import ROWS, Pair, kid_part, kid_subsets, radii, within
-from ray_sampler.scoring.moments import Moments, compare, reduce
+from ray_sampler.scoring.metrics import ROWS, Moments, Pair, compare, kid_part, kid_subsets, radii, reduce, within
 from ray_sampler.scoring.options import ScoreOptions
 from ray_sampler.scoring.scores import KEYS, Scoring, folder_of, open_scoring
 from ray_sampler.storage.connect import path_text

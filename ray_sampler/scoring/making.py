@@ -19,7 +19,7 @@ from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.extractors import open_extractor
 from ray_sampler.scoring.features import FEATURES, in_blocks
 from ray_sampler.scoring.inception import spatial_of
-from ray_sampler.scoring.moments import reduce
+from ray_sampler.scoring.metrics import reduce
 from ray_sampler.scoring.options import FeatureOptions
 from ray_sampler.scoring.references import check_pictures
 from ray_sampler.scoring.scores import product_of

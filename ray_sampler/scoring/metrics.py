@@ -1,14 +1,117 @@
-"""Metrics that need the features themselves: KID, and precision and recall; both in parts that can run side by side."""
+"""Metrics of features: moments, the Frechet distance and the Inception Score in one pass; KID, precision and recall.
+
+Memory does not grow with N. Sums are float64, of fixed blocks of 1,024 indices, added in the order of the indices and
+computed by one thread: so they have the same bits whatever files and machines the features came from. KID, precision
+and recall need the features themselves, in parts that can run side by side.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ray_sampler.scoring.features import Features, rows_at
-from ray_sampler.scoring.moments import SEED
+
+SEED = 2020
+"""Of the permutation of the Inception Score and of the subsets of KID, as in torch-fidelity."""
+SPLITS = 10
+"""Into which the Inception Score divides the samples."""
+
+Head = Callable[[np.ndarray], np.ndarray]
+
+
+class Moments(NamedTuple):
+    """Of features (n, D)."""
+
+    mu: np.ndarray
+    """(D,) float64."""
+    sigma: np.ndarray
+    """(D, D) float64, divided by n - 1."""
+
+
+class Reduced(NamedTuple):
+    """What one pass over features gives."""
+
+    moments: Moments
+    inception_score: tuple[float, float] | None
+    """Mean and standard deviation over the splits; None where there is no head."""
+
+
+def reduce(features: Features, head: Head | None = None) -> Reduced:
+    """Moments and, of the logits that `head` makes of features, the Inception Score.
+
+    Raises:
+        DamagedFeaturesError, RunError: from the features.
+    """
+    score = SplitEntropies(features.count) if head else None
+    n, sums, products = 0, np.zeros(()), np.zeros(())
+    with threadpool_limits(1):
+        for block in features.blocks():
+            rows = block.astype(np.float64)
+            sums = sums + rows.sum(axis=0)
+            products = products + rows.T @ rows
+            if score and head:
+                score.add(n, head(block))
+            n += len(rows)
+        mu = sums / n
+        products -= n * np.outer(mu, mu)
+        return Reduced(Moments(mu, products / (n - 1)), score.result() if score else None)
+
+
+def frechet(one: Moments, other: Moments) -> float:
+    """|mu1 - mu2|^2 + tr s1 + tr s2 - 2 tr (s1 s2)^(1/2) (Heusel et al. 2017, eq. 6; FID for Inception features).
+
+    The root's trace is that of (r s2 r)^(1/2), r the symmetric root of s1: a sum over eigenvalues that are real.
+    """
+    with threadpool_limits(1):
+        values, vectors = np.linalg.eigh(one.sigma)
+        root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+        trace = np.sqrt(np.linalg.eigvalsh(root @ other.sigma @ root).clip(min=0)).sum()
+    difference = one.mu - other.mu
+    return float(difference @ difference + np.trace(one.sigma) + np.trace(other.sigma) - 2 * trace)
+
+
+def compare(reduced: Reduced, other: Reduced | Moments | None) -> tuple[float | None, tuple[float, float] | None]:
+    """The Frechet distance, and the Inception Score that was reduced beside the moments."""
+    moments = other.moments if isinstance(other, Reduced) else other
+    return frechet(reduced.moments, moments) if moments else None, reduced.inception_score
+
+
+class SplitEntropies:
+    """The sums of which the Inception Score is made (Salimans et al. 2016), with torch-fidelity's ten random splits.
+
+    The mean divergence of a split is mean(sum p log p) - sum q log q, q the mean of its p.
+    """
+
+    def __init__(self, count: int) -> None:
+        order = np.random.RandomState(SEED).permutation(count)
+        self.split_of = np.empty(count, np.int8)
+        self.sizes = np.zeros(SPLITS)
+        for split in range(SPLITS):
+            chosen = order[split * count // SPLITS : (split + 1) * count // SPLITS]
+            self.split_of[chosen] = split
+            self.sizes[split] = len(chosen)
+        self.p_log_p = np.zeros(SPLITS)
+        self.p = np.zeros((SPLITS, 1))
+
+    def add(self, position: int, logits: np.ndarray) -> None:
+        """Logits (n, K) of the samples from a position on."""
+        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+        log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        p, split_of = np.exp(log_p), self.split_of[position : position + len(logits)]
+        rows = (p * log_p).sum(axis=1)
+        self.p_log_p = self.p_log_p + [rows[split_of == split].sum() for split in range(SPLITS)]
+        self.p = self.p + np.stack([p[split_of == split].sum(axis=0) for split in range(SPLITS)])
+
+    def result(self) -> tuple[float, float]:
+        """Mean and standard deviation over the splits."""
+        q = self.p / self.sizes[:, None]
+        scores = np.exp(self.p_log_p / self.sizes - (q * np.log(q.clip(min=np.finfo(float).tiny))).sum(axis=1))
+        return float(scores.mean()), float(scores.std())
+
 
 SUBSETS, SUBSET_SIZE = 100, 1000
 """Of KID; a subset is smaller where there are fewer samples."""

@@ -18,8 +18,8 @@ from ray_sampler.networks.formats import KNOWN
 from ray_sampler.networks.inert import Foreign, Refused, damage_refused, unpickle
 from ray_sampler.networks.nvidia import array_of
 from ray_sampler.networks.sources import Source, open_source
-from ray_sampler.scoring.digits_network import bundled
 from ray_sampler.scoring.extractor import Extractor
+from ray_sampler.scoring.extractors import bundled
 from ray_sampler.scoring.options import DIGITS
 from ray_sampler.storage.pictures import Pictures, check_channels, open_pictures
 

@@ -16,8 +16,7 @@ from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.extractors import open_extractor
 from ray_sampler.scoring.features import FEATURES
 from ray_sampler.scoring.inception import spatial_of
-from ray_sampler.scoring.metrics import NEIGHBOUR, kid_subset_size
-from ray_sampler.scoring.moments import SPLITS
+from ray_sampler.scoring.metrics import NEIGHBOUR, SPLITS, kid_subset_size
 from ray_sampler.scoring.options import FUNCTION, ScoreOptions
 from ray_sampler.scoring.references import Reference, open_reference
 from ray_sampler.storage.record import Column

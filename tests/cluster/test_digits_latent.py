@@ -15,7 +15,7 @@ from ray_sampler.inspection import inspect
 from ray_sampler.networks.opening import open_network
 from ray_sampler.sampling.finish import to_uint8
 from ray_sampler.sampling.plan import sample_block
-from ray_sampler.scoring.digits_network import open_digits
+from ray_sampler.scoring.extractors import open_digits
 from ray_sampler.storage.fragment import read_fragment
 from ray_sampler.storage.record import Samples
 from tests.loading import loaded

@@ -23,7 +23,7 @@ from ray_sampler.errors import RequestError, RunError
 from ray_sampler.networks.family import Network
 from ray_sampler.scoring import scores as module
 from ray_sampler.scoring.extractor import Extractor
-from ray_sampler.scoring.moments import Moments, frechet
+from ray_sampler.scoring.metrics import Moments, frechet
 from ray_sampler.storage.fragment import read_fragment
 from tests.cluster.test_walls import driven, expected, registered, request_for  # noqa: F401  # fixtures
 

@@ -1,20 +1,16 @@
-"""FID, Inception Score, KID, precision and recall are torch-fidelity's own, on the same features and pictures."""
+"""FID, Inception Score, KID, precision and recall are torch-fidelity's own, on the same features."""
 
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
 
-from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.features import Held
-from ray_sampler.scoring.metrics import kid_part, kid_subsets, radii, within
-from ray_sampler.scoring.moments import Head, frechet, reduce
+from ray_sampler.scoring.metrics import Head, frechet, kid_part, kid_subsets, radii, reduce, within
 
 pytestmark = pytest.mark.usefixtures("torchvision")
 
@@ -62,31 +58,3 @@ def test_the_same_on_the_same_features() -> None:
     assert 0.1 < wanted["precision"] < 1
     assert 0.1 < wanted["recall"] < 1
     assert found == pytest.approx(wanted, rel=1e-6, abs=1e-12)
-
-
-class Set(Dataset[torch.Tensor]):
-    """Pictures as torch-fidelity takes them."""
-
-    def __init__(self, pictures: np.ndarray) -> None:
-        self.pictures = pictures
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(self.pictures[index]).permute(2, 0, 1)
-
-
-@pytest.mark.slow
-def test_the_same_on_the_same_pictures(random_inception: Extractor, inception_file: Path, pictures: np.ndarray) -> None:
-    generated, real = pictures[:14], pictures[14:26]
-    wanted = importlib.import_module("torch_fidelity").calculate_metrics(
-        input1=Set(generated), input2=Set(real), fid=True, isc=True, kid=True, prc=True, kid_subset_size=12,
-        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception_file), cuda=False,
-        cache=False, verbose=False, save_cpu_ram=True,
-    )  # fmt: skip
-    one, other = (random_inception.network(torch.from_numpy(part)).numpy() for part in (generated, real))
-    assert random_inception.head is not None
-    found = ours(one, other, random_inception.head)
-    print({name: (found[name], wanted[name]) for name in found})
-    assert found == pytest.approx({name: wanted[name] for name in found}, rel=1e-3, abs=1e-6)

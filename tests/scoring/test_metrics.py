@@ -11,8 +11,7 @@ import pytest
 
 from ray_sampler.errors import RunError
 from ray_sampler.scoring.features import DamagedFeaturesError, Held, StoredFeatures
-from ray_sampler.scoring.metrics import ROWS, kid_part, kid_subsets, radii, within
-from ray_sampler.scoring.moments import Moments, frechet, reduce
+from ray_sampler.scoring.metrics import ROWS, Moments, frechet, kid_part, kid_subsets, radii, reduce, within
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.record import FragmentName, Samples
