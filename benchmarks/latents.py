@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from memory import PARTS, peak_mib
-from ray_sampler.networks.autoencoder import autoencoder_class
+from ray_sampler.networks.decoders import autoencoder_class
 from table import Goal, Row, parser, report
 
 SAMPLES, SHARD, SIDE = 20_480, 256, 256

@@ -41,8 +41,7 @@ from ray_sampler.commands import (
 )
 from ray_sampler.errors import RequestError, RunError, debugging, printable, show_traceback
 from ray_sampler.flags import Parser, flags_among, given_values, spelled, unknown_argument, without_value
-from ray_sampler.interrupts import end_now, interruptible
-from ray_sampler.streams import OutputLost, sturdy_streams
+from ray_sampler.process import OutputLost, end_now, interruptible, sturdy_streams
 
 if TYPE_CHECKING:
     from ray_sampler.config import RunConfig

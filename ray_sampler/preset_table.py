@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_sampler.options import of
-from ray_sampler.presets import BUNDLED, PRESETS, Preset
+from ray_sampler.presets import BUNDLED, PRESETS
 from ray_sampler.sampling.solvers import SOLVERS
 
 COLUMNS = {
@@ -40,8 +40,8 @@ def print_presets() -> None:
             f"{model.parameters / 1e6:,.1f} M",
             sampler_of(model.settings),
             str(evaluations_of(model.settings)),
-            model.score if isinstance(model, Preset) else "",
-            model.file or "give --model" if isinstance(model, Preset) else "in the package",
+            model.score,
+            "in the package" if name in BUNDLED else model.file or "give --model",
         )
         shown = dict(zip(COLUMNS, cells, strict=True))
         table.add_row(*(shown[title] for title in titles))

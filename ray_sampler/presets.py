@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from ray_sampler.errors import RequestError, redact, require
 from ray_sampler.options import option
-from ray_sampler.published import BUNDLED, PRESETS, Bundled, Preset
+from ray_sampler.published import BUNDLED, PRESETS, Preset
 
-__all__ = ["BUNDLED", "PRESETS", "Bundled", "ModelOptions", "Preset", "model_of"]
+__all__ = ["BUNDLED", "PRESETS", "ModelOptions", "Preset", "model_of"]
 
 DEFAULT_MODEL = "digits"
 UNTOLD = ("image_size", "num_head_channels", "training_mode", "prediction", "data_at", "num_heads")

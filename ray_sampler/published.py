@@ -17,11 +17,11 @@ EDM2_FOLDER = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/"
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings for a published checkpoint, and where that is."""
+    """Settings for a checkpoint that was published or is in the package, and where that is."""
 
     description: str
     file: str
-    """Its name where it was published; empty where it is not a plain file at an address."""
+    """Its name where it was published; empty where it is not a plain file at an address, or is in the package."""
     parameters: int
     settings: Mapping[str, Any]
     """By flag name."""
@@ -33,22 +33,6 @@ class Preset:
     @property
     def url(self) -> str:
         return self.folder + self.file
-
-    @property
-    def class_cond(self) -> bool:
-        return bool(self.settings.get("class_cond"))
-
-
-@dataclass(frozen=True)
-class Bundled:
-    """A model whose weights are in the package."""
-
-    description: str
-    file: str
-    """In the package's folder networks/digits."""
-    parameters: int
-    settings: Mapping[str, Any]
-    """By flag name."""
 
 
 IMAGENET64 = {
@@ -319,16 +303,16 @@ TRANSFORMERS: dict[str, Preset] = {
 PRESETS: dict[str, Preset] = ADM | EDM_SNAPSHOTS | dict(_edm2_presets()) | TRANSFORMERS
 """By name."""
 
-BUNDLED: dict[str, Bundled] = {
-    "digits": Bundled(
+BUNDLED: dict[str, Preset] = {
+    "digits": Preset(
         "EDM, handwritten digits 32x32",
-        "digits.safetensors",
+        "",
         DIGITS_PARAMETERS + DIGITS_EMBEDDING,
         {**DIGITS, "label_dropout": 0.1, "training_mode": "edm", "sampler": "dpmpp_2m_sde", "steps": 12},
     ),
-    "digits-latent": Bundled(
+    "digits-latent": Preset(
         "flow transformer over latents 4x8x8, handwritten digits 32x32",
-        "digits-latent.safetensors",
+        "",
         1_871_120,
         {
             "prediction": "velocity",
@@ -340,15 +324,15 @@ BUNDLED: dict[str, Bundled] = {
             "steps": 12,
         },
     ),
-    "digits-v1": Bundled(
+    "digits-v1": Preset(
         "EDM, handwritten digits 32x32, the first weights",
-        "digits-v1.safetensors",
+        "",
         DIGITS_PARAMETERS,
         {**DIGITS, "training_mode": "edm", "sampler": "heun", "steps": 18},
     ),
-    "digits-cd": Bundled(
+    "digits-cd": Preset(
         "consistency distillation of digits, handwritten digits 32x32",
-        "digits-cd.safetensors",
+        "",
         DIGITS_PARAMETERS,
         {**DIGITS, **CD, "sampler": "onestep", "steps": 18, "ts": "0,9,17"},
     ),

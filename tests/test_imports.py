@@ -7,6 +7,7 @@ import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,19 +18,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ray_sampler"
 
 LAYERS = (
-    {"errors", "options", "streams", "interrupts"},
+    {"errors", "options", "process"},
     {"storage", "networks", "published", "presets"},
     {"sampling"},
     {"scoring"},
     {"reporting"},
     {"config"},
-    {"resolve", "planning", "latents"},
+    {"resolve", "planning"},
     {"cluster"},
     {"run_folder", "inspection", "preset_table", "flags", "commands", "cli", "compat", "__main__", "__init__"},
 )
 """From the bottom up. A part may import parts of layers below it, or of the same layer."""
 
-FAMILIES = {"adm", "adm_options", "adm_shapes", "adm_unet", "dhariwal", "edm", "edm2", "edm_family", "nvidia", "custom"}
+FAMILIES = {"adm", "adm_options", "adm_unet", "edm", "edm2", "edm_family", "nvidia", "custom"}
 """Modules of networks/ that know one family."""
 
 LINES, FUNCTION_LINES = 400, 60
@@ -41,6 +42,7 @@ LONGER: dict[str, str] = {
 """Files, or functions as file:name, that are longer, with the reason."""
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of the package, by its dotted name."""
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}

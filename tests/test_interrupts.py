@@ -13,18 +13,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ray_sampler.interrupts import interruptible
+from ray_sampler.process import interruptible
 from tests.cluster.processes import PROMPT_S
 
 ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPT = """
 import hashlib, time
-from ray_sampler import interrupts
-interrupts.wind_up_s = lambda: {wind_up_s}
+from ray_sampler import process
+process.wind_up_s = lambda: {wind_up_s}
 received = []
 try:
-    with interrupts.interruptible(received, "interrupted"):
+    with process.interruptible(received, "interrupted"):
         {body}
 finally:
     print(received, flush=True)

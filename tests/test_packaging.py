@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import ray_sampler
-from tests.cluster.processes import PATIENCE_S
+from ray_sampler.presets import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,26 +128,9 @@ def test_the_installed_command_plans_a_run_from_any_folder(installed: Path, tmp_
     assert "cd-imagenet64-lpips" in called(installed, tmp_path, "presets")
 
 
-def test_the_installed_package_is_the_one_that_runs_and_samples_its_model(installed: Path, tmp_path: Path) -> None:
-    """One image: weights, architecture and the report's template come out of the wheel."""
-    program = f"""
-import sys
-from pathlib import Path
-import ray_sampler
-assert Path(ray_sampler.__file__).is_relative_to({str(installed)!r}), ray_sampler.__file__
-from ray_sampler.cli import main
-sys.exit(main("sample --num_samples 1 --batch_size 1 --steps 2 --gpus_per_actor 0 --output out".split()))
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "samples_1x32x32x3.npz").is_file()
-    assert (tmp_path / "out" / "report.html").is_file()
+def test_the_installed_command_reads_the_weights_of_its_own_package(installed: Path, tmp_path: Path) -> None:
+    found = json.loads(called(installed, tmp_path, "inspect", "digits-cd", "--json"))
+    assert found["parameters"] == BUNDLED["digits-cd"].parameters
+    (installed / "ray_sampler" / "networks" / "digits" / "digits-cd.safetensors").unlink()
+    with pytest.raises(AssertionError, match="there is no such file"):
+        called(installed, tmp_path, "inspect", "digits-cd")

@@ -136,7 +136,7 @@ def test_a_preset_fills_what_was_published(name: str) -> None:
         class_cond=imagenet,
     )
     assert run.spec.options == architecture
-    assert PRESETS[name].class_cond == imagenet
+    assert PRESETS[name].settings["class_cond"] == imagenet
 
 
 def test_the_size_of_a_bundled_model_cannot_be_contradicted() -> None:
@@ -207,7 +207,7 @@ def test_a_bundled_name_opens_the_file_in_the_package(
     settings = BUNDLED[name].settings
     state = UNet(of(AdmOptions, settings)).state_dict()
     (tmp_path / "digits").mkdir()
-    save_file(state, tmp_path / "digits" / BUNDLED[name].file)
+    save_file(state, tmp_path / "digits" / f"{name}.safetensors")
     monkeypatch.setattr(opening, "files", lambda package: tmp_path)
     assert open_network(name, settings).weights == weights_hash(state)
     torch.save(state, tmp_path / "w.pt")

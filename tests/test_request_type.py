@@ -90,7 +90,7 @@ get_generator(3)  # wrong
 def test_a_type_checker_takes_a_users_file_and_reports_what_is_wrong(tmp_path: Path):
     (tmp_path / "caller.py").write_text(CALLER)
     ran = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--config-file=", str(tmp_path / "caller.py")],
+        [sys.executable, "-m", "mypy", "--strict", str(tmp_path / "caller.py")],
         cwd=ROOT,
         capture_output=True,
         text=True,

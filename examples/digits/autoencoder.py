@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data import JUDGES_PER_CLASS, load_digits
-from ray_sampler.networks.digits_decoder import LATENT_CHANNELS, DigitsDecoder
+from ray_sampler.networks.decoders import LATENT_CHANNELS, DigitsDecoder
 from recipe import recipe_of
 from train import learning_rate, moved
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autoencoder import Encoder
 from data import JUDGES_PER_CLASS, load_digits
-from ray_sampler.networks.digits_decoder import LATENT_CHANNELS
+from ray_sampler.networks.decoders import LATENT_CHANNELS
 from ray_sampler.networks.dit import DitOptions, Transformer
 from recipe import recipe_of
 from train import descend, learning_rate, moved, save_checkpoint

@@ -28,12 +28,12 @@ from ray_sampler.cluster.worker import Loaded, RunSpec, Task, TaskResult
 from ray_sampler.config import RunConfig
 from ray_sampler.errors import RunError, counted, require
 from ray_sampler.options import of
+from ray_sampler.planning import advice
 from ray_sampler.reporting.options import ReportingOptions
 from ray_sampler.reporting.progress import Reporter, reporter
 from ray_sampler.reporting.scores import described
 from ray_sampler.reporting.sheet import PREVIEW, PreviewKeeper, Tile
 from ray_sampler.resolve import dry_run, given_values, settings_json
-from ray_sampler.sampling.advice import advice
 from ray_sampler.sampling.decoding import DECODER
 from ray_sampler.sampling.numerics import compiles
 from ray_sampler.sampling.plan import GUIDE, MAIN

@@ -15,15 +15,14 @@ import torch
 from ray_sampler.cluster.session import place
 from ray_sampler.config import FleetOptions, RunConfig
 from ray_sampler.errors import RequestError, RunError, printable, redact, require
-from ray_sampler.latents import check_picture_size, differences, odd_decoder, open_decoder, refuse_other_latents
 from ray_sampler.networks.called import Called
 from ray_sampler.networks.family import PREFIX, Network, NetworkSpec, Precision, beside_user
 from ray_sampler.networks.opening import open_network
 from ray_sampler.options import flags_of, of
-from ray_sampler.planning import identity, plan_of
+from ray_sampler.planning import decoder_notes, differences, identity, open_decoder, plan_of, refuse_other_latents
 from ray_sampler.presets import BUNDLED, OBJECT, check_bundled, model_of
 from ray_sampler.resolve import check, command_of, given_values, resolve, settings_json, settled
-from ray_sampler.sampling.decoding import DECODER, empty_latents
+from ray_sampler.sampling.decoding import DECODER
 from ray_sampler.sampling.finish import FINISHERS
 from ray_sampler.sampling.options import Compile, DecoderOptions, GuidanceOptions, guide_of
 from ray_sampler.sampling.parameterisation import LEVELS
@@ -153,9 +152,7 @@ class Job:
                 "times as fast on a GPU: for that give --precision fp16 and another --output"
             )
         if DECODER in self.networks:
-            notes += empty_latents(self.config.decoder_batch, self.config.batch_size)
-            specs = self.networks[MAIN].spec, self.networks[DECODER].spec
-            notes += odd_decoder(str(self.config.decoder), *specs)
+            notes += decoder_notes(self.config, self.networks[MAIN].spec, self.networks[DECODER].spec)
         return notes
 
     def fetched(self) -> dict[str, Any]:
@@ -272,9 +269,7 @@ def open_networks(model: Any, brought: Mapping[str, Any], config: RunConfig) -> 
         asked = finisher(of(DecoderOptions, settings)).networks.items()
         networks |= {role: open_network(name, {}, flag="--decoder") for role, name in asked}
     elif decoder is not None:
-        networks[DECODER] = open_decoder(decoder)
-    if DECODER in networks and "image_size" in config.given:
-        check_picture_size(config.image_size, spec, networks[DECODER].spec)
+        networks[DECODER] = open_decoder(decoder, spec, config.image_size)
     return networks
 
 

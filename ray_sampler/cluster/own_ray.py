@@ -25,11 +25,11 @@ from typing import IO, Any
 import psutil
 import ray
 
-from ray_sampler import streams
 from ray_sampler.cluster.joining import own_token
 from ray_sampler.cluster.machine import address_space, check_machine, cpus, ray_folder
 from ray_sampler.cluster.private import read_settings_again, without_uv
 from ray_sampler.errors import RunError, printable
+from ray_sampler.process import of_command
 
 logger = logging.getLogger(__name__)
 
@@ -377,7 +377,7 @@ def watch(pids: dict[int, str], over: int) -> None:
 
 def give_up(sentence: str) -> None:
     """Say a sentence, and end the process of a command: what is left of Ray ends with it."""
-    if not streams.of_command():
+    if not of_command():
         logger.error(sentence)
         return
     cursor = "\033[?25h" if sys.stderr.isatty() else ""  # which a progress bar hides

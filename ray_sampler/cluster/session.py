@@ -22,7 +22,7 @@ from ray_sampler.cluster.machine import cpus, killed_for_memory, memory_limit
 from ray_sampler.cluster.own_ray import Keeper, log_says, session_logs, watched
 from ray_sampler.config import FleetOptions
 from ray_sampler.errors import RequestError, require
-from ray_sampler.interrupts import JOB_VARIABLE
+from ray_sampler.process import JOB_VARIABLE
 from ray_sampler.reporting.progress import count
 
 LOCAL_ACTORS = 8

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ray_sampler.errors import require
-from ray_sampler.networks.adm_options import AdmFlags, AdmOptions
-from ray_sampler.networks.adm_shapes import adm_flags, explain_misfit
+from ray_sampler.errors import RequestError, require
+from ray_sampler.networks.adm_options import CHANNEL_MULTIPLIERS, AdmFlags, AdmOptions
 from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.networks.dit_options import DitFlags
-from ray_sampler.networks.family import DTYPES, Family, NetworkSpec, Opened, Precision, check_fit, without_memory
+from ray_sampler.networks.family import (
+    DTYPES,
+    Family,
+    NetworkSpec,
+    Opened,
+    Precision,
+    Told,
+    check_fit,
+    contradictions,
+    without_memory,
+)
 from ray_sampler.networks.weights import Checkpoint
 from ray_sampler.options import flags_of, of
 
@@ -27,6 +36,11 @@ UNKNOWN_DROPOUT = 0.1
 
 PLACEHOLDERS = {"image_size": "SIZE", "num_head_channels": "CHANNELS"}
 """For values that the weights do not determine, in the command that `inspect` prints."""
+
+FREE = ("num_heads", "num_heads_upsample", "num_head_channels", "training_mode")
+"""Flags of which the weights say nothing."""
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def recognises(checkpoint: Checkpoint) -> bool:
@@ -51,39 +65,29 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     )
     settings = {**settings, "label_dropout": label_dropout(checkpoint, settings, given)}
     told = adm_flags(checkpoint.tensors, null_label=settings["label_dropout"] > 0)
-    if told is None:
-        options = of(AdmOptions, settings)
-    else:
-        flags = {name: settings[name] for name in given | {"label_dropout"} if name in settings}
-        contradiction = explain_misfit(checkpoint.tensors, flags)
-        require(not contradiction, f"--model is {checkpoint.shown}; {contradiction}")
+    options, overruled = of(AdmOptions, settings), ""
+    if told is not None:
+        file = described(told, settings, frozenset())
+        known = told_by(file) | {name: settings[name] for name in FREE if name in settings}
+        if file.class_cond:
+            known["label_dropout"] = settings["label_dropout"]
+        elif "class_cond" in given:
+            known |= {name: settings.get(name) for name in ("num_classes", "label_dropout")}
+        if "resblock_updown" not in told:
+            known["resblock_updown"] = settings.get("resblock_updown")
+        spec = spec_of(file, settings)
+        spec.check_given({name: settings[name] for name in given - {"weights_key"}}, known)
+        brought = {name: value for name, value in settings.items() if name not in given | {"label_dropout"}}
+        overruled = ", ".join(contradictions(brought, spec.told(known))) if settings.get("preset") else ""
         options = described(told, settings, given)
     options.validate()
-    for name in ("num_classes", "label_dropout"):
-        require(
-            options.class_cond or name not in given or not settings[name] or "class_cond" in given,
-            f"--{name} is {settings.get(name)}, which an unconditional network cannot use; leave it out",
-        )
-    for name in flags_of(DitFlags):
-        require(name not in given, f"--{name} is {settings.get(name)}, which this network cannot use; leave it out")
-    advice = (told and explain_misfit(checkpoint.tensors, asdict(options))) or "it is damaged, or of another network"
-    check_fit(without_memory(lambda: UNet(options)), checkpoint.tensors, advice)
+    check_fit(without_memory(lambda: UNet(options)), checkpoint.tensors, "it is damaged, or of another network")
+    noted = f"--preset {settings.get('preset')} does not match --model, whose own values are taken: {overruled}"
     return Opened(
         spec_of(options, settings),
         dict(checkpoint.tensors),
-        note="; ".join(filter(None, (overruled(checkpoint, settings, given), assumed(options, settings)))) or None,
+        note="; ".join(filter(None, (overruled and noted, assumed(options, settings)))) or None,
         untold={name: PLACEHOLDERS[name] for name in untold(settings)},
-    )
-
-
-def overruled(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozenset[str]) -> str | None:
-    """What a preset says that the file contradicts: the file decides, and the preset may be that of another file."""
-    brought = {name: value for name, value in settings.items() if name not in given | {"label_dropout"}}
-    misfit = explain_misfit(checkpoint.tensors, brought) if settings.get("preset") else ""
-    return (
-        f"--preset {settings['preset']} does not match --model, whose own values are taken; {misfit}"
-        if misfit
-        else None
     )
 
 
@@ -131,6 +135,130 @@ def described(told: Mapping[str, Any], settings: Mapping[str, Any], given: froze
         factors = told["attention_factors"]
         merged["attention_resolutions"] = ",".join(str(size // factor) for factor in factors if size >= factor)
     return AdmOptions(**merged)
+
+
+def adm_flags(tensors: Mapping[str, Tensor], null_label: bool = False) -> dict[str, Any] | None:
+    """The settings that follow from the state dict of an ADM network, by flag name; None for another kind of network.
+
+    Args:
+        tensors: the state dict.
+        null_label: whether the last row of label_emb is not a class.
+
+    Returns:
+        num_channels, channel_mult, num_res_blocks, resblock_updown (where there is more than one level),
+        use_scale_shift_norm, class_cond, num_classes (if class_cond), learn_sigma, in_channels, out_channels;
+        attention_factors, a tuple of the downsampling factors at which attention sits; and attention_channels, the
+        widths that are split into heads.
+        image_size and the number of heads leave no trace in the weights.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        return _flags(shapes, null_label)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):  # a name or a dimension that an ADM network has
+        return None
+
+
+def _flags(shapes: Shapes, null_label: bool) -> dict[str, Any]:
+    width = shapes["time_embed.0.weight"][1]
+    first, in_channels = shapes["input_blocks.0.0.weight"][:2]
+    out_channels = shapes["out.2.weight"][0]
+    blocks = _blocks(shapes, "input_blocks")
+    ups = _resampling(shapes, "output_blocks")
+    levels = len(ups) + 1
+    if blocks != _blocks(shapes, "output_blocks") or blocks % levels or shapes["middle_block.1.qkv.weight"][1] < 1:
+        raise ValueError("input and output have the same blocks, as many on each level")
+    res_blocks = blocks // levels - 1
+    each = range(0, blocks, res_blocks + 1)  # each level ends with its resampling block, or the input
+    channels = [shapes[f"input_blocks.{start + 1}.0.in_layers.2.weight"][0] for start in each]
+    attends = [f"input_blocks.{start + 1}.1.qkv.weight" in shapes for start in each]
+    embedding = shapes["middle_block.0.emb_layers.1.weight"][0]
+    flags: dict[str, Any] = {
+        "num_channels": width,
+        "channel_mult": ",".join(_multiplier(c, width) for c in channels),
+        "num_res_blocks": res_blocks,
+        "use_scale_shift_norm": embedding == 2 * channels[-1],
+        "class_cond": "label_emb.weight" in shapes,
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "learn_sigma": out_channels == 2 * in_channels,
+        "attention_factors": tuple(2**level for level, there in enumerate(attends) if there),
+        "attention_channels": tuple(sorted({channels[-1], *(c for c, a in zip(channels, attends, strict=True) if a)})),
+    }
+    if ups:
+        flags["resblock_updown"] = ups[0]
+    if flags["class_cond"]:
+        flags["num_classes"] = shapes["label_emb.weight"][0] - null_label
+    if first != channels[0] or res_blocks < 1:
+        raise ValueError("the input convolution is as wide as the first level")
+    return flags
+
+
+def _blocks(shapes: Shapes, part: str) -> int:
+    """How many blocks the input or output has."""
+    return 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith(f"{part}."))
+
+
+def _resampling(shapes: Shapes, part: str) -> list[bool]:
+    """For each upsampling layer of the output, whether it is a residual block. It comes last in its block."""
+    ups = []
+    for block in range(_blocks(shapes, part)):
+        for place in (1, 2):
+            if f"{part}.{block}.{place}.in_layers.2.weight" in shapes:
+                ups.append(True)
+            elif f"{part}.{block}.{place}.conv.weight" in shapes:
+                ups.append(False)
+    return ups
+
+
+def _multiplier(channels: int, width: int) -> str:
+    """The shortest text that gives these numbers of channels, which are rounded down."""
+    ratio = channels / width
+    for text in (f"{ratio:g}", repr(ratio), repr(math.nextafter(ratio, math.inf))):
+        if int(float(text) * width) == channels:
+            return text
+    raise ValueError("no multiplier")
+
+
+def told_by(options: AdmOptions) -> dict[str, Any]:
+    """What a file says of its network, by flag name; see `NetworkSpec.check_given`."""
+    size, width = options.image_size, options.num_channels
+    multipliers = CHANNEL_MULTIPLIERS.get(size, ())
+    attended = [size >> level for level in range(len(options.channel_multipliers)) if options.attends_at(level)]
+    channels = [round(multiplier * width) for multiplier in options.channel_multipliers]
+    names = ("num_res_blocks", "use_scale_shift_norm", "resblock_updown", "learn_sigma")
+    return told_of_levels(width, channels, size, attended, multipliers) | {n: getattr(options, n) for n in names}
+
+
+def told_of_levels(
+    width: int, channels: Sequence[int], resolution: int, attended: Collection[int], usual: Sequence[float]
+) -> dict[str, Any]:
+    """What the levels of a UNet say, by flag name.
+
+    Args:
+        attended: resolutions that have attention.
+        usual: the multipliers that an empty text means.
+    """
+    sizes = [resolution >> level for level in range(len(channels))]
+    attention = [size for size in sizes if size in attended]
+    return {
+        "num_channels": width,
+        "channel_mult": Told(
+            ",".join(f"{c / width:g}" for c in channels),
+            lambda text: [round(m * width) for m in numbers("channel_mult", text) or usual] == list(channels),
+        ),
+        "attention_resolutions": Told(
+            ",".join(map(str, attention)) or "none",
+            lambda text: [s for s in sizes if s in numbers("attention_resolutions", text)] == attention,
+        ),
+    }
+
+
+def numbers(name: str, text: str) -> list[float]:
+    """A list of numbers that was given as text. Raises RequestError: it is none."""
+    try:
+        return [float(part) for part in text.split(",") if part]
+    except ValueError:
+        raise RequestError(f"--{name} is {text!r}; it must be positive numbers with commas, like 1,2,2") from None
 
 
 def spec_of(options: AdmOptions, settings: Mapping[str, Any]) -> NetworkSpec:

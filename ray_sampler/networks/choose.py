@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_sampler.networks.formats import Entry, Odd, Stored
@@ -93,14 +93,12 @@ def choose(content: Any, key: str | None) -> Part:
         found, nameless = [], error
     keys = list(dict.fromkeys(candidate for path, tensors in found for candidate in (path, *_parts(path, tensors))))
     if key is not None:
-        chosen = _at(content, key, found)
-        if chosen is None and nameless:
+        if (chosen := _at(content, key, found)) is not None:
+            return _named(key, chosen, keys)
+        if nameless:
             raise nameless
-        if chosen is None and not found:
-            _refuse(content)
-        if chosen is None:
+        if found:
             raise WrongKey(f"the file has weights under {', '.join(map(listed, keys[:LISTED])) or 'no key'}")
-        return _named(key, chosen, (), keys)
     if not found:
         _refuse(content)
     path, tensors = found[0]
@@ -113,8 +111,7 @@ def choose(content: Any, key: str | None) -> Part:
     obvious = path == "" or taken is not None
     if not obvious and len(found) > 1:
         raise Refused(f"it has weights under {', '.join(map(listed, keys[:LISTED]))}; --weights_key chooses")
-    part = _named(path, tensors, (), keys)
-    return Part(part.key, part.tensors, part.others, obvious)
+    return replace(_named(path, tensors, keys), obvious=obvious)
 
 
 def listed(key: str) -> str:
@@ -225,9 +222,7 @@ def _under(items: dict[Any, Any], name: str, path: str, depth: int, seen: set[in
 
 
 def _shadow(averages: Sequence[Entry], items: dict[Any, Any], key: str) -> Tensors:
-    """Averages without names, in the order of the model's parameters, by the names of the state dict beside them, else
-    by those that their shapes tell.
-    """
+    """Averages without names, in the order of parameters: by the names of the state dict beside, else by shapes."""
     others = [name for name in items if isinstance(name, str) and _is_network(name, items[name])]
     names = [name for name in (*PLAIN, *others) if name in items and not AVERAGE.search(name)]
     there, beside = next((c for name in names for c in _candidates({name: items[name]})), ("", {}))
@@ -323,8 +318,9 @@ def _part(tensors: Tensors, head: str) -> Tensors:
     return weights
 
 
-def _named(path: str, tensors: Tensors, taken: tuple[str, ...], keys: list[str]) -> Part:
+def _named(path: str, tensors: Tensors, keys: list[str]) -> Part:
     """`tensors` by canonical name, and where they are."""
+    taken: tuple[str, ...] = ()
     for _ in range(3 * MAX_DEPTH):
         tensors = {name: t for name, t in tensors.items() if name not in EXTRAS}
         clean = {INFIX.sub("", name): t for name, t in tensors.items()}
@@ -371,9 +367,7 @@ def _refuse(content: Any) -> None:
         _require_data(value, key, [])
     if isinstance(content, Foreign):
         raise Refused(f"it holds an object of {_class(content)}, whose code is not executed; {SAVE}")
-    if items is not None and (
-        "param_groups" in items or any(_is_optimizer(key, value) for key, value in items.items())
-    ):
+    if _is_optimizer("", content) or any(_is_optimizer(key, value) for key, value in (items or {}).items()):
         raise Refused("it holds the state of an optimizer and no weights; name the file with the model's state dict")
     kind = {list: "a list", tuple: "a tuple", Stored: "one tensor without a name", Odd: "one tensor without a name"}
     name = "an empty dictionary" if items == {} else kind.get(type(content), "a dictionary without tensors by name")

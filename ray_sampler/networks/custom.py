@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ray_sampler.errors import RequestError, printable, require
-from ray_sampler.networks.called import Called
+from ray_sampler.networks.called import Called, twin
 from ray_sampler.networks.families import OWN_DEFAULTS
 from ray_sampler.networks.family import NAMED, PREFIX, Network, NetworkSpec, Precision, as_it_is, beside_user
-from ray_sampler.networks.state import twin
 from ray_sampler.networks.user_code import brief, function_of, travelling
 from ray_sampler.networks.weights import weights_hash
 from ray_sampler.presets import model_name
@@ -82,13 +81,7 @@ class Model:
     ) -> None:
         name = type(network).__name__
         require(isinstance(network, nn.Module), f"Model's network is of type {name}; it must be a torch.nn.Module")
-        require(
-            kind is not None and not isinstance(kind, tuple | list),
-            f"Model's kind is missing; give what the network computes, as Model(network, 'eps', shape): one of {KINDS}",
-        )
-        spelled = re.sub(r"[\s-]", "_", kind.strip().lower()) if isinstance(kind, str) else ""
-        meant = MEANT.get(spelled, spelled if spelled in KINDS.split(", ") else kind)
-        require(meant == kind, f"Model's kind is {kind!r}; {meant!r} is probably meant; it must be one of {KINDS}")
+        check_kind(kind)
         num_classes, null_label, sigma_min, sigma_max = map(plain, (num_classes, null_label, sigma_min, sigma_max))
         shape = tuple(map(plain, shape)) if isinstance(shape, (tuple, list)) else shape
         whole = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
@@ -109,13 +102,6 @@ class Model:
             f"Model's sigma_min is {sigma_min!r} and sigma_max {sigma_max!r}; they must satisfy "
             "0 < sigma_min < sigma_max",
         )
-        of_class = getattr(kind, "__name__", "") if isinstance(kind, type) else ""
-        require(not of_class, f"Model's kind is the class {of_class}; give an object of it, {of_class}()")
-        require(
-            isinstance(kind, str) or all(callable(getattr(kind, name, None)) for name in ("denoiser", "identity")),
-            f"Model's kind is of type {type(kind).__name__}; it must be a name such as 'denoiser' or 'eps', or "
-            "an object with the methods of a Parameterisation, denoiser and identity",
-        )
         require(decoder in DECODERS, f"Model's decoder is {decoder!r}; it must be None, 'sd' or 'edm2'")
         assert shape is not None, "checked above"
         self.network = network
@@ -129,6 +115,24 @@ class Model:
         self.one_hot = options.pop("one_hot", False)
         require(isinstance(self.one_hot, bool), f"Model's one_hot is {self.one_hot!r}; it must be True or False")
         self.options = options
+
+
+def check_kind(kind: Any) -> None:
+    """Raises RequestError: it is neither the name of a kind nor a parameterisation."""
+    require(
+        kind is not None and not isinstance(kind, tuple | list),
+        f"Model's kind is missing; give what the network computes, as Model(network, 'eps', shape): one of {KINDS}",
+    )
+    spelled = re.sub(r"[\s-]", "_", kind.strip().lower()) if isinstance(kind, str) else ""
+    meant = MEANT.get(spelled, spelled if spelled in KINDS.split(", ") else kind)
+    require(meant == kind, f"Model's kind is {kind!r}; {meant!r} is probably meant; it must be one of {KINDS}")
+    of_class = getattr(kind, "__name__", "") if isinstance(kind, type) else ""
+    require(not of_class, f"Model's kind is the class {of_class}; give an object of it, {of_class}()")
+    require(
+        isinstance(kind, str) or all(callable(getattr(kind, name, None)) for name in ("denoiser", "identity")),
+        f"Model's kind is of type {type(kind).__name__}; it must be a name such as 'denoiser' or 'eps', or "
+        "an object with the methods of a Parameterisation, denoiser and identity",
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ray_sampler.errors import RequestError, require
-from ray_sampler.networks.dit_options import DitFlags
+from ray_sampler.networks.families import DitFlags
 from ray_sampler.networks.family import (
     DTYPES,
     Family,

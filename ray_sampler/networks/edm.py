@@ -6,7 +6,7 @@ The third one, DhariwalUNet, is the ADM network under other names: see dhariwal.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ray_sampler.networks import adm_unet as adm
-from ray_sampler.networks.arguments import Arguments, check_sizes
-from ray_sampler.networks.attention import attend
-from ray_sampler.networks.nvidia import Refused, SavedNetwork
-from ray_sampler.networks.resampling import BOX, double, halve, padding_of
+from ray_sampler.networks.layers import BOX, attend, double, halve, padding_of
+from ray_sampler.networks.nvidia import MOST_BLOCKS, Arguments, Refused, SavedNetwork, check_sizes
 
 PREFIX = "model."
 EPS = 1e-6
@@ -109,23 +107,15 @@ def options_from(saved: SavedNetwork) -> SongUNetOptions:
         model_channels=arguments.number("model_channels", 128),
         channel_mult=arguments.numbers("channel_mult", (1, 2, 2, 2)),
         channel_mult_emb=arguments.factor("channel_mult_emb", 4),
-        num_blocks=arguments.blocks(4),
+        num_blocks=arguments.number("num_blocks", 4, most=MOST_BLOCKS),
         attn_resolutions=arguments.resolutions("attn_resolutions", (16,)),
         embedding_type=arguments.choice("embedding_type", EMBEDDINGS),
         channel_mult_noise=arguments.factor("channel_mult_noise", 1),
         encoder_type=arguments.choice("encoder_type", ENCODERS),
-        resample_filter=arguments.taps("resample_filter"),
+        resample_filter=arguments.numbers("resample_filter", BOX, even=True),
     )
     check_sizes(options.img_resolution, options.channels, options.noise_channels // 2, options.emb_channels)
     return options
-
-
-def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A snapshot's tensors under this network's names: without `model.`, without those of its preconditioning, and
-    without the filters, which follow from the options."""
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
-    kept = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return {name: tensor for name, tensor in kept.items() if not name.endswith("resample_filter")}
 
 
 def groups_of(channels: int) -> int:
@@ -247,7 +237,7 @@ class SongUNet(nn.Module):
     -> (B, out_channels, H, W) float32.
 
     Label `label_dim`, and None, is the null label. The state dict has the names of the published files without `model.`
-    and without the filters (see `network_tensors`).
+    and without the filters (see `nvidia.stripped`).
     """
 
     def __init__(self, options: SongUNetOptions) -> None:

@@ -16,11 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_sampler.networks.arguments import MOST_BLOCKS, Arguments, check_sizes
-from ray_sampler.networks.attention import attend
-from ray_sampler.networks.latent_rules import EDM2_LATENTS
-from ray_sampler.networks.nvidia import Refused, SavedNetwork
-from ray_sampler.networks.resampling import BOX, double, halve
+from ray_sampler.networks.decoders import EDM2_LATENTS
+from ray_sampler.networks.layers import BOX, attend, double, halve
+from ray_sampler.networks.nvidia import MOST_BLOCKS, Arguments, Refused, SavedNetwork, check_sizes
 
 EPS = 1e-4
 SILU_GAIN = 0.596
@@ -70,12 +68,12 @@ def options_from(saved: SavedNetwork) -> Edm2Options:
         channels=channels,
         noise_channels=channels[0] if noise is None else round(width * noise),
         emb_channels=max(channels) if emb is None else round(width * emb),
-        num_blocks=arguments.blocks(3),
+        num_blocks=arguments.number("num_blocks", 3, most=MOST_BLOCKS),
         attn_resolutions=arguments.resolutions("attn_resolutions", (16, 8)),
         channels_per_head=arguments.number("channels_per_head", CHANNELS_PER_HEAD),
-        resample_filter=arguments.taps("resample_filter"),
+        resample_filter=arguments.numbers("resample_filter", BOX, even=True),
         **{name: arguments.fraction(name, getattr(Edm2Options, name)) for name in _BALANCES},
-        clip_act=arguments.clip("clip_act", 256.0),
+        clip_act=math.inf if saved.arguments.get("clip_act", 0) is None else arguments.factor("clip_act", 256.0),
     )
     _check(options)
     return options
@@ -149,14 +147,6 @@ def latents(encoder: SavedNetwork | None) -> bool:
                 raise Refused(f"its latents were scaled with {name} {ascii(given)[:60]}; only {published} is known")
         return True
     raise Refused(f"its pictures are encoded by {encoder.class_name[:60]!a}, which is not known")
-
-
-def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A snapshot's tensors under this network's names: without `unet.`, and without `logvar`, which weighs the loss in
-    training."""
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
-    kept = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return {name: tensor for name, tensor in kept.items() if not name.startswith("logvar_")}
 
 
 def normalize(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -288,7 +278,7 @@ class Edm2UNet(nn.Module):
     """F(x, c_noise, y): (B, C, H, W) float32, (B,) or (1,) float32, (B,) int64 or None -> (B, C, H, W) float32.
 
     Label `label_dim`, and None, is the null label. The state dict has the names of the published files without `unet.`
-    (see `network_tensors`); its tensors may be kept as they are stored, float16 or float32, until `fold`.
+    (see `nvidia.stripped`); its tensors may be kept as they are stored, float16 or float32, until `fold`.
     """
 
     def __init__(self, options: Edm2Options) -> None:

@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ray_sampler.errors import RequestError, printable, require
 from ray_sampler.networks import adm, edm, edm2
 from ray_sampler.networks.adm_options import AdmOptions
-from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.networks.dhariwal import HEAD_CHANNELS, as_dhariwal, dhariwal_to_adm
+from ray_sampler.networks.adm_unet import GroupNorm, UNet
+from ray_sampler.networks.edm import PREFIX, groups_of
 from ray_sampler.networks.family import DTYPES, Family, NetworkSpec, Opened, Precision, Told, check_fit, without_memory
-from ray_sampler.networks.nvidia import Refused, SavedNetwork
+from ray_sampler.networks.nvidia import MOST_BLOCKS, Arguments, Refused, SavedNetwork, check_sizes, stripped
 from ray_sampler.networks.weights import Checkpoint
 
 SIGMA_RANGE = (0.002, 80.0)
@@ -94,7 +95,7 @@ def open_edm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
             classes = options.network.num_classes if options.network.class_cond else 0
         else:
             network = edm.options_from(saved)
-            options, tensors = Recorded(network), edm.network_tensors(saved.tensors)
+            options, tensors = Recorded(network), stripped(saved.tensors, edm.PREFIX)
             shape = (network.in_channels, network.img_resolution, network.img_resolution)
             classes = network.label_dim
     low, high = (recorded(saved, name, default) for name, default in (("sigma_min", 0.0), ("sigma_max", math.inf)))
@@ -152,7 +153,7 @@ def open_edm2(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozen
         autoencoder=(8, None),  # Stable Diffusion's
         script="edm2",
     )
-    return checked(EDM2, spec, edm2.network_tensors(source), saved, settings, given, told_by(options, "edm"), encoder)
+    return checked(EDM2, spec, stripped(source, edm2.PREFIX), saved, settings, given, told_by(options, "edm"), encoder)
 
 
 def checked(
@@ -186,45 +187,23 @@ def checked(
 
 
 def told_by(network: Any, kind: str) -> dict[str, Any]:
-    """The settings of a file's network, by the names of ADM's flags; a function decides whether a given value matches.
+    """The settings of a file's network, by the names of ADM's flags; see `NetworkSpec.check_given`.
 
     A flag that is left out here cannot be used with this network.
     """
-    adm_like = isinstance(network, AdmOptions)
-    width = network.num_channels if adm_like else getattr(network, "model_channels", network.channels[0])
-    channels = [round(m * width) for m in network.channel_multipliers] if adm_like else list(network.channels)
-    sizes = [(network.image_size if adm_like else network.img_resolution) >> level for level in range(len(channels))]
-    there = [network.attends_at(i) if adm_like else s in network.attn_resolutions for i, s in enumerate(sizes)]
-    attention = [size for size, attends in zip(sizes, there, strict=True) if attends]
-    heads: dict[str, Any] = {"num_head_channels": getattr(network, "channels_per_head", HEAD_CHANNELS)}
+    mode = {"training_mode": Told(kind, lambda mode: kind == "edm" and "consistency" not in mode)}
+    if isinstance(network, AdmOptions):
+        return adm.told_by(network) | {"num_head_channels": HEAD_CHANNELS} | mode
+    size, channels, attended = network.img_resolution, network.channels, network.attn_resolutions
+    width = getattr(network, "model_channels", channels[0])
+    heads: dict[str, Any] = {"num_head_channels": getattr(network, "channels_per_head", None)}
     if isinstance(network, edm.SongUNetOptions):  # which has one head, of all channels
-        wide = {channels[-1], *(c for c, attends in zip(channels, there, strict=True) if attends)}
+        wide = {channels[-1], *(c for level, c in enumerate(channels) if size >> level in attended)}
         heads["num_head_channels"] = Told("-1", lambda n: n == -1 or {n} == wide)
         heads |= {"num_heads": 1, "num_heads_upsample": Told("1", lambda n: n in (-1, 1))}
-    return heads | {
-        "num_channels": width,
-        "num_res_blocks": network.num_res_blocks if adm_like else network.num_blocks,
-        "channel_mult": Told(
-            ",".join(f"{c / width:g}" for c in channels),
-            lambda text: not text or [round(m * width) for m in numbers("channel_mult", text)] == channels,
-        ),
-        "attention_resolutions": Told(
-            ",".join(map(str, attention)) or "none",
-            lambda text: [s for s in sizes if s in numbers("attention_resolutions", text)] == attention,
-        ),
-        "use_scale_shift_norm": adm_like,
-        "resblock_updown": True,
-        "learn_sigma": adm_like and network.learn_sigma,
-        "training_mode": Told(kind, lambda mode: kind == "edm" and "consistency" not in mode),
-    }
-
-
-def numbers(name: str, text: str) -> list[float]:
-    """A list of numbers that was given as text. Raises RequestError: it is none."""
-    try:
-        return [float(part) for part in text.split(",") if part]
-    except ValueError:
-        raise RequestError(f"--{name} is {text!r}; it must be positive numbers with commas, like 1,2,2") from None
+    levels = adm.told_of_levels(width, channels, size, attended, [c / width for c in channels])
+    switches = {"use_scale_shift_norm": False, "resblock_updown": True, "learn_sigma": False}
+    return levels | {"num_res_blocks": network.num_blocks} | heads | switches | mode
 
 
 def check_sigma_data(saved: SavedNetwork) -> None:
@@ -263,3 +242,139 @@ def fold(module: nn.Module, precision: Precision) -> nn.Module:
 
 EDM = Family("edm", is_edm, open_edm, build_edm)
 EDM2 = Family("edm2", is_edm2, open_edm2, build_edm2, fold, as_stored=True)
+
+
+HEAD_CHANNELS = 64
+"""Channels of an attention head, at least: there are channels // 64 heads, wider ones where that is not exact."""
+
+BLOCK = {
+    "norm0": "in_layers.0",
+    "conv0": "in_layers.2",
+    "affine": "emb_layers.1",
+    "norm1": "out_layers.0",
+    "conv1": "out_layers.3",
+    "skip": "skip_connection",
+}
+ATTENTION = {"norm2": "norm", "qkv": "qkv", "proj": "proj_out"}
+
+
+def dhariwal_to_adm(saved: SavedNetwork) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The flags of the ADM network that a snapshot's DhariwalUNet is, and its tensors under the names there.
+
+    `label_emb` has a last row of zeros, for the null label `num_classes`: see `as_dhariwal`.
+
+    Raises:
+        Refused: it is not a DhariwalUNet, or its tensors are not those of its arguments.
+    """
+    arguments = Arguments(saved.arguments)
+    arguments.choice("model_type", ("DhariwalUNet",))
+    if arguments.factor("channel_mult_emb", 4) != 4:
+        raise Arguments.refused("channel_mult_emb", saved.arguments["channel_mult_emb"], "4")
+    channels = arguments.number("img_channels", 3)
+    inputs, outputs = arguments.number("in_channels", channels), arguments.number("out_channels", channels)
+    if outputs not in (inputs, 2 * inputs):
+        raise Arguments.refused("out_channels", outputs, f"{inputs} or {2 * inputs}")
+    size, blocks = arguments.number("img_resolution"), arguments.number("num_blocks", 3, most=MOST_BLOCKS)
+    multipliers = arguments.numbers("channel_mult", (1, 2, 3, 4))
+    attention = arguments.resolutions("attn_resolutions", (32, 16, 8))
+    classes = arguments.number("label_dim", 0, least=0)
+    width = arguments.number("model_channels", 192)
+    widths = tuple(round(width * multiplier) for multiplier in multipliers)
+    check_sizes(size, widths)
+    if widths[-1] < HEAD_CHANNELS:
+        raise Refused(
+            f"its DhariwalUNet has {widths[-1]} channels in its middle; only {HEAD_CHANNELS} or more can be sampled"
+        )
+    # A level with fewer channels than a head has no attention, whatever the list of resolutions says.
+    attention = tuple(size >> i for i, w in enumerate(widths) if size >> i in attention and w >= HEAD_CHANNELS)
+    flags: dict[str, Any] = {
+        "image_size": size,
+        "num_channels": width,
+        "num_res_blocks": blocks,
+        "num_head_channels": HEAD_CHANNELS,
+        "attention_resolutions": ",".join(map(str, attention)),
+        "channel_mult": ",".join(f"{multiplier:g}" for multiplier in multipliers),
+        "class_cond": classes > 0,
+        "use_scale_shift_norm": True,
+        "resblock_updown": True,
+        "learn_sigma": outputs != inputs,
+    }
+    flags |= {"num_classes": classes} if classes else {}
+    flags |= {"in_channels": inputs} if inputs != 3 else {}
+    names = {
+        f"{PREFIX}{theirs}": ours for theirs, ours in _names(size, len(multipliers), blocks, attention, classes > 0)
+    }
+    return flags, _renamed(saved.tensors, names)
+
+
+def as_dhariwal(network: UNet) -> UNet:
+    """An ADM network, without weights as yet, as EDM has it: in place.
+
+    It normalises in min(32, C // 4) groups, which are 32 from 128 channels up, and its null label is a zero vector.
+    """
+    for module in network.modules():
+        if isinstance(module, GroupNorm):
+            module.num_groups = groups_of(module.num_channels)
+    if network.arch.class_cond:
+        labels = network.label_emb
+        network.label_emb = nn.Embedding(
+            labels.num_embeddings + 1, labels.embedding_dim, device=labels.weight.device, dtype=labels.weight.dtype
+        )
+    return network
+
+
+def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    renamed = {}
+    for theirs, tensor in tensors.items():
+        module, _, parameter = theirs.rpartition(".")
+        unused = parameter == "resample_filter" or module == f"{PREFIX}map_augment"
+        if unused or not theirs.startswith(PREFIX):
+            continue
+        if module not in names:
+            raise Refused(f"its DhariwalUNet has a tensor {theirs[:100]}, which its arguments do not ask for")
+        if module.endswith(".qkv"):
+            tensor = _qkv(tensor, theirs)
+        if names[module] == "label_emb":
+            tensor = torch.cat([tensor.T, tensor.new_zeros(1, len(tensor))]).contiguous()
+        renamed[f"{names[module]}.{parameter}"] = tensor
+    return renamed
+
+
+def _qkv(tensor: Tensor, name: str) -> Tensor:
+    """Outputs ordered (heads, channels of a head, 3) -> (3, heads, channels of a head)."""
+    heads = len(tensor) // 3 // HEAD_CHANNELS if tensor.dim() else 0
+    if not heads or len(tensor) % (3 * heads):
+        raise Refused(f"its DhariwalUNet has {name} of shape {list(tensor.shape)}, not in heads of {HEAD_CHANNELS}")
+    return tensor.unflatten(0, (heads, -1, 3)).movedim(2, 0).flatten(0, 2).contiguous()
+
+
+def _names(
+    resolution: int, levels: int, blocks: int, attention: tuple[int, ...], labelled: bool
+) -> Iterator[tuple[str, str]]:
+    """(EDM's name of a layer, ADM's), for all layers with parameters."""
+    yield from (("map_layer0", "time_embed.0"), ("map_layer1", "time_embed.2"))
+    yield from [("map_label", "label_emb")] * labelled
+    sizes = [resolution >> level for level in range(levels)]
+    yield f"enc.{resolution}x{resolution}_conv", "input_blocks.0.0"
+    place = 1
+    for size in sizes:
+        for name in ["down"] * (size != resolution) + [f"block{i}" for i in range(blocks)]:
+            attends = size in attention and name != "down"
+            yield from _block(f"enc.{size}x{size}_{name}", f"input_blocks.{place}", attends)
+            place += 1
+    bottom = f"dec.{sizes[-1]}x{sizes[-1]}"
+    yield from _block(f"{bottom}_in0", "middle_block", attends=True)
+    yield from _block(f"{bottom}_in1", "middle_block", attends=False, first=2)
+    for i, size in enumerate(reversed(sizes)):
+        for j in range(blocks + 1):
+            yield from _block(f"dec.{size}x{size}_block{j}", f"output_blocks.{i * (blocks + 1) + j}", size in attention)
+        if size != resolution:
+            last, above = (i + 1) * (blocks + 1) - 1, f"{2 * size}x{2 * size}"
+            yield from _block(f"dec.{above}_up", f"output_blocks.{last}", attends=False, first=1 + (size in attention))
+    yield from (("out_norm", "out.0"), ("out_conv", "out.2"))
+
+
+def _block(theirs: str, ours: str, attends: bool, first: int = 0) -> Iterator[tuple[str, str]]:
+    yield from ((f"{theirs}.{a}", f"{ours}.{first}.{b}") for a, b in BLOCK.items())
+    if attends:
+        yield from ((f"{theirs}.{a}", f"{ours}.{first + 1}.{b}") for a, b in ATTENTION.items())

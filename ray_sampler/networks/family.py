@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ray_sampler.errors import require
+from ray_sampler.errors import RequestError, require
 from ray_sampler.networks.families import ARCHITECTURE
 from ray_sampler.networks.weights import Checkpoint
 
@@ -104,33 +104,32 @@ class NetworkSpec:
         family = {} if self.family == "adm" else {"family": self.family}
         return family | {"weights": weights} | dict(self.options.identity())
 
-    def check_given(self, given: Mapping[str, Any], told: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """Check settings that the user gave against those of the file; repeating them is allowed.
-
-        Args:
-            told: by flag name, beside the size and the classes: a value, or one with another way to compare.
-
-        Raises:
-            RequestError: one contradicts it, or is for networks of another family.
-        """
+    def told(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        """What the file says, by flag name: the size and the classes beside `more`."""
         side = self.shape[1]
         told = {
             "image_size": Told(str(side), lambda n: n == side or (self.latent is not None and n % side == 0)),
             "class_cond": self.num_classes > 0,
-            **({"num_classes": self.num_classes} if self.num_classes else {}),
-            **told,
         }
-        for name in (name for name in DESCRIBING if name in given):
-            value, here = given[name], told.get(name)
-            heads = (
-                name in ("num_heads", "num_heads_upsample") and given.get("num_head_channels", -1) > 0
-            )  # which decides
-            require(here is not None or heads, f"--{name} is {value}, which this network cannot use; leave it out")
-            require(
-                heads or (here.says(value) if isinstance(here, Told) else value == here),
-                f"--{name} is {value}, but the file says {here.shown if isinstance(here, Told) else here}; leave it "
-                "out or give another --model",
-            )
+        return told | ({"num_classes": self.num_classes} if self.num_classes else {}) | dict(more)
+
+    def check_given(self, given: Mapping[str, Any], more: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Check settings that the user gave against those of the file; repeating them is allowed.
+
+        Args:
+            more: of the file, by flag name, beside the size and the classes: a value, or one with another way to
+                compare.
+
+        Raises:
+            RequestError: one contradicts it, or is for networks of another family.
+        """
+        told = self.told(more)
+        decided = {"num_heads", "num_heads_upsample"} if given.get("num_head_channels", -1) > 0 else set()
+        checked = {name: given[name] for name in DESCRIBING if name in given and name not in decided}
+        for name, value in checked.items():
+            require(name in told, f"--{name} is {value}, which this network cannot use; leave it out")
+        for contradiction in contradictions(checked, told):
+            raise RequestError(f"{contradiction}; leave it out or give another --model")
 
 
 class Told(NamedTuple):
@@ -138,6 +137,16 @@ class Told(NamedTuple):
 
     shown: str
     says: Callable[[Any], bool]
+
+
+def contradictions(settings: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
+    """What is to be said of each setting that is not what the file says, in the order of the settings."""
+    known = {name: (value, told[name]) for name, value in settings.items() if name in told}
+    return [
+        f"--{name} is {value}, but the file says {here.shown if isinstance(here, Told) else here}"
+        for name, (value, here) in known.items()
+        if not (here.says(value) if isinstance(here, Told) else value == here)
+    ]
 
 
 class Opened(NamedTuple):

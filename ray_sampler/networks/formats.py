@@ -85,6 +85,18 @@ ODD = {
 }
 
 
+FOREIGN = {
+    b"version https://git-lfs": "it is a pointer of Git LFS and not the file itself; fetch that with git lfs pull, or "
+    "download it by itself",
+    b"<": "it is an HTML page or XML, such as a site shows in place of a download; check the address",
+    **dict.fromkeys(
+        (b"{", b"["), "it is a JSON text, such as the configuration of a network; name the file with its weights"
+    ),
+    b"\x1f\x8b": "it is compressed with gzip; unpack it with gunzip",
+}
+"""What files begin with that people take for checkpoints, after white space, and what is to be said of them."""
+
+
 @dataclass(eq=False)
 class Storage:
     """The memory of one or more tensors, in the file."""
@@ -163,21 +175,10 @@ def content_of(file: BinaryIO, head: bytes) -> Any:
 def _foreign_kind(head: bytes) -> str:
     """What a file other than a checkpoint is, by its first bytes, and what to do with it."""
     text = head[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head:
-        return "it is empty: truncated, or not written yet"
-    if text.startswith(b"version https://git-lfs"):
-        return (
-            "it is a pointer of Git LFS and not the file itself; fetch that with git lfs pull, or download it by itself"
-        )
-    if text.startswith(b"<"):
-        return "it is an HTML page or XML, such as a site shows in place of a download; check the address"
-    if text.startswith((b"{", b"[")):
-        return "it is a JSON text, such as the configuration of a network; name the file with its weights"
-    if head.startswith(b"\x1f\x8b"):
-        return "it is compressed with gzip; unpack it with gunzip"
-    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in text):
-        return "it is text, not a checkpoint; name a file with weights"
-    return "it is truncated, damaged, or not a checkpoint (torch.save, safetensors or pickle)"
+    known = next((said for begin, said in FOREIGN.items() if text.startswith(begin)), None)
+    if known is None and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in text):
+        known = "it is text, not a checkpoint; name a file with weights" if text else "it is empty, or not written yet"
+    return known or "it is truncated, damaged, or not a checkpoint (torch.save, safetensors or pickle)"
 
 
 def _read_zip(file: BinaryIO) -> Any:

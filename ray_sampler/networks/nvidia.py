@@ -8,9 +8,9 @@ compared with what was published, and never run.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,16 @@ from ray_sampler.networks.formats import KNOWN, Stored, load
 from ray_sampler.networks.inert import Foreign, Known, Refused, damage_refused, unpickle
 from ray_sampler.networks.source_text import changed
 
-__all__ = ["Refused", "SavedNetwork", "looks_like_nvidia", "read_pickle"]
+__all__ = ["Arguments", "Refused", "SavedNetwork", "check_sizes", "looks_like_nvidia", "read_pickle", "stripped"]
+
+T = TypeVar("T")
+S = TypeVar("S", bound=str)
+
+MOST = 2**20
+"""No width, size or number of classes of a network comes near."""
+LEAST = 2**-10
+MOST_VALUES = 16
+MOST_BLOCKS = 64
 
 MAX_DEPTH = 16
 """Of modules and arguments inside one another, which may be circles in a damaged file."""
@@ -100,6 +109,16 @@ def read_pickle(file: BinaryIO) -> dict[str, SavedNetwork]:
         for key, name in list(loaded):
             tensors[key][name] = _own(loaded.pop((key, name)))
     return {key: SavedNetwork(*described[key], tensors[key], parameters[key], differing[key]) for key in objects}
+
+
+def stripped(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """A snapshot's tensors under a network's names: without its prefix and what lies beside it.
+
+    What sampling does not use is left out: filters, which follow from the options, and weights of the loss.
+    """
+    begin = prefix if any(name.startswith(prefix) for name in tensors) else ""
+    kept = {name.removeprefix(begin): tensor for name, tensor in tensors.items() if name.startswith(begin)}
+    return {n: t for n, t in kept.items() if not (n.endswith("resample_filter") or n.startswith("logvar_"))}
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -203,3 +222,75 @@ def _tensors(module: Foreign | None, prefix: str = "", depth: int = 0) -> Iterat
             yield _Placed(kind, prefix + name, stored)
     for name, part in (state.get("_modules") or {}).items():
         yield from _tensors(part, f"{prefix}{name}.", depth + 1)
+
+
+class Arguments:
+    """Recorded arguments by name, each checked, with the default of those that are absent or None."""
+
+    def __init__(self, recorded: dict[str, Any]) -> None:
+        self.recorded = recorded
+
+    def taken(self, name: str, default: Any, right: str, is_right: Callable[[Any], bool]) -> Any:
+        """A value that satisfies `is_right`; `right` says in words what does."""
+        value = self.recorded.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise Refused(f"its network does not say what its {name} is")
+        if not is_right(value):
+            raise self.refused(name, value, right)
+        return value
+
+    def number(self, name: str, default: int | None = None, least: int = 1, most: int = MOST) -> int:
+        """A whole number."""
+        right = f"a whole number from {least} to {most}"
+        return int(self.taken(name, default, right, lambda n: type(n) is int and least <= n <= most))
+
+    def numbers(self, name: str, default: tuple[float, ...], even: bool = False) -> tuple[float, ...]:
+        """A few positive numbers; an even number of them if `even`, as a filter must have that doubles."""
+        right = f"a list of {'an even number of' if even else f'1 to {MOST_VALUES}'} positive numbers"
+        step = 2 if even else 1
+        value = self.taken(name, default, right, lambda v: is_list(v, positive) and v and len(v) % step == 0)
+        return tuple(map(float, value))
+
+    def resolutions(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """Pixels a side, any number of them."""
+        whole = self.taken(name, default, "a list of whole numbers", lambda v: is_list(v, lambda n: type(n) is int))
+        return tuple(whole)
+
+    def factor(self, name: str, default: T) -> float | T:
+        """A positive number."""
+        given = self.recorded.get(name) is not None
+        return float(self.taken(name, default, "a positive number", positive)) if given else default
+
+    def fraction(self, name: str, default: float) -> float:
+        """A number from 0 to 1."""
+        right = "a number from 0 to 1"
+        return float(self.taken(name, default, right, lambda n: type(n) in (int, float) and 0 <= n <= 1))
+
+    def choice(self, name: str, choices: tuple[S, ...]) -> S:
+        """One of `choices`, the first where it is absent."""
+        value = self.taken(name, choices[0], " or ".join(choices), lambda each: each in choices)
+        return choices[choices.index(value)]
+
+    @staticmethod
+    def refused(name: str, value: Any, right: str) -> Refused:
+        return Refused(f"its network has {name} {ascii(value)[:60]}; only {right} can be sampled")
+
+
+def positive(value: Any) -> bool:
+    """Whether it is a number that a network can have."""
+    return type(value) in (int, float) and LEAST <= value <= MOST
+
+
+def is_list(value: Any, each: Callable[[Any], bool]) -> bool:
+    """Whether it is a list of a few such values."""
+    return isinstance(value, (list, tuple)) and len(value) <= MOST_VALUES and all(map(each, value))
+
+
+def check_sizes(resolution: int, channels: tuple[int, ...], *embedded: int) -> None:
+    """Refuses levels that do not halve the resolution, and widths that no network has."""
+    if resolution % 2 ** (len(channels) - 1):
+        raise Refused(f"its network has {len(channels)} levels, but {resolution} pixels a side")
+    for width in (*channels, *embedded):
+        if not 1 <= width <= MOST:
+            raise Refused(f"its network has a layer of {width} channels")

@@ -12,7 +12,7 @@ from ray_sampler.errors import RequestError, redact, require
 from ray_sampler.networks.adm import ADM
 from ray_sampler.networks.choose import listed
 from ray_sampler.networks.custom import open_custom
-from ray_sampler.networks.digits_decoder import DIGITS_DECODER
+from ray_sampler.networks.decoders import DIGITS_DECODER
 from ray_sampler.networks.dit import DIT
 from ray_sampler.networks.edm_family import EDM, EDM2
 from ray_sampler.networks.family import PREFIX, Family, Network, without_memory
@@ -21,10 +21,8 @@ from ray_sampler.networks.weights import Checkpoint, read_checkpoint, weights_ha
 FAMILIES: dict[str, Family] = {family.name: family for family in (ADM, EDM, EDM2, DIT, DIGITS_DECODER)}
 """By name, in the order in which they are asked; another family is one name more here."""
 
-BUNDLED_FILES = {
-    name: f"{name}.safetensors" for name in ("digits", "digits-latent", "digits-decoder", "digits-v1", "digits-cd")
-}
-"""Networks whose weights are in the package: their files in networks/digits."""
+BUNDLED_FILES = ("digits", "digits-latent", "digits-decoder", "digits-v1", "digits-cd")
+"""Networks whose weights are in the package: the names of their files in networks/digits, without suffix."""
 
 NAMED = 3
 """How many tensors an error names."""
@@ -104,7 +102,7 @@ def read(model: str, key: str | None, flag: str) -> Checkpoint:
     """The checkpoint of a bundled model's name, or of a path or URL."""
     if model not in BUNDLED_FILES:
         return read_checkpoint(model, key, flag)
-    with as_file(files("ray_sampler.networks") / "digits" / BUNDLED_FILES[model]) as path:
+    with as_file(files("ray_sampler.networks") / "digits" / f"{model}.safetensors") as path:
         return read_checkpoint(str(path), None, flag)
 
 

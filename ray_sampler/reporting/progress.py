@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ray_sampler.errors import printable
+from ray_sampler.process import Sturdy
 from ray_sampler.reporting.options import Mode
-from ray_sampler.streams import Sturdy
 
 Level = Literal["info", "warning", "error"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ray_sampler.networks.decoders import RULES, Rule
 from ray_sampler.networks.family import Decodes
-from ray_sampler.networks.latent_rules import RULES, Rule
 from ray_sampler.sampling.finish import SOUND, Finisher, to_uint8
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, ran_out_of_memory
 from ray_sampler.sampling.options import DecoderOptions
@@ -38,16 +38,6 @@ def decoding(options: DecoderOptions, rule: str, decodes: Decodes) -> Finisher:
         {DECODER: str(options.decoder)},
         f"decoder batch {options.decoder_batch}",
     )
-
-
-def empty_latents(size: int, batch: int) -> list[str]:
-    """What the user should know of --decoder_batch `size` beside --batch_size `batch`."""
-    if -batch % size <= batch / 4:
-        return []
-    return [
-        f"--decoder_batch {size} decodes {-batch % size} empty latents beside the {batch} of a batch; one that divides "
-        "--batch_size avoids that"
-    ]
 
 
 def decoded(

@@ -6,7 +6,6 @@ import os
 import platform
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +50,15 @@ def pin(device: torch.device, compile: Compile) -> None:
     cudnn.deterministic = not timed
     if device.type != "cuda":
         return
-    for name in (
-        "allow_fp16_reduced_precision_reduction",
-        "allow_bf16_reduced_precision_reduction",
-        "allow_fp16_accumulation",
-    ):
-        set_where_known(matmul, name, False)
+    matmul.allow_fp16_reduced_precision_reduction = False
+    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul.allow_fp16_accumulation = False
     torch.use_deterministic_algorithms(not timed, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a module property
     if not timed:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACE
         # Its plans depend on the memory that is free; flash attention has one.
-        if hasattr(torch.backends.cuda, "enable_cudnn_sdp"):
-            torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def set_where_known(settings: Any, name: str, value: Any) -> None:
-    """Set what this version of torch has; versions differ in the names."""
-    if hasattr(settings, name):
-        setattr(settings, name, value)
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def numerics_key(device: torch.device, batch_size: int, precision: str, compile: Compile) -> str:
@@ -93,12 +82,10 @@ def gpu_kind(device: torch.device, how: str = "") -> str:
 
 def triton_version() -> str:
     """Of the compiler that Inductor writes for; none where it is missing."""
-    for package in ("triton", "pytorch-triton"):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return "unknown" if find_spec("triton") else "none"
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
 
 
 @lru_cache

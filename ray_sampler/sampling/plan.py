@@ -115,8 +115,7 @@ class SamplePlan:
 
     def sigmas(self) -> list[float]:
         """The noise levels that the solver visits, before they are rounded to the dtype of the state."""
-        levels = self.solver.levels(self.schedule, self.solver_options, torch.float64)
-        return levels[self.solver.visited].tolist()
+        return self.solver.sigmas(self.schedule, self.solver_options)
 
 
 def parameterisation_of(spec: NetworkSpec, sigma_min: float) -> Parameterisation:

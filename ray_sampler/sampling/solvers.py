@@ -227,6 +227,12 @@ class Solver(NamedTuple):
     start: Callable[[Tensor], Tensor | float] | None = None
     """The first level -> what scales x_T; None: that level."""
 
+    def sigmas(self, schedule: ScheduleOptions, options: Any) -> list[float]:
+        """The noise levels that it visits, before they are rounded to the dtype of the state."""
+        import torch
+
+        return self.levels(schedule, options, torch.float64)[self.visited].tolist()
+
 
 NEW = ("steps", "sigma_max", "sigma_min", "schedule")
 

@@ -182,8 +182,5 @@ def nfe_of(options: SolverOptions, steps: int) -> int:
 
 def sigmas_of(options: SolverOptions, schedule: ScheduleOptions) -> list[float]:
     """The noise levels that the solver visits, before they are rounded to the dtype of the state."""
-    import torch
-
     solver = SOLVERS[options.sampler]
-    levels = solver.levels(schedule, of(solver.options, options), torch.float64)
-    return levels[solver.visited].tolist()
+    return solver.sigmas(schedule, of(solver.options, options))

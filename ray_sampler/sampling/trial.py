@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from threading import Thread
 from typing import Any
 
@@ -102,20 +103,13 @@ def _kind(result: Any) -> str:
 
 def within(seconds: float, call: Callable[[], list[str]]) -> list[str] | None:
     """What a call gives, or raises; None where that takes longer, and the call is left to itself."""
-    ended: list[tuple[list[str], Exception | None]] = []
+    ended: Future[list[str]] = Future()
 
     def work() -> None:
         try:
-            ended.append((call(), None))
-        except Exception as error:  # raised below, on the thread that waits
-            ended.append(([], error))
+            ended.set_result(call())
+        except BaseException as error:  # raised below, on the thread that waits
+            ended.set_exception(error)
 
-    thread = Thread(target=work, name="trial", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not ended:
-        return None
-    result, error = ended[0]
-    if error is not None:
-        raise error
-    return result
+    Thread(target=work, name="trial", daemon=True).start()
+    return ended.result() if wait([ended], seconds).done else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_sampler import Model
-from ray_sampler.networks.autoencoder import autoencoder_class
+from ray_sampler.networks.decoders import autoencoder_class
 
 LEVELS = 2
 """Of the small autoencoder: pictures are twice as large as latents."""

@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,14 @@ from torch import Tensor, nn
 
 from ray_sampler.cli import main
 from ray_sampler.cluster import driver
-from ray_sampler.cluster.job import Job, claim, prepare
+from ray_sampler.cluster.job import Job, prepare
 from ray_sampler.cluster.shipping import Shipped, ship
-from ray_sampler.cluster.worker import kept_of
-from ray_sampler.config import RequestError, RunConfig, RunError
-from ray_sampler.networks.autoencoder import autoencoder_class
+from ray_sampler.config import RequestError, RunConfig
+from ray_sampler.networks.decoders import autoencoder_class
 from ray_sampler.networks.family import Network
 from ray_sampler.sampling.engine import Engine, NonFiniteError
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError
-from ray_sampler.storage.fragment import encode, read_fragment
-from ray_sampler.storage.record import FragmentName, Samples
+from ray_sampler.storage.fragment import read_fragment
 from ray_sampler.storage.run_dir import RunDir
 from tests.cluster.autoencoders import autoencoder, model, saved
 from tests.cluster.small_models import REFERENCE, edm2_snapshot
@@ -312,47 +309,6 @@ def test_a_decoder_unlike_the_published_ones_is_noted(tmp_path: Path) -> None:
     assert notes["same"] == []
     assert ["has 2 pixels in a row for each latent, not 8 as those" in note for note in notes["small"]] == [True]
     assert ["has the scaling_factor 0.13025, not 0.18215 as those" in note for note in notes["scaled"]] == [True]
-
-
-# Latents that another run kept.
-
-
-def undecoded(output: Path, count: int = N, **flags: Any) -> np.ndarray:
-    """A run with --decoder none that wrote `count` samples; what it wrote, (n, H, W, C)."""
-    made = job("none", output=str(output), **flags)
-    claim(made)
-    images = computed(made)["image"]
-    for start in range(0, count, 4):
-        stop = min(start + 4, count)
-        data, _ = encode(Samples.of(start, images[start:stop], None), made.fingerprint, {}, "parquet")
-        made.run_dir.write_fragment(FragmentName(start, stop, "parquet"), data)
-    return images
-
-
-def test_latents_of_an_earlier_run_take_the_place_of_sampling(vae: Path, tmp_path: Path) -> None:
-    images = undecoded(tmp_path / "kept")
-    made = job(vae, latents=str(tmp_path / "kept"))
-    assert made.fingerprint == job(vae).fingerprint
-    kept = kept_of(str(made.latents), 3, 9)
-    np.testing.assert_array_equal(kept.x.numpy(), images.transpose(0, 3, 1, 2)[3:9])
-    dead = nn.Module()
-    dead.forward = lambda *given: pytest.fail("it was sampled")
-    whole = replace(made, plan=replace(made.plan, kept=kept_of(str(made.latents), 0, N)))
-    found, wanted = computed(whole, main=dead), computed(job(vae))
-    np.testing.assert_array_equal(found["image"], wanted["image"])
-    np.testing.assert_array_equal(found["latent"], wanted["latent"])
-    (tmp_path / "kept" / "fragments" / "000000000004-000000000008.parquet").write_bytes(b"")
-    with pytest.raises(RunError, match=r"kept are damaged: .* run that run's command again"):
-        kept_of(str(made.latents), 3, 9)
-
-
-def test_latents_of_another_run_are_refused(vae: Path, tmp_path: Path) -> None:
-    undecoded(tmp_path / "kept", 6)
-    kept = str(tmp_path / "kept")
-    assert "which keeps 6 of the 10 latents; let that run grow first" in refused(tmp_path, vae=vae, latents=kept)
-    said = refused(tmp_path, vae=vae, latents=kept, num_samples=6, seed=7)
-    assert said.endswith("a run of other latents: seed 42, not 7; give the same settings")
-    assert "which keeps no latents" in refused(tmp_path, vae=vae, latents=str(tmp_path / "nothing"))
 
 
 # The command line.

@@ -18,7 +18,7 @@ import torch
 import ray_sampler
 from ray_sampler import config
 from ray_sampler.cli import main
-from ray_sampler.cluster import job
+from ray_sampler.cluster import driver, job
 from ray_sampler.networks.adm import spec_of
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
@@ -26,6 +26,7 @@ from ray_sampler.networks.opening import open_network
 from ray_sampler.options import of
 from ray_sampler.planning import identity, plan_of
 from ray_sampler.presets import BUNDLED, model_of
+from ray_sampler.reporting.progress import reporter
 from ray_sampler.resolve import given_values, resolve, settled
 from ray_sampler.sampling import numerics
 from ray_sampler.sampling.plan import MAIN, sample_block
@@ -77,14 +78,29 @@ def dry_run_of(arguments: list[str]) -> dict[str, Any]:
 
 
 def run(flags: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Fill the archive of a request, on whatever Ray there is: the archive's path and the summary.
+    """Fill the archive of a request, on whatever Ray there is: the archive's path and the summary."""
+    return filled(ray_sampler.run(ray_sampler.RunConfig(**flags)), flags["batch_size"])
 
-    The summary names this machine's CPU as version 1 did: numerics keys hold more now, and no pixel depends on them.
+
+def run_together(requests: Mapping[Path, Mapping[str, Any]]) -> list[tuple[Path, dict[str, Any]]]:
+    """The same for several requests, each made in a folder; those of one network share actors."""
+    jobs = []
+    for folder, flags in requests.items():
+        with contextlib.chdir(folder):
+            jobs.append(job.prepare(config.RunConfig(**flags)))
+    with reporter("none", False) as report:
+        results = driver.drive(jobs, report)
+    return [filled(result, flags["batch_size"]) for result, flags in zip(results, requests.values(), strict=True)]
+
+
+def filled(result: driver.RunResult, batch_size: int) -> tuple[Path, dict[str, Any]]:
+    """The archive's path and the summary, which names this machine's CPU as version 1 did.
+
+    Numerics keys hold more now, and no pixel depends on them.
     """
-    result = ray_sampler.run(ray_sampler.RunConfig(**flags))
-    here = numerics.numerics_key(torch.device("cpu"), flags["batch_size"], "fp32", "auto")
+    here = numerics.numerics_key(torch.device("cpu"), batch_size, "fp32", "auto")
     makers = [
-        maker | {"key": numerics_key(flags["batch_size"])} if maker["key"] == here else maker
+        maker | {"key": numerics_key(batch_size)} if maker["key"] == here else maker
         for maker in result.summary["computed_by"]
     ]
     return Path(result.archive), result.summary | {"computed_by": makers}

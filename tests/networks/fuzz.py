@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ray_sampler.networks import edm, edm2
-from ray_sampler.networks.dhariwal import dhariwal_to_adm
+from ray_sampler.networks.edm_family import dhariwal_to_adm
 from ray_sampler.networks.nvidia import Refused, SavedNetwork, read_pickle
 from tests.faults.fuzz import spoiled
 from tests.networks.nvidia_files import random_tensors, snapshot

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ray_sampler.networks import edm, edm2
-from ray_sampler.networks.nvidia import SavedNetwork, read_pickle
+from ray_sampler.networks.nvidia import SavedNetwork, read_pickle, stripped
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden" / "reference"
 SIGMA_DATA = 0.5
@@ -37,11 +37,11 @@ def network(name: str, file: str = "net", fold: bool = True) -> Network:
     if stored.class_name == "Precond":
         with torch.device("meta"):
             made = edm2.Edm2UNet(edm2.options_from(stored))
-        made.load_state_dict(edm2.network_tensors(stored.tensors), assign=True)
+        made.load_state_dict(stripped(stored.tensors, edm2.PREFIX), assign=True)
         return edm2.fold(made, torch.float32) if fold else made.eval()
     with torch.device("meta"):
         made = edm.SongUNet(edm.options_from(stored))
-    made.load_state_dict(edm.network_tensors(stored.tensors), assign=True)
+    made.load_state_dict(stripped(stored.tensors, edm.PREFIX), assign=True)
     return made.eval()
 
 

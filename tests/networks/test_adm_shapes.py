@@ -1,9 +1,8 @@
-"""The settings that follow from the shapes of an ADM state dict, and the advice that leads to a run in one step."""
+"""The settings that follow from the shapes of an ADM state dict."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ray_sampler.networks.adm import adm_flags
 from ray_sampler.networks.adm_options import AdmOptions
-from ray_sampler.networks.adm_shapes import adm_flags, explain_misfit
 from ray_sampler.networks.adm_unet import UNet
 from ray_sampler.presets import BUNDLED, PRESETS
 
@@ -73,7 +72,6 @@ def check_told(arch: AdmOptions) -> None:
     levels = range(len(arch.channel_multipliers))
     assert told["attention_factors"] == tuple(2**level for level in levels if arch.attends_at(level))
     assert (told["in_channels"], told["out_channels"]) == (arch.in_channels, arch.out_channels)
-    assert explain_misfit(state_dict(arch), asdict(arch)) == ""
 
 
 @settings(max_examples=30)
@@ -99,44 +97,6 @@ def test_shapes_tell_the_published_architectures(arch: AdmOptions) -> None:
 DIGITS = state_dict(published(dict(BUNDLED["digits"].settings)))
 
 
-def follow(sentence: str, arch: AdmOptions) -> AdmOptions:
-    """`arch` with the flags that the advice gives a value for."""
-    changed: dict[str, Any] = {}
-    for name, text in re.findall(r"--(\w+) (\S+) \(not ", sentence):
-        kind = type(getattr(arch, name))
-        changed[name] = text == "True" if kind is bool else kind(text)
-    for name, text in re.findall(r"--(\w+) that divides [^(]*such as (\d+)", sentence):
-        changed[name] = int(text)
-    return replace(arch, **changed)
-
-
-@settings(max_examples=30)
-@given(arch=architectures(), other=architectures())
-def test_advice_leads_to_a_network_that_fits_in_one_step(arch: AdmOptions, other: AdmOptions) -> None:
-    asked = replace(other, image_size=arch.image_size, num_heads=1)
-    weights = state_dict(arch)
-    followed = follow(explain_misfit(weights, asdict(asked)), asked)
-    followed.validate()
-    fitted = state_dict(followed)
-    assert {name: tensor.shape for name, tensor in fitted.items()} == {
-        name: tensor.shape for name, tensor in weights.items()
-    }
-
-
-def test_advice_names_each_wrong_flag_with_the_value_of_the_file_and_nothing_else() -> None:
-    arch = published(dict(BUNDLED["digits"].settings))
-    weights = state_dict(arch)
-    asked = replace(arch, num_channels=64, num_res_blocks=2, channel_mult="", image_size=64)
-    said = explain_misfit(weights, asdict(asked))
-    assert "--num_channels 32 (not 64)" in said
-    assert "--num_res_blocks 1 (not 2)" in said
-    assert "--channel_mult 1,2,2 (not empty)" in said
-    assert "--attention_resolutions 16 (not 8)" in said
-    assert "class_cond" not in said
-    assert explain_misfit(weights, {"num_channels": 32}) == ""
-    assert explain_misfit(weights, asdict(replace(arch, image_size=34))).endswith("multiple of 4 (not 34)")
-
-
 @pytest.mark.parametrize("channels", [(1, 1), (1, 2), (3, 6), (6, 6)])
 def test_channels_in_and_out_are_told(channels: tuple[int, int]) -> None:
     weights = state_dict(published(dict(BUNDLED["digits"].settings)))
@@ -160,7 +120,6 @@ def test_channels_in_and_out_are_told(channels: tuple[int, int]) -> None:
 def test_another_network_gives_nothing(names: dict[str, tuple[int, ...]]) -> None:
     weights = {name: torch.empty(shape, device="meta") for name, shape in names.items()}
     assert adm_flags(weights) is None
-    assert explain_misfit(weights, {"num_channels": 3}) == ""
 
 
 @settings(max_examples=50)

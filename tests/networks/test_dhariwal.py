@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.adm_unet import UNet
-from ray_sampler.networks.dhariwal import as_dhariwal, dhariwal_to_adm
+from ray_sampler.networks.edm_family import as_dhariwal, dhariwal_to_adm
 from ray_sampler.networks.nvidia import Refused, SavedNetwork
 from ray_sampler.networks.opening import open_network
 from tests.loading import loaded

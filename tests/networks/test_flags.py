@@ -106,7 +106,7 @@ def test_an_unconditional_adm_network_has_no_classes(flag: str, tmp_path: Path) 
     weights = {name: t for name, t in random_weights().items() if name != "label_emb.weight"}
     torch.save(weights, tmp_path / "adm.pt")
     describing(str(tmp_path / "adm.pt"), **ADM)
-    with pytest.raises(RequestError, match=rf"^--{flag} is .*, which an unconditional network cannot use"):
+    with pytest.raises(RequestError, match=rf"^--{flag} is .*, which this network cannot use"):
         describing(str(tmp_path / "adm.pt"), **ADM, **{flag: WRONG[flag]})
 
 

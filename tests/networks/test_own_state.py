@@ -11,9 +11,8 @@ from torch import nn
 
 from ray_sampler.cluster.job import prepare
 from ray_sampler.config import RunConfig
-from ray_sampler.networks.called import Called
+from ray_sampler.networks.called import Called, remember, twin
 from ray_sampler.networks.custom import Model
-from ray_sampler.networks.state import remember, twin
 from ray_sampler.sampling.engine import Engine
 from ray_sampler.sampling.plan import MAIN, sample_block
 from tests.networks.users_models import Write, job

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_sampler.networks.resampling import double, halve
+from ray_sampler.networks.layers import double, halve
 
 FILTERS = [(1.0, 1.0), (1.0, 3.0, 3.0, 1.0), (1.0, 2.0, 1.0), (1.0, 4.0, 6.0, 4.0, 1.0), (0.5, 1.0, 2.0, 3.0)]
 

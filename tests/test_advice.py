@@ -8,7 +8,7 @@ import pytest
 
 from ray_sampler import RunConfig
 from ray_sampler.cluster.job import prepare
-from ray_sampler.sampling.advice import advice
+from ray_sampler.planning import advice
 
 
 def lines(**flags: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Decoders of latents: the second half of an AutoencoderKL directory of diffusers.
+"""Decoders of latents: the second half of an AutoencoderKL directory of diffusers, and the bundled digits' own.
 
 diffusers is needed here alone, for the class of the network; the files are read as all checkpoints are.
 """
@@ -10,27 +10,30 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ray_sampler.errors import RequestError, printable, redact, require
 from ray_sampler.networks.family import (
     DTYPES,
     Decodes,
+    Family,
     Network,
     NetworkSpec,
+    Opened,
     Precision,
     as_it_is,
     misfits,
     without_memory,
 )
 from ray_sampler.networks.sources import Folder, Source, open_source
-from ray_sampler.networks.weights import read_checkpoint, weights_hash
+from ray_sampler.networks.weights import Checkpoint, read_checkpoint, weights_hash
 
 CONFIG = "config.json"
 MAX_CONFIG = 2**20
@@ -55,7 +58,7 @@ class AutoencoderOptions:
     config: Mapping[str, Any]
 
     def identity(self) -> dict[str, Any]:
-        return {name: self.config[name] for name in DECIDING}
+        return {name: self.config[name] for name in DECIDING if name in self.config}
 
 
 class Decoder(nn.Module):
@@ -220,3 +223,97 @@ def renamed(name: str) -> str:
 
 def build(config: Mapping[str, Any], precision: Precision) -> nn.Module:
     return without_memory(lambda: Decoder(config)).to(DTYPES[precision])
+
+
+EDM2_LATENTS: dict[str, Any] = {
+    "raw_mean": [5.81, 3.25, 0.12, -2.15],
+    "raw_std": [4.17, 4.62, 3.71, 3.28],
+    "final_mean": 0,
+    "final_std": 0.5,
+}
+"""How latents of Stable Diffusion's autoencoder are scaled, by channel, for the networks of EDM2:
+what its StabilityVAEEncoder has by default."""
+
+
+class Rule(NamedTuple):
+    """How a publication turns the solver's results into what its decoder takes, and that into pixels."""
+
+    latents: Callable[[Tensor, Decodes], Tensor]
+    """x (B, C, H, W) float32 -> z."""
+    unit: bool
+    """Whether the decoder's pictures are taken to be in [0, 1], and not in [-1, 1]."""
+    channels: int | None = None
+    """Of the only latents for which it is; None: of any."""
+
+
+def sd_latents(x: Tensor, decodes: Decodes) -> Tensor:
+    """As Stable Diffusion, DiT, SiT and REPA scale latents."""
+    return x / decodes.scaling + decodes.shift
+
+
+def edm2_latents(x: Tensor, decodes: Decodes) -> Tensor:
+    """As EDM2 scales latents, to a deviation of 0.5 by channel; what the autoencoder's config says is not used."""
+    mean, std = (torch.tensor(EDM2_LATENTS[name], device=x.device)[:, None, None] for name in ("raw_mean", "raw_std"))
+    scale = EDM2_LATENTS["final_std"] / std
+    return (x + mean * scale) / scale
+
+
+RULES = {
+    "sd": Rule(sd_latents, unit=False),
+    "edm2": Rule(edm2_latents, unit=True, channels=len(EDM2_LATENTS["raw_mean"])),
+}
+"""By name: what `NetworkSpec.latent` is."""
+
+
+LATENT_CHANNELS = 4
+FACTOR = 4
+"""Pixels in a row for each of a latent."""
+
+
+class DigitsDecoder(nn.Module):
+    """Latents of unit variance -> pictures of about [-1, 1] with three equal channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(LATENT_CHANNELS, 64, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.SiLU(),
+            nn.Upsample(scale_factor=2.0),
+            nn.Conv2d(64, 48, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(48, 48, 3, padding=1),
+            nn.SiLU(),
+            nn.Upsample(scale_factor=2.0),
+            nn.Conv2d(48, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, 1, 3, padding=1),
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        grey: Tensor = self.layers(latents)
+        return grey.expand(-1, 3, -1, -1)
+
+
+def is_digits(checkpoint: Checkpoint) -> bool:
+    return checkpoint.tensors.keys() == without_memory(DigitsDecoder).state_dict().keys()
+
+
+def open_digits(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozenset[str]) -> Opened:
+    """The bundled weights, which fit."""
+    spec = NetworkSpec(
+        family="digits-decoder",
+        options=AutoencoderOptions({}),
+        shape=(LATENT_CHANNELS, 1, 1),
+        kind="decoder",
+        decodes=Decodes(LATENT_CHANNELS, FACTOR, pictures=3),
+    )
+    return Opened(spec, checkpoint.tensors)
+
+
+def build_digits(spec: NetworkSpec, precision: Precision) -> nn.Module:
+    return DigitsDecoder().to(DTYPES[precision])
+
+
+DIGITS_DECODER = Family("digits-decoder", is_digits, open_digits, build_digits)

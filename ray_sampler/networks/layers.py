@@ -1,6 +1,8 @@
-"""Halving and doubling with a separable filter, as the networks of EDM and EDM2 do it."""
+"""Layers that the networks of EDM and EDM2 share: resampling with a separable filter, and attention over pixels."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -38,3 +40,17 @@ def double(x: Tensor, taps: tuple[float, ...]) -> Tensor:
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
     kernel = _kernel(x, taps, 4.0)
     return F.conv_transpose2d(x, kernel, stride=2, padding=padding_of(taps), groups=x.shape[1])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q^T k / sqrt(D)) v: each (B, heads, D, pixels) -> (B, heads, D, pixels).
+
+    On a CPU it is written out, which gives the published networks' samples to the last bit in float32: solvers with
+    guidance and churn can make 1e-4 of a difference in the last bit.
+    """
+    if not q.is_cpu:
+        # Its fast kernels want the numbers of one pixel beside each other; others hold all pairs of pixels in memory.
+        q, k, v = (t.transpose(2, 3).contiguous() for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+    weights = torch.einsum("nhcq,nhck->nhqk", q, k / math.sqrt(q.shape[2])).float().softmax(3).to(q.dtype)
+    return torch.einsum("nhqk,nhck->nhcq", weights, v)
