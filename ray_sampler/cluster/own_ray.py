@@ -58,6 +58,9 @@ COMPLAINT = re.compile(
 )
 """What a line says that complains; one of a stack does not."""
 
+NOISE = re.compile(r"^\[[^]]*\] *(\(\w+\) *)?(\S+:\d+: *)?|An unexpected system state has occurred\. .*? fix it\. *")
+"""Of such a line: when and where it was written, and the request to report every failed check to Ray's authors."""
+
 VITAL = ("raylet", "gcs_server")
 AGENT = re.compile(r"/(dashboard|runtime_env)/agent\b|ray::(DashboardAgent|RuntimeEnvAgent)")
 """Processes of Ray without which a run cannot continue: a raylet ends when an agent of it does."""
@@ -302,7 +305,7 @@ def log_says(folder: Path, names: tuple[str, ...] = LOG_FILES) -> str | None:
             with suppress(OSError):
                 lines = path.read_text(errors="replace")[-100_000:].splitlines()
                 if complaints := [line for line in lines if COMPLAINT.search(line)]:
-                    return printable(complaints[-1].strip())
+                    return printable(NOISE.sub("", complaints[-1].strip()))
     return None
 
 
@@ -325,7 +328,9 @@ def why_not_started(said: str, head: subprocess.Popen[bytes]) -> str:
         allowed = f"ulimit -v allows {space / 2**20:.0f} MiB of addresses"
         cause += f" ({allowed}, and Ray reserves many times the memory that it uses: raise it)"
     where = folder or f"{ray_folder()}, which RAY_TMPDIR chooses"
-    return f"Ray did not start on this machine: {cause}{f'; it says: {log}' if log else ''}; its logs lie in {where}"
+    return (
+        f"Ray did not start on this machine: {cause}{f'; its log says: {log}' if log else ''}; its logs are in {where}"
+    )
 
 
 @contextmanager

@@ -293,7 +293,7 @@ def why_unplaced(fleet: Fleet) -> str:
     head = own_head()
     folder = session_logs(head) if head else None
     said = log_says(folder, ("raylet.err", "raylet.out")) if folder else None
-    return f"{asked}; {f'Ray says: {said}' if said else 'Ray says nothing of it'}; its logs lie in {folder}"
+    return f"{asked}; {f'Ray says: {said}' if said else 'Ray says nothing of it'}; its logs are in {folder}"
 
 
 def start_failure(reason: str, fleet: Fleet) -> str:
