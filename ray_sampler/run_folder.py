@@ -200,19 +200,19 @@ def verify_run(url: str) -> int:
     if gaps:
         count = sum(stop - start for start, stop in gaps)
         print(f"{count} of {run['num_samples']} samples are missing; rerun the run's command to generate them")
-    damaged_archive = not gaps and archive_damaged(run_dir, run, found.records)
-    if damaged_archive:
-        print(
-            f"the archive is damaged: {damaged_archive}; rerun the run's command, or `ray-sampler merge`, to write it"
-        )
-    return 1 if gaps or rejected or damaged_archive else 0
+    archive = run_dir.archive_name(*shape_of(run)[:2])
+    written = not gaps and run_dir.has(archive)
+    damage = archive_damage(run_dir, run, found.records) if written else None
+    if damage:
+        print(f"the archive is damaged: {damage}; rerun the run's command, or `ray-sampler merge`, to write it")
+    elif written:
+        print(f"{archive} OK")
+    return 1 if gaps or rejected or damage else 0
 
 
-def archive_damaged(run_dir: RunDir, run: Mapping[str, Any], records: Mapping[FragmentName, Record]) -> str | None:
-    """What is wrong with the archive beside the checksums of its fragments; None if nothing is, or there is none."""
+def archive_damage(run_dir: RunDir, run: Mapping[str, Any], records: Mapping[FragmentName, Record]) -> str | None:
+    """What is wrong with the archive beside the checksums of its fragments; None if nothing is."""
     num_samples, shape, labelled, _ = shape_of(run)
-    if not run_dir.has(run_dir.archive_name(num_samples, shape)):
-        return None
     contents = {name: content_of(record) for name, record in records.items()}
     pieces = cover(records, num_samples)
     try:

@@ -137,8 +137,12 @@ def test_verify_of_a_whole_run_finds_nothing(configure: Configure, output: Path,
 
 def test_verify_and_status_check_the_archive(configure: Configure, output: Path, samples: Samples, capsys):
     leave(configure(), samples, WHOLE)
-    assert main(["merge", str(output)]) == 0
     assert main(["verify", str(output)]) == 0
+    assert ARCHIVE not in capsys.readouterr().out
+    assert main(["merge", str(output)]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(output)]) == 0
+    assert f"{ARCHIVE} OK" in capsys.readouterr().out
     archive = output / ARCHIVE
     right = archive.read_bytes()
     for wrong, known_by_size in (
