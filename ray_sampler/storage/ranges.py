@@ -14,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ray_sampler.errors import RequestError, RunError
-from ray_sampler.storage.fragment import Fragment, decode, decode_groups, explained
+from ray_sampler.storage.fragment import Fragment, decode, decode_groups, explained, record_at_end
 from ray_sampler.storage.local_store import LinkRefused
-from ray_sampler.storage.parquet_format import record_at_end
 from ray_sampler.storage.record import (
     Column,
     DamagedFragment,

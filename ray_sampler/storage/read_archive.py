@@ -17,14 +17,10 @@ from isal import isal_zlib
 from ray_sampler.errors import RequestError, RunError, redact, require
 from ray_sampler.storage.connect import path_text
 from ray_sampler.storage.failures import failure, families, status
-from ray_sampler.storage.fragment import READER_ERRORS
-from ray_sampler.storage.npz_format import NPY_HEADER
+from ray_sampler.storage.fragment import READER_ERRORS, npy_header
 
 RANGE_BYTES = 64 * 2**20
 """Of the images that are read at once, unless a number is asked for."""
-
-LOCAL_HEADER = b"PK\x03\x04"
-LOCAL_HEADER_BYTES = 30
 
 NPY_HEADER_BYTES = 4096
 """In which the header of an array must end."""
@@ -183,53 +179,38 @@ def members(file: IO[bytes]) -> tuple[Values, Values | None]:
     """
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
-    size = file.seek(0, os.SEEK_END)
-    found = {info.filename: info for info in infos}
-    require("arr_0.npy" in found, "it holds no arr_0")
-    require(len(found) == len(infos), "it holds an array twice")
-    images = member(file, found["arr_0.npy"], size, ("|u1", "<f4"))
-    require(len(images.shape) == 4, f"its arr_0 is of shape {images.shape}, not (N, H, W, C)")
-    if "arr_1.npy" not in found:
-        return images, None
-    labels = member(file, found["arr_1.npy"], size, ("<i8", "<i4"))
+        found = {info.filename: info for info in infos}
+        require("arr_0.npy" in found, "it holds no arr_0")
+        require(len(found) == len(infos), "it holds an array twice")
+        images = member(file, archive, found["arr_0.npy"], ("|u1", "<f4"))
+        require(len(images.shape) == 4, f"its arr_0 is of shape {images.shape}, not (N, H, W, C)")
+        if "arr_1.npy" not in found:
+            return images, None
+        labels = member(file, archive, found["arr_1.npy"], ("<i8", "<i4"))
     require(labels.shape == images.shape[:1], f"its arr_1 is of shape {labels.shape}, not {images.shape[:1]}")
     return images, labels
 
 
-def member(file: IO[bytes], info: zipfile.ZipInfo, size: int, dtypes: tuple[str, ...]) -> Values:
-    """Where the values of an array lie in a file of `size` bytes. Raises RequestError: it is not stored plainly."""
+def member(file: IO[bytes], archive: zipfile.ZipFile, info: zipfile.ZipInfo, dtypes: tuple[str, ...]) -> Values:
+    """Where the values of an array of `archive` lie in `file`. Raises RequestError: it is not stored plainly."""
     name = info.filename.removesuffix(".npy")
     require(
         info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1,
         f"its {name} is compressed or encrypted; write it by numpy.savez",
     )
-    file.seek(info.header_offset)
-    local = file.read(LOCAL_HEADER_BYTES)
-    require(
-        len(local) == LOCAL_HEADER_BYTES and local.startswith(LOCAL_HEADER), f"its {name} is not where it should be"
-    )
-    begin = (
-        info.header_offset
-        + LOCAL_HEADER_BYTES
-        + int.from_bytes(local[26:28], "little")
-        + int.from_bytes(local[28:30], "little")
-    )
-    require(begin + info.file_size <= size, f"its {name} is cut short")
-    file.seek(begin)
-    header = NPY_HEADER.match(file.read(min(NPY_HEADER_BYTES, info.file_size)))
-    require(
-        header is not None and header.end() == 10 + int.from_bytes(header[0][8:10], "little"),
-        f"its {name} is not a plain array of numbers",
-    )
+    archive.open(info).close()  # which reads what precedes the member
+    begin = file.tell()
+    head = file.read(min(NPY_HEADER_BYTES, info.file_size))
+    header = npy_header(head)
+    require(header is not None, f"its {name} is not a plain array of numbers")
     assert header is not None
-    descr, shape = header[1].decode(), tuple(map(int, header[2].replace(b",", b" ").split()))
-    require(descr in dtypes, f"its {name} is of type {descr}, not {' or '.join(dtypes)}")
-    dtype = np.dtype(descr)
+    dtype, shape, length = header
+    require(dtype.str in dtypes, f"its {name} is of type {dtype.str}, not {' or '.join(dtypes)}")
     require(
-        info.file_size == info.compress_size == header.end() + math.prod(shape) * dtype.itemsize,
+        info.file_size == info.compress_size == length + math.prod(shape) * dtype.itemsize,
         f"its {name} does not have the size that its shape {shape} needs",
     )
-    return Values(dtype, shape, begin + header.end(), header[0], info.CRC)
+    return Values(dtype, shape, begin + length, head[:length], info.CRC)
 
 
 def values(url: str, file: IO[bytes], array: Values, start: int, stop: int) -> np.ndarray:

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_sampler.errors import RequestError
-from ray_sampler.storage.fragment import decode, encode, read_fragment
-from ray_sampler.storage.parquet_format import parquet_schema
+from ray_sampler.storage.fragment import decode, encode, parquet_schema, read_fragment
 from ray_sampler.storage.record import DamagedFragment, FragmentName, Record, Samples, checksums, json_crc32
 from tests.storage.fill import FINGERPRINT, encoded
 
