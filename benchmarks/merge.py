@@ -53,7 +53,7 @@ def fill(folder: Path, num_samples: int) -> Contents:
         name = FragmentName(start, stop, "parquet")
         labels = np.arange(start, stop, dtype=np.int32) % 1000
         data, record = encode(Samples.of(start, images[: stop - start], labels), FINGERPRINT, {}, "parquet")
-        run_dir.write_fragment(name, data)
+        run_dir.fragments.write(name, data)
         contents[name] = content_of(record)
     return contents
 

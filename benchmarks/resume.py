@@ -29,7 +29,7 @@ def ours() -> float:
     run_dir = RunDir(f"s3://{BUCKET}/run")
     run_dir.read_run()
     began = time.perf_counter()
-    gaps = missing(cover(run_dir.fragments().fragments, FRAGMENTS * SHARD), FRAGMENTS * SHARD)
+    gaps = missing(cover(run_dir.fragments.list().fragments, FRAGMENTS * SHARD), FRAGMENTS * SHARD)
     taken = time.perf_counter() - began
     assert len(gaps) == len(MISSING)
     return taken

@@ -41,7 +41,7 @@ run_dir = RunDir("s3://samples/run")
 run_dir.create_run({{}})
 began = time.perf_counter()
 for name, data in encoded.items():
-    run_dir.write_fragment(name, data)
+    run_dir.fragments.write(name, data)
 written = time.perf_counter()
 merge(run_dir, cover(contents, {FRAGMENTS * SAMPLES}), contents, {FRAGMENTS * SAMPLES}, ({SIDE}, {SIDE}, 3), True, "f")
 print([written - began, time.perf_counter() - written])

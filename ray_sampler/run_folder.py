@@ -22,7 +22,6 @@ from ray_sampler.storage.archive import DamagedPiece, archive_complete, archive_
 from ray_sampler.storage.ranges import cover, missing
 from ray_sampler.storage.record import DamagedFragment, FragmentName, Record
 from ray_sampler.storage.run_dir import RunDir
-from ray_sampler.storage.verify import verify
 
 if TYPE_CHECKING:
     from ray_sampler.config import RunConfig
@@ -103,7 +102,7 @@ def print_status(url: str, as_json: bool, watch: bool) -> int:
 
 def status_of(run_dir: RunDir, run: dict[str, Any]) -> Status:
     """How far a run is, from the listing of its fragments and the records of a few."""
-    listing = run_dir.fragments(times=True)
+    listing = run_dir.fragments.list(times=True)
     damaged = lost(run_dir, run["fingerprint"])
     fragments = [name for name in listing.fragments if name not in damaged]
     looked_at = [
@@ -179,8 +178,8 @@ def verify_run(url: str) -> int:
     Returns 0 if nothing is damaged, the archive included, and the fragments are complete, else 1.
     """
     run_dir, run = open_run(url)
-    found = verify(run_dir, run["fingerprint"])
-    products = {folder: verify(run_dir, run["fingerprint"], folder) for folder in run_dir.products()}
+    found = run_dir.fragments.verify(run["fingerprint"])
+    products = {folder: run_dir.ranges(folder).verify(run["fingerprint"]) for folder in run_dir.products()}
     rejected = found.rejected + [
         (f"{folder}/{name}", reason) for folder, product in products.items() for name, reason in product.rejected
     ]
@@ -238,7 +237,7 @@ def merge_run(url: str) -> int:
         RunError: samples are missing, or a fragment is damaged.
     """
     run_dir, run = open_run(url)
-    found = verify(run_dir, run["fingerprint"])
+    found = run_dir.fragments.verify(run["fingerprint"])
     num_samples = run["num_samples"]
     pieces = cover(found.records, num_samples)
     gaps = missing(pieces, num_samples)
@@ -267,7 +266,7 @@ def preview_run(url: str) -> int:
     """
     run_dir, run = open_run(url)
     sheet = Sheet(run_dir, run["fingerprint"], run["num_samples"], run["settings"])
-    tiles = sheet.read(run_dir.fragments().fragments)
+    tiles = sheet.read(run_dir.fragments.list().fragments)
     if not tiles:
         raise RunError(f"{run_dir.url} has no readable fragment to draw yet")
     run_dir.write_file(PREVIEW, sheet.draw(tiles))

@@ -18,7 +18,8 @@ from ray_sampler import cli
 from ray_sampler.commands import request_of
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.flags import SYNONYMS
-from ray_sampler.storage.run_dir import FragmentName, RunDir
+from ray_sampler.storage.record import FragmentName
+from ray_sampler.storage.run_dir import RunDir
 from tests.storage.fill import fill, make_samples
 
 ROOT = Path(__file__).parent.parent

@@ -20,9 +20,8 @@ from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter
 from ray_sampler.reporting.summary import Part
 from ray_sampler.storage.archive import Content, Maker, content_of
-from ray_sampler.storage.ranges import Listing, Piece, RangeSet, cover, missing
+from ray_sampler.storage.ranges import FOREIGN, Checked, Listing, Piece, RangeSet, cover, missing
 from ray_sampler.storage.record import FragmentName, Record
-from ray_sampler.storage.verify import FOREIGN, Checked
 
 CHECK_FRAGMENTS = 32
 """Files that one task checks."""

@@ -15,10 +15,9 @@ from ray_sampler.reporting.preview import choose_indices
 from ray_sampler.reporting.sheet import TILES, Tile, read_tiles, tiles_of
 from ray_sampler.storage.archive import Content, DamagedPiece, merge
 from ray_sampler.storage.archive_layout import ArchiveLayout
-from ray_sampler.storage.ranges import Piece
+from ray_sampler.storage.ranges import Checked, Piece
 from ray_sampler.storage.record import Column, FragmentName, MissingFragment, Samples
 from ray_sampler.storage.run_dir import RunDir
-from ray_sampler.storage.verify import Checked, check
 
 PIXEL_SAMPLES = 20_000
 PIXEL_BYTES = 128 * 2**20
@@ -59,7 +58,7 @@ def check_fragments(
     holds: Mapping[str, Column | None],
 ) -> Checked:
     """Read and check files of a folder of ranges, one at a time; `holds` as of a RangeSet."""
-    return check(RunDir(output).ranges(folder, holds), names, fingerprint)
+    return RunDir(output).ranges(folder, holds).check(names, fingerprint)
 
 
 def pack_pieces(pieces: Sequence[Piece], contents: Mapping[FragmentName, Content | None]) -> list[bytes]:

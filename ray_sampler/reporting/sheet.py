@@ -56,7 +56,7 @@ def read_tiles(run_dir: RunDir, fingerprint: str, wanted: Mapping[FragmentName, 
     for name, indices in wanted.items():
         # The check that follows a damaged one reports it.
         with suppress(DamagedFragment):
-            tiles |= tiles_of(run_dir.read_fragment(name, fingerprint).samples, indices)
+            tiles |= tiles_of(run_dir.fragments.read(name, fingerprint).samples, indices)
     return tiles
 
 

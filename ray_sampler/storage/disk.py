@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,7 +50,7 @@ READING = ("read", "list")
 
 CAUSES: dict[int, tuple[type[RequestError | RunError], str]] = {
     errno.EDQUOT: (NoRoom, f"your quota on that disk is used up; free some space and {AGAIN}"),
-    errno.ENOSPC: (NoRoom, f"the disk is full; free some space and {AGAIN}"),
+    errno.ENOSPC: (NoRoom, f"the disk is full, or has no inodes left (see `df -i`); free some space and {AGAIN}"),
     errno.EFBIG: (
         NoRoom,
         "the file is larger than this process (`ulimit -f`) or that disk (FAT: 4 GB) allows; raise the limit, or "
@@ -72,11 +73,6 @@ def failure(error: OSError, action: str, path: str) -> RequestError | RunError:
     """One sentence for what the operating system said."""
     number = error.errno or 0
     cause = brief(error) if number else error.strerror or type(error).__name__
-    if number == errno.ENOSPC and out_of_names(Path(path)):
-        return NoRoom(
-            f"cannot {action} {path}: the disk has room but no inodes left for more files; delete some files, or "
-            f"choose a larger --shard_size in another output, and {AGAIN}"
-        )
     if number in (errno.EACCES, errno.EPERM) and action in READING:
         return RequestError(f"cannot {action} {path}: permission denied; ask its owner for the right to read it")
     if number == errno.ELOOP and Path(path).is_symlink():
@@ -86,7 +82,7 @@ def failure(error: OSError, action: str, path: str) -> RequestError | RunError:
         return kind(f"cannot {action} {path}: {sentence}")
     if number in UNSUPPORTED_ERRNOS:
         return RequestError(
-            f"cannot {action} {path}: this mount does not support that ({cause}), so it cannot be an output; choose "
+            f"cannot {action} {path}: this mount lacks what an output needs, such as renaming files ({cause}); choose "
             "another folder, or the URL of the bucket behind the mount"
         )
     if action == "read" and number in UNREADABLE_ERRNOS:
@@ -94,41 +90,13 @@ def failure(error: OSError, action: str, path: str) -> RequestError | RunError:
     return RunError(f"cannot {action} {path}: {error.strerror or cause} ({cause}); check the disk and {AGAIN}")
 
 
-def out_of_names(path: Path) -> bool:
-    """Whether the file system of a path has room for bytes, but for no more files."""
-    for place in (path, *path.parents):
-        try:
-            found = os.statvfs(place)
-        except OSError:
-            continue
-        return found.f_files > 0 and found.f_favail == 0 and found.f_bavail > 0
-    return False
-
-
-def rename(source: Path, target: Path) -> None:
-    """Rename a file in place of whatever has the name.
-
-    Raises:
-        RequestError: this mount renames no files.
-    """
-    try:
-        os.replace(source, target)
-    except OSError as error:
-        if error.errno in UNSUPPORTED_ERRNOS:
-            raise RequestError(
-                f"{target.parent} is on a mount that cannot rename files ({brief(error)}), so it cannot be an output; "
-                "choose another folder, or the URL of the bucket behind the mount"
-            ) from error
-        raise
-
-
 def rename_again(source: Path, target: Path) -> None:
-    """As `rename`, tried again while the disk fails for the moment."""
+    """Rename a file in place of whatever has the name, tried again while the disk fails for the moment."""
     before = retried(lambda: os.stat(source), str(source))
 
     def once() -> None:
         try:
-            rename(source, target)
+            os.replace(source, target)
         except FileNotFoundError:
             # Done by an attempt whose answer was lost: the renamed file is there.
             after = os.stat(target)
@@ -138,19 +106,11 @@ def rename_again(source: Path, target: Path) -> None:
     retried(once, str(target))
 
 
-def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> int:
-    """Write at an offset, all of it; returns where it ends."""
-    left = memoryview(data).cast("B")
-    while left:
-        done = os.pwrite(descriptor, left, offset)
-        offset, left = offset + done, left[done:]
-    return offset
-
-
 def write_on(descriptor: int, data: bytes | memoryview, offset: int, where: str) -> int:
-    """As `write_all`, for a file that grows: a write that fails for the moment is tried again from where it came to.
+    """Write at the end of a file, all of it; returns where that is then.
 
-    The disk begins at once to take what was written, so that a sync at the end finds little left to do.
+    A write that fails for the moment is tried again from where it came to. The disk begins at once to take what was
+    written, so that a sync at the end finds little left to do.
     """
     left, reached = memoryview(data).cast("B"), offset
     while left:
@@ -163,13 +123,9 @@ def write_on(descriptor: int, data: bytes | memoryview, offset: int, where: str)
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut, where the mount can: some refuse, each in its own way."""
-    try:
+    with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -20,11 +20,9 @@ from ray_sampler.errors import RequestError
 from ray_sampler.storage.disk import (
     failure,
     is_passing,
-    rename,
     rename_again,
     retried,
     sync_folder,
-    write_all,
     write_on,
 )
 from ray_sampler.storage.store import (
@@ -112,8 +110,9 @@ class LocalStore:
         """
         temporary = self._temporary(target)
         try:
-            with open(temporary, "xb", buffering=0) as file:
-                write_all(file.fileno(), data, 0)
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
                 os.fsync(file.fileno())
             placed = place(temporary)
             sync_folder(target.parent)
@@ -124,7 +123,7 @@ class LocalStore:
 
     def put(self, path: str, data: bytes) -> None:
         target = self._file(path)
-        self._try("write", path, lambda: self._write_whole(target, data, lambda written: rename(written, target)))
+        self._try("write", path, lambda: self._write_whole(target, data, lambda written: os.replace(written, target)))
 
     def create(self, path: str, data: bytes) -> bool:
         target = self._file(path)
@@ -139,7 +138,7 @@ class LocalStore:
                 # two steps, and the caller reads back. What else is wrong, the rename will say.
                 if os.path.lexists(target):
                     return False
-                rename(written, target)
+                os.replace(written, target)
             return True
 
         return self._try("write", path, lambda: self._write_whole(target, data, place))
@@ -148,12 +147,15 @@ class LocalStore:
         folder = self._inside(path)
 
         def once() -> list[Entry]:
-            try:
-                with os.scandir(folder) as entries:
-                    seen = (entry_of(each, times) for each in entries if not is_hidden(each.name))
-                    return [entry for entry in seen if entry is not None]
-            except FileNotFoundError:
-                return []
+            found = []
+            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+                for each in entries:
+                    if is_unfinished(each.name) or is_leftover(each.name):
+                        continue
+                    with contextlib.suppress(FileNotFoundError):  # it has gone meanwhile
+                        modified = each.stat(follow_symlinks=False).st_mtime if times else None
+                        found.append(Entry(each.name, each.is_file(follow_symlinks=False), modified))
+            return found
 
         return self._try("list", path, once)
 
@@ -265,46 +267,21 @@ def end_of(target: Path, size: int) -> bytes | None:
         return None
     with os.fdopen(descriptor, "rb") as file:
         start = max(0, os.fstat(descriptor).st_size - size)
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError):
-                # The disk reads all of it at once, not a little ahead of us.
-                os.posix_fadvise(descriptor, start, 0, os.POSIX_FADV_WILLNEED)
         file.seek(start)
         return file.read()
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a name is to be ignored: of an unfinished write, or of a deleted file that is still open."""
-    return is_unfinished(name) or is_leftover(name)
-
-
-def entry_of(found: os.DirEntry[str], times: bool) -> Entry | None:
-    """What a folder says of a name, None where the file has gone meanwhile."""
-    try:
-        modified = found.stat(follow_symlinks=False).st_mtime if times else None
-        return Entry(found.name, found.is_file(follow_symlinks=False), modified)
-    except FileNotFoundError:
-        return None
 
 
 def remove_tree(folder: Path) -> None:
     """Delete a folder with all it holds; what a mount keeps of deleted files that are open goes when they are closed.
 
     Raises:
-        OSError: something else cannot be deleted.
+        OSError: a file cannot be deleted.
     """
-
-    def go_on(function: object, path: str, error: BaseException) -> None:
-        if isinstance(error, FileNotFoundError) or is_leftover(os.path.basename(path)):
-            return
-        if os.path.isdir(path) and all(map(is_leftover, os.listdir(path))):
-            return
-        raise error
-
-    if sys.version_info >= (3, 12):
-        shutil.rmtree(folder, onexc=go_on)
-    else:
-        shutil.rmtree(folder, onerror=lambda function, path, info: go_on(function, path, info[1]))
+    shutil.rmtree(folder, ignore_errors=True)
+    for place, _, names in os.walk(folder):
+        for name in names:
+            if not is_leftover(name):
+                os.unlink(os.path.join(place, name))
 
 
 def lock(descriptor: int) -> bool:

@@ -8,7 +8,9 @@ import os
 import secrets
 import time
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +41,9 @@ FOOTER_BYTES = 64 * 2**10
 NOTE = ".reason.txt"
 """What the name of a rejected file's note ends in."""
 
+FOREIGN = "it is a folder or a link"
+READS_AT_ONCE = 4
+
 
 class Listing(NamedTuple):
     """What lies in a folder of ranges."""
@@ -49,6 +54,20 @@ class Listing(NamedTuple):
     """Names of ranges that belong to folders and links, which are in the way of a file."""
     modified: dict[FragmentName, float]
     """Unix time of each range's last write, if the store has it."""
+
+
+@dataclass
+class Checked:
+    """Files of a folder of ranges that were read and checked."""
+
+    records: dict[FragmentName, Record] = field(default_factory=dict)
+    """Of the valid ones."""
+    damaged: list[tuple[FragmentName, str]] = field(default_factory=list)
+    """With the reason."""
+    gone: list[FragmentName] = field(default_factory=list)
+    """Those that are not seen from here."""
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    """File name and reason of each that `verify` moved."""
 
 
 class RangeSet:
@@ -142,6 +161,38 @@ class RangeSet:
             )
         columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
         return Samples(start, columns)
+
+    def check(self, names: Sequence[FragmentName], fingerprint: str | None, workers: int = 1) -> Checked:
+        """Read and check files, `workers` at a time."""
+        result = Checked()
+
+        def read(name: FragmentName) -> Record | DamagedFragment:
+            try:
+                return self.read(name, fingerprint).record
+            except DamagedFragment as damage:
+                return damage
+
+        with ThreadPoolExecutor(workers) as pool:
+            for name, found in zip(names, pool.map(read, names), strict=True):
+                if isinstance(found, Record):
+                    result.records[name] = found
+                elif isinstance(found, MissingFragment):
+                    result.gone.append(name)
+                else:
+                    result.damaged.append((name, str(found)))
+        return result
+
+    def verify(self, fingerprint: str | None) -> Checked:
+        """Check every file, and reject what is damaged."""
+        listing, notes = self.list(), self.noted()
+        result = self.check(listing.fragments, fingerprint, READS_AT_ONCE)
+        for name in result.records.keys() & notes.keys():
+            self.clear(notes[name])
+        result.rejected = [(filename, FOREIGN) for filename in listing.foreign]
+        result.rejected += [(name.filename, reason) for name, reason in result.damaged]
+        for filename, reason in result.rejected:
+            self.reject(filename, reason)
+        return result
 
     def _check_columns(self, record: Record) -> None:
         for name, column in self.holds.items():

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage import retry
 from ray_sampler.storage.connect import open_store
-from ray_sampler.storage.fragment import Fragment
 from ray_sampler.storage.local_store import LocalStore
-from ray_sampler.storage.ranges import Listing, RangeSet, housekeeping, is_plain
-from ray_sampler.storage.record import Column, DamagedFragment, FragmentName, MissingFragment, fingerprint
+from ray_sampler.storage.ranges import RangeSet, housekeeping, is_plain
+from ray_sampler.storage.record import Column, fingerprint
 from ray_sampler.storage.retry import look_again
 from ray_sampler.storage.store import Chunks, Readable
-
-__all__ = ["DamagedFragment", "FragmentName", "Listing", "MissingFragment", "RunDir"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +50,8 @@ class RunDir:
     def __init__(self, url: str) -> None:
         self._store = open_store(url)
         self.url = self._store.url
-        self._fragments = self.ranges()
+        self.fragments = self.ranges()
+        """Those of the run itself."""
         self.is_local = isinstance(self._store, LocalStore)
         if isinstance(self._store, LocalStore) and self._store.is_file():
             raise RequestError(f"{self.url} is a file; an output must be a folder")
@@ -113,7 +111,7 @@ class RunDir:
         run = self.read_run() or {}
         if LATENTS in self.products():
             return self.ranges(LATENTS), "latent"
-        return (self._fragments, "image") if run.get("identity", {}).get("decoder") == "none" else None
+        return (self.fragments, "image") if run.get("identity", {}).get("decoder") == "none" else None
 
     def products(self) -> list[str]:
         """The folders of ranges that are there beside the fragments."""
@@ -121,25 +119,9 @@ class RunDir:
         inside = [entry.name for entry in self._store.list(FEATURES) if not entry.is_file] if FEATURES in top else []
         return [LATENTS][: LATENTS in top] + sorted(f"{FEATURES}/{name}" for name in inside if is_plain(name))
 
-    def fragments(self, times: bool = False) -> Listing:
-        """What is under fragments/, never from a cache; with `times`, when each was written, where the store says."""
-        return self._fragments.list(times)
-
-    def write_fragment(self, name: FragmentName, data: bytes) -> None:
-        """Write a fragment, which is complete or absent."""
-        self._fragments.write(name, data)
-
-    def read_fragment(self, name: FragmentName, fingerprint: str | None) -> Fragment:
-        """A fragment, checked in every way; raises as `RangeSet.read`."""
-        return self._fragments.read(name, fingerprint)
-
-    def reject(self, filename: str, reason: str) -> None:
-        """Move a file or folder from fragments/ to rejected/; as `RangeSet.reject`."""
-        self._fragments.reject(filename, reason)
-
     def write_file(self, name: str, data: bytes) -> None:
         """Write preview.png, summary.json or report.html, complete or absent."""
-        self._store.put(own_name(name), data)
+        self._store.put(name, data)
 
     def write_view(self, name: str, data: bytes) -> None:
         """Write preview.png or report.html, which a run can do without: there is a warning where that fails."""
@@ -148,11 +130,11 @@ class RunDir:
 
     def read_file(self, name: str) -> bytes | None:
         """A file at the top of the directory, None where there is none."""
-        return self._store.read(own_name(name))
+        return self._store.read(name)
 
     def path_of(self, name: str) -> str:
         """The path or URL of a file at the top of the directory, without a credential."""
-        return f"{self.url}/{own_name(name)}"
+        return f"{self.url}/{name}"
 
     def archive_name(self, num_samples: int, image_shape: tuple[int, int, int]) -> str:
         """The archive's name, as samples_50000x64x64x3.npz; `image_shape` is (H, W, C)."""
@@ -169,7 +151,7 @@ class RunDir:
         """
         for folder in ("", FRAGMENTS):
             self._store.clear_abandoned(folder)
-        self._store.upload(own_name(name), chunks, size)
+        self._store.upload(name, chunks, size)
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name at the top of the directory."""
@@ -177,21 +159,19 @@ class RunDir:
 
     def read_end(self, name: str, size: int) -> bytes | None:
         """The last bytes of a file at the top of the directory; as of a store."""
-        return self._store.read_end(own_name(name), size)
+        return self._store.read_end(name, size)
 
-    @contextlib.contextmanager
-    def open_file(self, name: str) -> Iterator[Readable]:
+    def open_file(self, name: str) -> AbstractContextManager[Readable]:
         """Read a file at the top of the directory piece by piece. Raises FileNotFoundError."""
-        with self._store.open(own_name(name)) as file:
-            yield file
+        return self._store.open(name)
 
     def probe_write(self, name: str) -> None:
         """Leave a tiny file that proves that its writer can write here."""
-        self._store.put(f"{PROBE}/{own_name(name)}", name.encode())
+        self._store.put(f"{PROBE}/{name}", name.encode())
 
     def probe_seen(self, name: str, patience_s: float = 0.0) -> bool:
         """Whether a probe can be read from here, which is tried for `patience_s` seconds: caches hide new names."""
-        path = f"{PROBE}/{own_name(name)}"
+        path = f"{PROBE}/{name}"
         return look_again(lambda: self._store.read(path), f"{self.url}/{path}", patience_s) is not None
 
     def prove_rights(self) -> None:
@@ -228,19 +208,15 @@ class RunDir:
         Where that fails, there is a warning: probes do no harm.
         """
         with housekeeping("probes could not be deleted"):
-            self._clear_probes(prefix)
-
-    def _clear_probes(self, prefix: str) -> None:
-        entries = self._store.list(PROBE, times=True)
-        kept = 0
-        for entry in entries:
-            old = entry.modified is not None and entry.modified < time.time() - PROBE_SECONDS
-            if entry.name.startswith(prefix) or old:
-                self._store.remove(f"{PROBE}/{entry.name}")
-            else:
-                kept += 1
-        if not kept:
-            self._store.remove(PROBE)
+            kept = 0
+            for entry in self._store.list(PROBE, times=True):
+                old = entry.modified is not None and entry.modified < time.time() - PROBE_SECONDS
+                if entry.name.startswith(prefix) or old:
+                    self._store.remove(f"{PROBE}/{entry.name}")
+                else:
+                    kept += 1
+            if not kept:
+                self._store.remove(PROBE)
 
     def deletable(self) -> list[str]:
         """What lies in the directory, if `delete` may be called.
@@ -294,9 +270,3 @@ def is_whole(run: Any) -> bool:
 
 def run_json(run: Mapping[str, Any]) -> bytes:
     return json.dumps(run, indent=2, sort_keys=True).encode() + b"\n"
-
-
-def own_name(name: str) -> str:
-    if not is_plain(name):
-        raise RequestError(f"{name!r} is not a file name; give a name without a folder")
-    return name

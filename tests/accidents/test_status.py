@@ -29,7 +29,7 @@ def make(configure: Configure, samples, output: Path, format: FragmentFormat = "
     for start, stop in RANGES:
         by = {"device": "A10G", "numerics_key": "key"} | (made if start == 20 else {})
         data, _ = encode(part(samples, start, stop), run["fingerprint"], by, format)
-        RunDir(str(output)).write_fragment(FragmentName(start, stop, format), data)
+        RunDir(str(output)).fragments.write(FragmentName(start, stop, format), data)
 
 
 def test_status_looks_at_the_ends_of_all_fragments(configure: Configure, samples, tmp_path: Path, capsys):
@@ -55,7 +55,7 @@ def test_a_record_is_read_from_the_end_of_its_file_alone(configure: Configure, s
     make(configure, samples, tmp_path / "run")
     run_dir, name = RunDir(str(tmp_path / "run")), FragmentName(0, 4, "parquet")
     path = tmp_path / "run" / "fragments" / name.filename
-    whole = run_dir.read_fragment(name, None).record
+    whole = run_dir.fragments.read(name, None).record
     data = path.read_bytes()
     path.write_bytes(b"\0" * 100_000 + data[100:])  # what precedes the footer is not looked at
     assert run_dir.ranges().read_record(name, None) == whole

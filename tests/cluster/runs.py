@@ -105,7 +105,7 @@ def leave(config: RunConfig, samples: Samples, ranges: Iterable[tuple[int, int]]
         name = FragmentName(start, stop, job.config.fragment_format)
         made = {"numerics_key": "a key", "device": "cpu"}
         data, _ = encode(part(samples, start, stop), job.fingerprint, made, name.format)
-        job.run_dir.write_fragment(name, data)
+        job.run_dir.fragments.write(name, data)
 
 
 def recorded_seconds(output: Path | str) -> float:

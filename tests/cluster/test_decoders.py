@@ -372,5 +372,5 @@ def test_pictures_and_kept_latents_of_a_whole_run(vae: Path, tmp_path: Path, mon
     capsys.readouterr()
     assert main(["status", "run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["products"] == {"latents": N}
-    record = RunDir(str(output)).read_fragment(RunDir(str(output)).fragments().fragments[0], None).record
+    record = RunDir(str(output)).fragments.read(RunDir(str(output)).fragments.list().fragments[0], None).record
     assert record.computed_by["numerics_key"].endswith("decoder batch 4")

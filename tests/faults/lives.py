@@ -9,7 +9,6 @@ from ray_sampler.storage.archive import archive_intact, content_of, merge
 from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.record import FragmentName
 from ray_sampler.storage.run_dir import RunDir
-from ray_sampler.storage.verify import verify
 from tests.storage.fill import FINGERPRINT, fill
 
 NAMES = [FragmentName(0, 4, "parquet"), FragmentName(4, 8, "parquet")]
@@ -33,7 +32,7 @@ def live(url: str) -> Life:
     try:
         run_dir = RunDir(url)
         run_dir.create_run({"seed": 1})
-        found = verify(run_dir, FINGERPRINT)
+        found = run_dir.fragments.verify(FINGERPRINT)
         life.rejected = found.rejected
         run_dir.prove_rights()
         run_dir.probe_write("driver")

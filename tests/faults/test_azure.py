@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from ray_sampler.errors import RequestError
-from ray_sampler.storage.run_dir import FragmentName, RunDir
+from ray_sampler.storage.record import FragmentName
+from ray_sampler.storage.run_dir import RunDir
 from tests.cluster.processes import PATIENCE_S, kill_session, started, wait_for
 from tests.cluster.runs import LONGER, savez
 from tests.conftest import Configure
@@ -40,11 +41,11 @@ def test_a_run_directory_keeps_its_promises(url: str):
     assert run_dir.create_run({"seed": 1}) == {"seed": 1}
     assert run_dir.create_run({"seed": 2}) == {"seed": 1}
     data = os.urandom(100_000)
-    run_dir.write_fragment(NAME, data)
-    assert run_dir.fragments().fragments == [NAME]
+    run_dir.fragments.write(NAME, data)
+    assert run_dir.fragments.list().fragments == [NAME]
     assert run_dir._store.read(f"fragments/{NAME.filename}") == data
-    run_dir.reject(NAME.filename, "damaged")
-    assert run_dir.fragments().fragments == []
+    run_dir.fragments.reject(NAME.filename, "damaged")
+    assert run_dir.fragments.list().fragments == []
     assert run_dir._store.read(f"rejected/{NAME.filename}") == data
     run_dir.probe_write("driver")
     assert run_dir.probe_seen("driver")
@@ -118,13 +119,13 @@ def test_a_run_that_is_killed_continues(configure: Configure, url: str, tmp_path
     config, log = configure(output=url, **LONGER), tmp_path / "log"
     run_dir = RunDir(url)
     with started(config, log) as process:
-        wait_for(lambda _: len(run_dir.fragments().fragments) >= 3, Path(url), process, log)
+        wait_for(lambda _: len(run_dir.fragments.list().fragments) >= 3, Path(url), process, log)
         kill_session(process)
-    kept = run_dir.fragments(times=True)
+    kept = run_dir.fragments.list(times=True)
     with started(config, log) as process:
         assert process.wait(PATIENCE_S) == 0, log.read_text()
     assert run_dir.read_file("samples_48x8x8x3.npz") == savez(longer_samples)
-    assert run_dir.fragments(times=True).modified.items() >= kept.modified.items()
+    assert run_dir.fragments.list(times=True).modified.items() >= kept.modified.items()
     assert KEY not in log.read_text()
     for name in ("run.json", "summary.json", "report.html"):
         assert KEY.encode() not in (run_dir.read_file(name) or b"")

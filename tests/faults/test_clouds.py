@@ -122,7 +122,7 @@ def test_a_login_page_is_not_an_answer(cloud: Cloud, method: str):
     assert bool(life.code) == bool(cloud.proxy.failed)
     if method == "GET":
         with pytest.raises((RequestError, RunError), match="cannot list"):
-            RunDir(url).fragments()
+            RunDir(url).fragments.list()
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -288,10 +288,10 @@ def test_a_blob_in_cold_storage_is_sampled_again():
 
 def test_a_moved_fragment_is_whole_in_its_new_place(cloud: Cloud):
     run_dir = RunDir(cloud.url())
-    run_dir.write_fragment(NAMES[0], b"damaged")
+    run_dir.fragments.write(NAMES[0], b"damaged")
     cloud.proxy.plan(once("lost", 1, ["DELETE"]), once("503", 1, ["PUT", "POST"]))
-    run_dir.reject(NAMES[0].filename, "first")
-    assert run_dir.fragments().fragments == []
+    run_dir.fragments.reject(NAMES[0].filename, "first")
+    assert run_dir.fragments.list().fragments == []
     assert run_dir._store.read(f"rejected/{NAMES[0].filename}") == b"damaged"
     assert {entry.name for entry in run_dir._store.list("rejected")} == {
         NAMES[0].filename,

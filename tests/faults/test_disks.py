@@ -33,10 +33,6 @@ class Case:
     """Whether it comes to the computing; None means that it does where the code is 0."""
 
 
-def no_inodes() -> tuple[DiskFault, ...]:
-    return (DiskFault("none", "no inodes"), DiskFault("create", "ENOSPC", name="00000000"))
-
-
 def passing(operation: str, error: str, name: str) -> DiskFault:
     """One failure that is seen: after an ESTALE the kernel looks again by itself."""
     return DiskFault(operation, error, 2 if error == "ESTALE" else 1, name=name)
@@ -100,17 +96,16 @@ CASES = [
         for error in ("ESPIPE", "EINVAL", "EOPNOTSUPP", "EIO")
     ),
     *(
-        Case(f"rename is refused with {error}", (DiskFault("rename", error),), 2, "cannot rename files")
+        Case(f"rename is refused with {error}", (DiskFault("rename", error),), 2, "such as renaming files")
         for error in ("ENOSYS", "EOPNOTSUPP", "EINVAL")
     ),
     Case(
         "neither links nor renames",
         (DiskFault("rename", "ENOSYS"), DiskFault("link", "EPERM")),
         2,
-        "cannot rename files",
+        "such as renaming files",
     ),
     # Causes.
-    Case("no inodes", no_inodes(), 1, "inodes", computed=True),
     Case("a quota", (DiskFault("write", "EDQUOT", name="00000000"),), 1, "quota", computed=True),
     Case("a full disk", (DiskFault("write", "ENOSPC", name="00000000"),), 1, "the disk is full", computed=True),
     Case(
@@ -198,7 +193,7 @@ def test_a_finished_archive_that_cannot_be_read_is_written_again(tmp_path, caplo
     with faulty_disk(tmp_path, [DiskFault("read", "EIO", name=ARCHIVE)]) as disk:
         assert live(str(tmp_path / "disk" / "run")).code == 0
         run_dir = RunDir(str(disk / "run"))
-        records = {name: run_dir.read_fragment(name, FINGERPRINT).record for name in NAMES}
+        records = {name: run_dir.fragments.read(name, FINGERPRINT).record for name in NAMES}
         contents = {name: content_of(record) for name, record in records.items()}
         layout = lay_out(run_dir, cover(NAMES, 8), contents, 8, (8, 8, 3), True, FINGERPRINT)
         assert not archive_intact(run_dir, layout)

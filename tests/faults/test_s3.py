@@ -83,13 +83,13 @@ def write_archive(run_dir: RunDir, chunks: Iterable[bytes], size: int = 0) -> No
 def test_an_error_that_passes_is_not_seen(run_dir: RunDir, proxy: FaultProxy, kind: Kind, caplog):
     data = os.urandom(100_000)
     proxy.plan(*(once(kind, 1, [operation]) for operation in ("PutObject", "GetObject", "ListObjectsV2")))
-    run_dir.write_fragment(NAME, data)
+    run_dir.fragments.write(NAME, data)
     assert run_dir.read_file("none") is None
-    assert run_dir.fragments().fragments == [NAME]
+    assert run_dir.fragments.list().fragments == [NAME]
     for operations in (["ListObjectsV2", "PutObject", "DeleteObject"], ["GetObject"]):
         proxy.plan(*(once(kind, 1, [operation]) for operation in operations))
         if "PutObject" in operations:
-            run_dir.reject(NAME.filename, "x")
+            run_dir.fragments.reject(NAME.filename, "x")
         assert run_dir._store.read(f"rejected/{NAME.filename}") == data
     run_dir._store.remove("fragments")
     run_dir._store.remove("rejected")
@@ -175,10 +175,10 @@ def test_a_listing_of_thousands_is_whole_though_a_page_fails_or_is_late(run_dir:
         for kind in ("503", "reset", "truncated"):
             proxy.clear()
             proxy.plan(Fault(kind, page, page + 1, operations=["ListObjectsV2"]))
-            assert run_dir.fragments().fragments == names
+            assert run_dir.fragments.list().fragments == names
             assert proxy.requests["ListObjectsV2"] == 5  # three pages, and no page twice but the one that failed
     proxy.plan(once("slow", 2, ["ListObjectsV2"], seconds=0.5))
-    assert run_dir.fragments().fragments == names
+    assert run_dir.fragments.list().fragments == names
     proxy.plan(once("500", 2, ["ListObjectsV2"]), once("503", 1, ["DeleteObject"]))
     run_dir._store.remove("fragments")
     assert store_of(run_dir, proxy) == {}
@@ -195,15 +195,15 @@ def test_a_deletion_that_is_refused_is_told(moto: FaultProxy):
 def test_a_move_that_ends_between_copy_and_deletion_loses_nothing_and_is_made_again(
     run_dir: RunDir, proxy: FaultProxy, caplog
 ):
-    run_dir.write_fragment(NAME, b"damaged")
+    run_dir.fragments.write(NAME, b"damaged")
     proxy.plan(Fault("403", 1, operations=["DeleteObject"]))
-    run_dir.reject(NAME.filename, "first")
+    run_dir.fragments.reject(NAME.filename, "first")
     assert "could not be moved" in caplog.text
     assert "permission denied" in caplog.text
-    assert run_dir.fragments().fragments == [NAME]
+    assert run_dir.fragments.list().fragments == [NAME]
     proxy.plan()
-    run_dir.reject(NAME.filename, "second")
-    assert run_dir.fragments().fragments == []
+    run_dir.fragments.reject(NAME.filename, "second")
+    assert run_dir.fragments.list().fragments == []
     kept = {path: data for path, data in store_of(run_dir, proxy).items() if not path.endswith(".reason.txt")}
     assert set(kept.values()) == {b"damaged"}
 
@@ -213,9 +213,9 @@ def test_an_error_that_lasts_is_asked_for_six_times_and_told_in_one_sentence(
     run_dir: RunDir, proxy: FaultProxy, kind: Kind, caplog
 ):
     requests: dict[str, Callable[[], object]] = {
-        "PutObject": lambda: run_dir.write_fragment(NAME, b"x"),
+        "PutObject": lambda: run_dir.fragments.write(NAME, b"x"),
         "GetObject": run_dir.read_run,
-        "ListObjectsV2": run_dir.fragments,
+        "ListObjectsV2": run_dir.fragments.list,
     }
     run_dir.write_file("run.json", b"{}")
     for operation, request in requests.items():
@@ -252,9 +252,9 @@ def test_a_stall_is_noticed_and_asked_for_again(rclone_endpoint: str, monkeypatc
         for operation in ("PutObject", "GetObject", "ListObjectsV2"):
             proxy.plan(once("stall", 1, [operation], seconds=60))
             began = time.monotonic()
-            run_dir.write_fragment(NAME, data)
+            run_dir.fragments.write(NAME, data)
             assert run_dir._store.read(f"fragments/{NAME.filename}") == data
-            assert run_dir.fragments().fragments == [NAME]
+            assert run_dir.fragments.list().fragments == [NAME]
             assert 1 <= time.monotonic() - began < 30, operation
         assert proxy.faults == {"stall": 3}
         proxy.plan(Fault("stall", operations=["GetObject"], seconds=60))
@@ -308,7 +308,7 @@ def test_a_credential_in_an_address_is_refused_and_never_shown(url: str, endpoin
     run_dir = RunDir(url)
     for request in (
         run_dir.read_run,
-        run_dir.fragments,
+        run_dir.fragments.list,
         lambda: run_dir.create_run({}),
         lambda: write_archive(run_dir, []),
     ):
@@ -322,7 +322,7 @@ def test_a_credential_in_an_address_is_refused_and_never_shown(url: str, endpoin
 
 def test_a_record_is_read_from_the_end_of_an_object(run_dir: RunDir, proxy: FaultProxy):
     name, data, record, _ = encoded("parquet", 0, 600)
-    run_dir.write_fragment(name, data)
+    run_dir.fragments.write(name, data)
     assert len(data) > FOOTER_BYTES
     path = f"fragments/{name.filename}"
     assert run_dir._store.read_end(path, 1000) == data[-1000:]

@@ -141,7 +141,7 @@ def test_a_fragment_in_cold_storage_is_sampled_again_and_an_archive_there_is_tol
     assert (life.code, [name for name, _ in life.rejected]) == (0, [NAMES[0].filename])
     assert "Glacier" in life.rejected[0][1]
     assert "could not be moved" in caplog.text
-    records = {name: run_dir.read_fragment(name, FINGERPRINT).record for name in NAMES}
+    records = {name: run_dir.fragments.read(name, FINGERPRINT).record for name in NAMES}
     contents = {name: content_of(record) for name, record in records.items()}
     layout = lay_out(run_dir, cover(NAMES, 8), contents, 8, (8, 8, 3), True, FINGERPRINT)
     assert archive_intact(run_dir, layout)

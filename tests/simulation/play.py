@@ -26,9 +26,8 @@ from ray_sampler.cluster.tasks import Damage
 from ray_sampler.cluster.worker import Task, TaskResult
 from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Snapshot
-from ray_sampler.storage.ranges import Listing
+from ray_sampler.storage.ranges import Checked, Listing
 from ray_sampler.storage.record import FragmentName
-from ray_sampler.storage.verify import Checked
 from tests.simulation.cluster import Ref
 from tests.simulation.ledger import SIZE, Broken, Ledger
 from tests.simulation.storm import FINGERPRINT, Interrupted, Settings, Storm, record_of

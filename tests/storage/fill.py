@@ -35,7 +35,7 @@ def fill(run_dir: RunDir, names: Sequence[FragmentName], **kwargs) -> dict[Fragm
         data, records[name] = encode(
             make_samples(name.start, name.stop, **kwargs), FINGERPRINT, {"device": "cpu"}, name.format
         )
-        run_dir.write_fragment(name, data)
+        run_dir.fragments.write(name, data)
     return records
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_sampler.errors import RunError
+from ray_sampler.storage import ranges
 from ray_sampler.storage.archive import Content, DamagedPiece, archive_intact, content_of, lay_out, merge
 from ray_sampler.storage.archive_layout import ArchiveLayout, crc32_combine
 from ray_sampler.storage.ranges import cover
@@ -148,10 +149,10 @@ def test_an_archive_that_is_written_again_is_looked_at_again_from_the_start(tmp_
     st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12), st.sampled_from(["parquet", "npz"])), max_size=6),
     st.integers(1, 30),
 )
-def test_any_overlap_gives_the_same_archive(tmp_path_factory, ranges, num_samples):
+def test_any_overlap_gives_the_same_archive(tmp_path_factory, held, num_samples):
     folder = tmp_path_factory.mktemp("overlap")
     run_dir = RunDir(str(folder / "run"))
-    names = {FragmentName(start, start + count, format) for start, count, format in ranges}
+    names = {FragmentName(start, start + count, format) for start, count, format in held}
     names.add(FragmentName(0, 40, "parquet"))
     layout = merged(run_dir, sorted(names), num_samples, shape=(2, 3, 1))
     assert written(run_dir, layout) == savez(folder / "x.npz", num_samples, (2, 3, 1))
@@ -173,7 +174,8 @@ def damage(run_dir: RunDir, name: FragmentName, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["gone", "flipped", "short", "changed"])
-def test_a_fragment_that_fails_its_check_discards_the_archive_and_is_named(how, output):
+def test_a_fragment_that_fails_its_check_discards_the_archive_and_is_named(how, output, monkeypatch):
+    monkeypatch.setattr(ranges, "PATIENCE_S", 0.1)
     for which in (0, 5):
         check_discarded(f"{output}-{which}", which, how)
 
@@ -239,7 +241,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
             name = FragmentName(i * 64, i * 64 + 64, "parquet")
             data, record = encode(Samples.of(name.start, images, np.zeros(64, np.int32)), "f", {}, "parquet")
             contents[name] = content_of(record)
-            run_dir.write_fragment(name, data)
+            run_dir.fragments.write(name, data)
         merge(run_dir, cover(contents, count * 64), contents, count * 64, (128, 128, 3), True, "f")
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         """

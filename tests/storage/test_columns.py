@@ -15,7 +15,6 @@ from hypothesis.extra import numpy as npst
 from ray_sampler.storage.fragment import decode, encode
 from ray_sampler.storage.record import DTYPES, Column, DamagedFragment, FragmentName, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
-from ray_sampler.storage.verify import verify
 from tests.storage.fill import FINGERPRINT, encoded, make_samples
 
 FORMATS = pytest.mark.parametrize("format", ["parquet", "npz"])
@@ -136,14 +135,14 @@ def test_products_are_checked_and_rejected_as_fragments_are(output):
     with pytest.raises(DamagedFragment, match="it has no features"):
         ranges.read(names[2], FINGERPRINT)
     assert run_dir.products() == ["features/toy-01234567"]
-    found = verify(run_dir, FINGERPRINT, ranges.folder)
+    found = run_dir.ranges(ranges.folder).verify(FINGERPRINT)
     assert (list(found.records), [name for name, _ in found.rejected]) == ([names[0], names[2]], [names[1].filename])
     assert ranges.list().fragments == [names[0], names[2]]
     assert run_dir._store.read(f"rejected/{ranges.folder}/{names[1].filename}") == b"damaged"
-    assert run_dir.fragments().fragments == []
+    assert run_dir.fragments.list().fragments == []
 
 
 def test_a_fragment_without_images_is_damaged(tmp_path):
     run_dir = RunDir(str(tmp_path))
-    run_dir.write_fragment(FragmentName(0, 4, "parquet"), encode(features(0, 4), FINGERPRINT, {}, "parquet")[0])
-    assert [reason for _, reason in verify(run_dir, FINGERPRINT).rejected] == ["it has no image"]
+    run_dir.fragments.write(FragmentName(0, 4, "parquet"), encode(features(0, 4), FINGERPRINT, {}, "parquet")[0])
+    assert [reason for _, reason in run_dir.fragments.verify(FINGERPRINT).rejected] == ["it has no image"]

@@ -20,14 +20,14 @@ from tests.storage.fill import FINGERPRINT, NAME, fill, names_in
 def test_what_is_written_is_read(output):
     run_dir = RunDir(output)
     assert run_dir.read_run() is None
-    assert run_dir.fragments()[:2] == ([], [])
+    assert run_dir.fragments.list()[:2] == ([], [])
     assert run_dir.read_file("preview.png") is None
     assert run_dir.create_run({"seed": 1}) == {"seed": 1}
     run_dir.replace_run({"seed": 1, "num_samples": 9})
     assert run_dir.read_run() == {"seed": 1, "num_samples": 9}
     records = fill(run_dir, [FragmentName(4, 8, "npz"), FragmentName(0, 4, "parquet"), FragmentName(0, 6, "parquet")])
-    assert [(n.start, n.stop) for n in run_dir.fragments().fragments] == [(0, 6), (0, 4), (4, 8)]
-    assert run_dir.read_fragment(NAME, FINGERPRINT).record == records[NAME]
+    assert [(n.start, n.stop) for n in run_dir.fragments.list().fragments] == [(0, 6), (0, 4), (4, 8)]
+    assert run_dir.fragments.read(NAME, FINGERPRINT).record == records[NAME]
     run_dir.write_file("preview.png", b"1")
     run_dir.write_file("preview.png", b"22")
     assert run_dir.read_file("preview.png") == b"22"
@@ -38,14 +38,14 @@ def test_what_is_written_is_read(output):
 def test_a_listing_is_never_cached(output):
     first, second = RunDir(output), RunDir(output)
     for start in range(0, 12, 4):
-        assert len(first.fragments().fragments) == start // 4
+        assert len(first.fragments.list().fragments) == start // 4
         fill(second, [FragmentName(start, start + 4, "parquet")])
 
 
 def test_each_fragment_has_the_time_of_its_last_write(output):
     run_dir = RunDir(output)
     fill(run_dir, [NAME])
-    assert run_dir.fragments(times=True).modified[NAME] == pytest.approx(time.time(), abs=60)
+    assert run_dir.fragments.list(times=True).modified[NAME] == pytest.approx(time.time(), abs=60)
 
 
 def test_of_two_rivals_exactly_one_creates_the_run(output):
@@ -154,7 +154,7 @@ def test_delete_removes_a_run_and_nothing_else(output):
     run_dir.delete()
     run_dir.create_run({"seed": 1})
     fill(run_dir, [NAME])
-    run_dir.reject("nothing", "no such file")
+    run_dir.fragments.reject("nothing", "no such file")
     run_dir.probe_write("driver")
     for name in ("preview.png", "summary.json", "report.html", "samples_4x8x8x3.npz"):
         run_dir.write_file(name, b"x")

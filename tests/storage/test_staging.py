@@ -106,9 +106,10 @@ def test_unfinished_local_files_are_cleared_once_they_are_abandoned(tmp_path):
 
 def test_a_writer_killed_at_any_moment_leaves_nothing_or_everything(tmp_path):
     program = (
-        "import sys; from ray_sampler.storage.run_dir import RunDir, FragmentName\n"
+        "import sys; from ray_sampler.storage.run_dir import RunDir\n"
+        "from ray_sampler.storage.record import FragmentName\n"
         "r = RunDir(sys.argv[1]); print('go', flush=True)\n"
-        "for i in range(10**6): r.write_fragment(FragmentName(i, i + 1, 'npz'), b'x' * 500_000)"
+        "for i in range(10**6): r.fragments.write(FragmentName(i, i + 1, 'npz'), b'x' * 500_000)"
     )
     for delay in (0.0, 0.01, 0.03):
         process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
@@ -118,5 +119,5 @@ def test_a_writer_killed_at_any_moment_leaves_nothing_or_everything(tmp_path):
         process.kill()
         process.wait()
         process.stdout.close()
-        for name in RunDir(str(tmp_path)).fragments().fragments:
+        for name in RunDir(str(tmp_path)).fragments.list().fragments:
             assert (tmp_path / "fragments" / name.filename).stat().st_size == 500_000

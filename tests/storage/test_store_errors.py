@@ -42,7 +42,7 @@ def test_a_missing_bucket_and_wrong_keys_are_refused_without_showing_a_key(rclon
     with pytest.raises(RequestError, match="its bucket does not exist"):
         RunDir(f"s3://nobody-{uuid.uuid4().hex}/run").create_run({})
     with pytest.raises(RequestError, match="its bucket does not exist"):
-        RunDir(f"s3://nobody-{uuid.uuid4().hex}/run").fragments()
+        RunDir(f"s3://nobody-{uuid.uuid4().hex}/run").fragments.list()
     import s3fs
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", rclone_endpoint)
@@ -83,7 +83,7 @@ def test_a_full_or_read_only_disk_is_one_sentence(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fail)
             with pytest.raises(kind, match=words):
-                run_dir.write_fragment(NAME, b"x")
+                run_dir.fragments.write(NAME, b"x")
         assert list(Path(tmp_path / "run" / "fragments").iterdir()) == []
 
 
