@@ -49,6 +49,8 @@ PASSING_KINDS = {
     "FSTimeoutError",
     "ResponseParserError",
     "ChunkedEncodingError",
+    "ConnectionError",
+    "Timeout",
 }
 PASSING_WORDS = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "OperationAborted"}
 PASSING_WORDS |= {"ConditionalRequestConflict", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"}
@@ -198,9 +200,9 @@ def chain(error: BaseException) -> Iterator[BaseException]:
     while cause is not None and cause not in seen and len(seen) < 10:
         seen.append(cause)
         yield cause
-        inner = getattr(cause, "inner_exception", None) or getattr(cause, "certificate_error", None)
-        inner = inner or getattr(cause, "os_error", None) or (getattr(cause, "kwargs", None) or {}).get("error")
-        cause = cause.__cause__ or (inner if isinstance(inner, BaseException) else None)
+        inner = [getattr(cause, name, None) for name in ("inner_exception", "certificate_error", "os_error", "reason")]
+        inner += [(getattr(cause, "kwargs", None) or {}).get("error"), *cause.args]
+        cause = cause.__cause__ or next((each for each in inner if isinstance(each, BaseException)), None)
 
 
 def garbled(error: BaseException) -> bool:
