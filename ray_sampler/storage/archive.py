@@ -19,7 +19,7 @@ from ray_sampler.storage.archive_layout import ArchiveLayout, Member, crc32_comb
 from ray_sampler.storage.ranges import Piece, missing
 from ray_sampler.storage.record import Column, DamagedFragment, FragmentName, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
-from ray_sampler.storage.store import NotCommitted, Readable, UnreadableFile
+from ray_sampler.storage.store import ColdFile, NotCommitted, Readable, UnreadableFile
 
 logger = logging.getLogger(__name__)
 
@@ -291,9 +291,9 @@ def archive_intact(run_dir: RunDir, layout: ArchiveLayout) -> bool:
             return file.read(len(layout.directory) + 1) == layout.directory
     except FileNotFoundError:
         return False
+    except ColdFile:
+        raise
     except UnreadableFile as error:
-        if error.cold:
-            raise
         logger.warning("%s; it counts as lost, and is written again", error)
         return False
 

@@ -6,14 +6,12 @@ The HTTP status decides. The store's error code only refines that, since each st
 from __future__ import annotations
 
 import errno
-import socket
-import ssl
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ray_sampler.errors import RequestError, RunError
-from ray_sampler.storage.store import NoRoom, UnreadableFile
+from ray_sampler.storage.store import ColdFile, NoRoom
 
 FAMILIES = (
     ("botocore.exceptions", "BotoCoreError"),
@@ -71,7 +69,6 @@ NO_KEY_KINDS = {
     "ProfileNotFound",
     "ClientAuthenticationError",
 }
-"""Where no answer came with them, no request was sent."""
 INVALID_KINDS = {"ValueError", "ParamValidationError", "EndpointResolutionError"}
 """Of what was refused before it was sent; botocore gives some of it as a bare ValueError, with the address in it."""
 
@@ -104,10 +101,13 @@ class Cause(NamedTuple):
     """How a failure is recognised, and what is said of it."""
 
     sentence: str
+    """With {action}, and {endpoint}: the variable that says where the store is."""
     error: type[RequestError] | type[RunError] = RequestError
     """RequestError where only the user can mend it, RunError where the store failed."""
     words: frozenset[str] = frozenset()
     kinds: frozenset[str] = frozenset()
+    causes: frozenset[str] = frozenset()
+    """Kinds of the exception or of any that caused it."""
     statuses: frozenset[int] = frozenset()
     errnos: frozenset[int] = frozenset()
 
@@ -122,11 +122,16 @@ ENDPOINTS = {
 """The variable that says where a store is, by protocol."""
 
 CAUSES = (
+    Cause(
+        f"it lies in an archive class of the store, as Glacier, where it cannot be read; restore it and {AGAIN}",
+        ColdFile,
+        words=frozenset(COLD_WORDS),
+    ),
     Cause("its bucket does not exist; create it or correct the URL", words=frozenset(NO_BUCKET_WORDS)),
     Cause(
         "the store's certificate is not trusted; name the file of your own authority's certificates in AWS_CA_BUNDLE "
         "(S3) or SSL_CERT_FILE (others), or correct the endpoint",
-        kinds=frozenset(LASTING_KINDS),
+        causes=frozenset(LASTING_KINDS),
     ),
     Cause(
         "this machine's clock differs from the store's by more than the store allows; set it, as by NTP",
@@ -157,8 +162,8 @@ CAUSES = (
         statuses=frozenset({301, 302, 307, 308}),
     ),
     Cause(
-        "the bucket bills whoever reads it (requester pays); agree with FSSPEC_S3='{\"requester_pays\": true}' or "
-        'FSSPEC_GS=\'{"requester_pays": "PROJECT"}\'',
+        "the bucket bills whoever reads it (requester pays); agree with FSSPEC_S3='{{\"requester_pays\": true}}' or "
+        'FSSPEC_GS=\'{{"requester_pays": "PROJECT"}}\'',
         words=frozenset({"UserProjectMissing", "RequesterPays"}),
     ),
     Cause(
@@ -179,7 +184,35 @@ CAUSES = (
         "hold a credential",
         kinds=frozenset(INVALID_KINDS),
     ),
+    Cause(
+        "permission denied; the store does not allow that there, or what answers is not a store: check the "
+        "endpoint{endpoint}",
+        words=frozenset({"MethodNotAllowed"}),
+        statuses=frozenset({405}),
+    ),
+    Cause(
+        "permission denied; these credentials may not {action} there or have expired, or a firewall of the store does "
+        "not let this machine in",
+        words=frozenset({"AccessDenied", "AllAccessDisabled"}),
+        kinds=frozenset({"PermissionError"}),
+        statuses=frozenset({403}),
+    ),
+    Cause("no credentials were found; set them in the environment or a profile", kinds=frozenset(NO_KEY_KINDS)),
+    Cause("the store is read-only; choose another output", errnos=frozenset({errno.EROFS})),
+    Cause("there is no such bucket or folder; create it or correct the URL", kinds=frozenset({"FileNotFoundError"})),
+    Cause(
+        f"no server was reached at the store's address; check the network and the endpoint{{endpoint}}, then {AGAIN}",
+        RunError,
+        causes=frozenset({"gaierror", "EndpointConnectionError"}),
+    ),
+    Cause(
+        "what answers there does not speak the store's protocol, as a proxy's or a network's login page does not; "
+        f"check the network and the endpoint{{endpoint}}, then {AGAIN}",
+        RunError,
+        kinds=frozenset({"ResponseParserError", "ForeignAnswer"}),
+    ),
 )
+"""The first that fits is said."""
 
 
 def families() -> tuple[type[BaseException], ...]:
@@ -210,36 +243,29 @@ def garbled(error: BaseException) -> bool:
     return any("HttpProcessingError" in kinds(each) for each in chain(error))
 
 
+def answers(error: BaseException) -> Iterator[Mapping[str, Any]]:
+    """What an exception, and each that caused it, has of the store's answer."""
+    for cause in () if garbled(error) else chain(error):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):  # botocore's
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            yield {"code": response.get("Error", {}).get("Code"), "status": status}
+        else:
+            found = {name: getattr(cause, name, None) for name in ("error_code", "code", "status_code", "status")}
+            yield {name: getattr(value, "value", value) for name, value in found.items()}  # Azure's are of an Enum
+
+
 def code(error: BaseException) -> str:
     """The store's own word for a failure, as NoSuchBucket, or its status, as 503; "" if it has none."""
-    if garbled(error):
-        return ""
-    for cause in chain(error):
-        response = getattr(cause, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-        for attribute in ("error_code", "code", "status_code", "status"):
-            value = getattr(cause, attribute, None)
-            if isinstance(value, str | int) and value != "":
-                return str(getattr(value, "value", value))  # Azure's words are members of an enumeration
-    return ""
+    names = ("error_code", "code", "status_code", "status")
+    found = (answer.get(name) for answer in answers(error) for name in names)
+    return next((str(value) for value in found if isinstance(value, str | int) and value != ""), "")
 
 
 def status(error: BaseException) -> int | None:
     """The HTTP status of the answer, None where there was none."""
-    if garbled(error):
-        return None
-    for cause in chain(error):
-        response = getattr(cause, "response", None)
-        if isinstance(response, dict):
-            number = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            word = str(response.get("Error", {}).get("Code", ""))
-            return number if isinstance(number, int) else int(word) if word.isdigit() else None
-        for attribute in ("status_code", "status", "code"):
-            value = getattr(cause, attribute, None)
-            if isinstance(value, int | str) and str(value).isdigit():
-                return int(value)
-    return None
+    found = (answer.get(name) for answer in answers(error) for name in ("status_code", "status", "code"))
+    return next((int(value) for value in found if isinstance(value, str | int) and str(value).isdigit()), None)
 
 
 def is_passing(error: BaseException) -> bool:
@@ -265,66 +291,26 @@ def brief(error: BaseException) -> str:
     return " ".join(dict.fromkeys(word for word in words if word))
 
 
-def unreachable(error: BaseException) -> bool:
-    """Whether no server was found at the store's address."""
-    return any(
-        isinstance(each, socket.gaierror) or "EndpointConnectionError" in kinds(each) for each in chain(error)
-    ) and not any(isinstance(each, ssl.SSLError) for each in chain(error))
-
-
 def failure(error: BaseException, action: str, url: str, hint: str = "") -> RequestError | RunError:
     """One sentence for what a store said. Its own text is left out: it may quote a key.
 
     Args:
         hint: what helps where the store refused the request itself, and for no reason that is known here.
     """
-    word, number = code(error), status(error)
+    word, number, seen = code(error), status(error), kinds(error)
+    causes = set().union(*map(kinds, chain(error)))
     variable = ENDPOINTS.get(url.partition("://")[0])
     endpoint = f" ({variable})" if variable else ""
-    if word in COLD_WORDS:
-        return UnreadableFile(
-            f"cannot {action} {url}: it lies in an archive class of the store, as Glacier ({word}), where it cannot be "
-            f"read; restore it and {AGAIN}",
-            cold=True,
-        )
     for cause in CAUSES:
-        seen = kinds(error) if cause.kinds.isdisjoint(LASTING_KINDS) else set().union(*map(kinds, chain(error)))
         if (
             word in cause.words
             or seen & cause.kinds
+            or causes & cause.causes
             or number in cause.statuses
-            or (isinstance(error, OSError) and error.errno in cause.errnos)
+            or getattr(error, "errno", None) in cause.errnos
         ):
-            shown = f" ({word or number})" if word in cause.words or number in cause.statuses else ""
-            return cause.error(f"cannot {action} {url}: {cause.sentence}{shown}")
-    if number == 405 or word == "MethodNotAllowed":
-        return RequestError(
-            f"cannot {action} {url}: permission denied ({word or number}); the store does not allow that there, or "
-            f"what answers is not a store: check the endpoint{endpoint}"
-        )
-    if number == 403 or isinstance(error, PermissionError) or word in ("AccessDenied", "AllAccessDisabled"):
-        return RequestError(
-            f"cannot {action} {url}: permission denied ({word or number or 'EACCES'}); these credentials may not "
-            f"{action} there or have expired, or a firewall of the store does not let this machine in"
-        )
-    if number is None and kinds(error) & NO_KEY_KINDS:
-        return RequestError(
-            f"cannot {action} {url}: no credentials were found; set them in the environment or a profile"
-        )
-    if isinstance(error, OSError) and error.errno == errno.EROFS:
-        return RequestError(f"cannot {action} {url}: the store is read-only; choose another output")
+            sentence = cause.sentence.format(action=action, endpoint=endpoint)
+            return cause.error(f"cannot {action} {url}: {sentence} ({brief(error)})")
     if hint:
         return RequestError(f"cannot {action} {url}: the store refused the request ({brief(error)}); {hint}")
-    if isinstance(error, FileNotFoundError):
-        return RequestError(f"cannot {action} {url}: there is no such bucket or folder; create it or correct the URL")
-    if unreachable(error):
-        return RunError(
-            f"cannot {action} {url}: no server was reached at the store's address ({brief(error)}); check the network "
-            f"and the endpoint{endpoint}, then {AGAIN}"
-        )
-    if kinds(error) & {"ResponseParserError", "ForeignAnswer"}:
-        return RunError(
-            f"cannot {action} {url}: what answers there does not speak the store's protocol ({brief(error)}), as a "
-            f"proxy's or a network's login page does not; check the network and the endpoint{endpoint}, then {AGAIN}"
-        )
     return RunError(f"cannot {action} {url}: unexpected response from the store ({brief(error)}); {AGAIN}")

@@ -21,10 +21,9 @@ ABANDONED_SECONDS = 86400.0
 class UnreadableFile(RunError):
     """A file that is there and cannot be read, however often it is tried."""
 
-    def __init__(self, sentence: str, cold: bool = False) -> None:
-        super().__init__(sentence)
-        self.cold = cold
-        """Whether it lies in an archive class of the store, from which it can be restored."""
+
+class ColdFile(UnreadableFile):
+    """A file in an archive class of the store, from which it can be restored."""
 
 
 class NoRoom(RunError):
