@@ -21,12 +21,13 @@ from typing import Any
 import ray
 
 from ray_sampler.cluster.calls import RayCalls
-from ray_sampler.cluster.dispatch import Dispatch, Tally, tasks_of
-from ray_sampler.cluster.events import Finished
+from ray_sampler.cluster.dispatch import Dispatch, Tally
 from ray_sampler.cluster.inventory import Inventory
+from ray_sampler.cluster.members import Finished
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.pool import Pool
 from ray_sampler.cluster.session import Fleet
+from ray_sampler.cluster.shards import tasks_of
 from ray_sampler.cluster.tasks import pack_pieces
 from ray_sampler.cluster.worker import CONCURRENCY, Task, TaskResult, WorkerInfo
 from ray_sampler.reporting.progress import Snapshot

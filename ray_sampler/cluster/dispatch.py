@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_sampler.cluster.blame import (
+from ray_sampler.cluster.members import (
     ATTEMPTS,
     DEATHS_IN_A_ROW,
     FAILURES_IN_A_ROW,
     NON_FINITE_ATTEMPTS,
     NOTHING_BUT_NON_FINITE,
     START_FAILURES,
+    Event,
+    Failed,
+    Finished,
+    Lost,
+    Member,
+    Ready,
+    StartFailed,
     Streak,
     Suspicion,
+    Waiting,
 )
-from ray_sampler.cluster.events import Event, Failed, Finished, Lost, Ready, StartFailed, Waiting
-from ray_sampler.cluster.members import Member
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.pool import Pool, reason_of
 from ray_sampler.cluster.session import shared, start_failure, why_unplaced, worker_starting
@@ -42,29 +48,6 @@ PLACE_S = 60.0
 
 WORKER_START_S = 180.0
 """The same where Ray's worker process is there and not ready: a slow machine."""
-
-
-def tasks_of(
-    missing: Iterable[tuple[int, int]],
-    shard_size: int,
-    run: int = 0,
-    product: str = IMAGES,
-    early: int = 0,
-    early_size: int = 1,
-) -> Iterator[Task]:
-    """Cut missing ranges at the multiples of `shard_size`; the `early` first tasks at those of `early_size`.
-
-    As many more are at most twice as large, and so on, so that a run soon shows whether it works and how fast it is,
-    and never goes silent for much longer than before.
-    """
-    size, made = early_size if early else shard_size, 0
-    for start, stop in missing:
-        while start < stop:
-            end = min(stop, *((start // each + 1) * each for each in (size, shard_size)))
-            yield Task(run, start, end, product)
-            start, made = end, made + 1
-            if size < shard_size and made % early == 0:
-                size = min(shard_size, 2 * size)
 
 
 def samples_in(tasks: Iterable[Task], product: str = IMAGES) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import socket
 import sys
@@ -15,7 +14,7 @@ import grpc
 import ray
 from ray.core.generated import gcs_service_pb2
 
-from ray_sampler.errors import RequestError, printable
+from ray_sampler.errors import RequestError, printable, require
 
 KNOCK_S = 10.0
 """Seconds that a cluster may take to accept a connection, and to answer."""
@@ -50,7 +49,7 @@ def knock(address: str) -> None:
     """Ask what is at a cluster's address: Ray itself would try for minutes, and log past us.
 
     Raises:
-        OSError: no cluster's head is there; says what is.
+        OSError: no cluster's head is there.
         RequestError: its Ray has another version, or wants another token.
     """
     host, _, port = address.rpartition(":")
@@ -59,21 +58,15 @@ def knock(address: str) -> None:
     host = host.strip("[]")
     if host in LOOPBACK:  # as Ray does: a cluster listens at this machine's address on its network
         host = ray.util.get_node_ip_address()
-    found = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    with socket.create_connection((host, int(port)), KNOCK_S) as connection:
-        if speaks_http(connection):
-            raise OSError(
-                f"port {port} is a web server's, perhaps the dashboard's, which is what `ray job submit` takes; a "
-                "cluster's own port is 6379 unless it was started with another"
-            )
+    socket.create_connection((host, int(port)), KNOCK_S).close()
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-        check_head(found)
+        check_head(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
 
 def check_head(found: str) -> None:
     """Ask a cluster's head whether it is one. Raises as `knock` does."""
-    port = found.rpartition(":")[2]
     messages: Any = gcs_service_pb2  # generated, without types
+    token = given_token() if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else None
     with grpc.insecure_channel(found, [("grpc.enable_http_proxy", 0)]) as channel:
         call = channel.unary_unary(
             CHECK_ALIVE,
@@ -81,24 +74,25 @@ def check_head(found: str) -> None:
             response_deserializer=messages.CheckAliveReply.FromString,
         )
         try:
-            token = given_token() if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else None
             metadata = [("authorization", f"Bearer {token}")] if token else []
             version = call(messages.CheckAliveRequest(), timeout=KNOCK_S, metadata=metadata).ray_version
         except grpc.RpcError as error:
-            code = error.code()
-            if code == grpc.StatusCode.UNAUTHENTICATED:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
                 raise RequestError(
                     "the cluster asks for a token, and none or another was given; export RAY_AUTH_MODE=token, with the "
                     "cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
                 ) from error
-            if code == grpc.StatusCode.UNIMPLEMENTED:
-                raise OSError(
-                    f"port {port} is not a cluster's own, but perhaps that of Ray clients; a cluster's own port is "
-                    "6379 unless it was started with another"
-                ) from error
-            raise OSError(f"what listens on port {port} does not answer as Ray does ({code.name})") from error
-    if version and version != ray.__version__:
-        raise RequestError(other_version(version, ray.__version__, "ray", version))
+            raise OSError(
+                f"what listens on port {found.rpartition(':')[2]} does not answer as a cluster's head does "
+                f"({error.code().name}); its own port is 6379 unless it was started with another, 8265 is the "
+                "dashboard's, which `ray job submit` takes, and 10001 that of Ray clients"
+            ) from error
+    require(
+        version in ("", ray.__version__),
+        f"the cluster runs Ray {printable(version)} and this process Ray {ray.__version__}; "
+        f"pip install 'ray[default]=={printable(version)}' here, or install constraints.txt of this package on every "
+        "node",
+    )
 
 
 def given_token() -> str | None:
@@ -133,30 +127,13 @@ def check_command_line() -> None:
             ) from None
 
 
-def speaks_http(connection: socket.socket) -> bool:
-    connection.settimeout(KNOCK_S)
-    with suppress(OSError):
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: ray\r\nConnection: close\r\n\r\n")
-        return connection.recv(5) == b"HTTP/"
-    return False
-
-
-def other_version(theirs: str, ours: str, what: str, install: str) -> str:
-    name = {"ray": "Ray", "python": "Python"}[what]
-    remedy = f"pip install 'ray[default]=={install}' here" if what == "ray" else f"use Python {install} here"
-    return (
-        f"the cluster runs {name} {printable(theirs)} and this process {name} {ours}; {remedy}, "
-        "or install constraints.txt of this package on every node"
-    )
-
-
 def cannot_join(error: BaseException, given: str) -> RequestError:
     """Why a cluster cannot be joined."""
     text = str(error)
-    for what, name in (("ray", "Ray"), ("python", "Python")):
-        versions = re.findall(rf"{name}: (\S+)", text)
-        if "ersion mismatch" in text and len(versions) >= 2 and versions[0] != versions[1]:
-            return RequestError(f"{given}: {other_version(versions[0], versions[1], what, versions[0])}")
+    if "ersion mismatch" in text:  # of Python: that of Ray was asked for
+        return RequestError(
+            f"{given}: {printable(' '.join(text.split()))}; install constraints.txt of this package on every node"
+        )
     reason = text.splitlines()[0] if text else type(error).__name__
     reason += "; a cluster's own port is 6379 as a rule" * (
         isinstance(error, ConnectionRefusedError) and ":6379" not in given

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import os
 import resource
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -30,7 +28,7 @@ SOCKET_PATH = 64
 LONGEST_SOCKET = 107
 
 STORE_SHARE = 0.3
-"""Of the memory: what Ray's object store takes as one file, unless /dev/shm is smaller."""
+"""Of the memory: what Ray's object store takes as one file, at most."""
 
 KNOCK_S = 15.0
 """Seconds in which this machine must accept a connection from itself."""
@@ -65,15 +63,10 @@ def limits(controller: str, *names: str) -> Iterator[int]:
 
 def cpu_quota() -> float:
     """CPUs that the control groups allow; infinite without a limit."""
-    found = [math.inf]
-    for text in cgroup_files("cpu", "cpu.max"):
-        quota, _, period = text.partition(" ")
-        if quota.isdigit() and period.isdigit():
-            found.append(int(quota) / int(period))
-    periods = list(limits("cpu", "cpu.cfs_period_us"))
-    quotas = list(cgroup_files("cpu", "cpu.cfs_quota_us"))
-    found += [int(quota) / period for quota, period in zip(quotas, periods, strict=False) if int(quota) > 0]
-    return min(found)
+    found = [text.split() for text in cgroup_files("cpu", "cpu.max")]
+    version_1 = cgroup_files("cpu", "cpu.cfs_quota_us"), cgroup_files("cpu", "cpu.cfs_period_us")
+    found += map(list, zip(*version_1, strict=False))
+    return min((int(quota) / int(period) for quota, period in found if quota.isdigit()), default=math.inf)
 
 
 def cpus() -> int:
@@ -115,15 +108,8 @@ def processes_left() -> float:
 
 def threads_of(user: int) -> int:
     """Threads that a user runs on this machine, as far as it is seen."""
-    count = 0
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
-            try:
-                if process.stat().st_uid == user:
-                    count += len(os.listdir(process / "task"))
-            except OSError:  # it ended
-                continue
-    return count
+    processes = (process.info for process in psutil.process_iter(["uids", "num_threads"]))
+    return sum(each["num_threads"] or 0 for each in processes if each["uids"] and each["uids"].real == user)
 
 
 def ray_folder() -> str:
@@ -140,13 +126,11 @@ def check_machine() -> None:
     """
     check_folder(ray_folder())
     check_loopback()
-    limit, store = file_limit(), STORE_SHARE * psutil.virtual_memory().available
-    with suppress(OSError):
-        store = min(store, shutil.disk_usage("/dev/shm").total)
-    if limit < store:
+    limit, store = resource.getrlimit(resource.RLIMIT_FSIZE)[0], STORE_SHARE * psutil.virtual_memory().available
+    if resource.RLIM_INFINITY != limit < store:
         raise RunError(
-            f"this process may write files of {limit:,.0f} bytes at most (`ulimit -f`), and Ray's object store is a "
-            f"file of about {store:,.0f}; raise the limit with `ulimit -f unlimited`"
+            f"this process may write files of {limit:,} bytes at most (`ulimit -f`), and Ray's object store is a file "
+            f"of up to {store:,.0f}; raise the limit with `ulimit -f unlimited`"
         )
     memory, processes = memory_limit(), processes_left()
     if memory < LEAST_MEMORY:
@@ -202,9 +186,3 @@ def check_loopback() -> None:
             f"Ray cannot start: 127.0.0.1 cannot be reached ({error.strerror or error}), where its processes talk to "
             "each other; bring the loopback interface up (ip link set lo up)"
         ) from error
-
-
-def file_limit() -> float:
-    """Bytes that a file of this process may have; infinite without a limit."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    return math.inf if limit == resource.RLIM_INFINITY else limit

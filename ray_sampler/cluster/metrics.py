@@ -9,33 +9,27 @@ from ray.util.metrics import Counter, Gauge
 
 RUN = ("run",)
 
+COUNTED = {
+    "samples_total": "Samples whose fragments were written.",
+    "shards_total": "Shards whose fragments were written.",
+    "compute_seconds_total": "Seconds of computing.",
+    "wait_seconds_total": "Seconds in which the device had nothing to do.",
+    "upload_seconds_total": "Seconds of encoding and writing.",
+}
+
 
 class ActorMetrics:
     """What one actor counts. `run` is the start of the fingerprint."""
 
     def __init__(self, run: str) -> None:
-        def counter(name: str, description: str) -> Counter:
-            made = Counter(f"ray_sampler_{name}", description, RUN)
-            made.set_default_tags({"run": run})
-            return made
-
-        self.samples = counter("samples_total", "Samples whose fragments were written.")
-        self.shards = counter("shards_total", "Shards whose fragments were written.")
-        self.compute_s = counter("compute_seconds_total", "Seconds of computing.")
-        self.wait_s = counter("wait_seconds_total", "Seconds in which the device had nothing to do.")
-        self.upload_s = counter("upload_seconds_total", "Seconds of encoding and writing.")
+        self.tags = {"run": run}
+        self.counters = [Counter(f"ray_sampler_{name}", description, RUN) for name, description in COUNTED.items()]
 
     def count(self, samples: int, compute_s: float, wait_s: float, upload_s: float) -> None:
         """Count one finished shard."""
-        for counter, value in (
-            (self.samples, samples),
-            (self.shards, 1),
-            (self.compute_s, compute_s),
-            (self.wait_s, wait_s),
-            (self.upload_s, upload_s),
-        ):
+        for counter, value in zip(self.counters, (samples, 1, compute_s, wait_s, upload_s), strict=True):
             if value > 0:
-                counter.inc(value)
+                counter.inc(value, self.tags)
 
 
 class DriverMetrics:

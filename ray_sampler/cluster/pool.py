@@ -12,11 +12,26 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError, WorkerCrashedError
 
-from ray_sampler.cluster.blame import BROKEN_AFTER, SILENCE_FACTOR, START_FACTOR, START_S, STRAGGLER_FACTOR, Streak
 from ray_sampler.cluster.calls import Calls, RayCalls
-from ray_sampler.cluster.events import Event, Failed, Finished, Lost, Ready, StartFailed, Waiting
 from ray_sampler.cluster.heard import Tracebacks
-from ray_sampler.cluster.members import Member, Roster, roster_of
+from ray_sampler.cluster.members import (
+    BROKEN_AFTER,
+    SILENCE_FACTOR,
+    START_FACTOR,
+    START_S,
+    STRAGGLER_FACTOR,
+    Event,
+    Failed,
+    Finished,
+    Lost,
+    Member,
+    Ready,
+    Roster,
+    StartFailed,
+    Streak,
+    Waiting,
+    roster_of,
+)
 from ray_sampler.cluster.session import Fleet
 from ray_sampler.cluster.worker import HiddenError, Task, TaskResult, WorkerInfo
 from ray_sampler.sampling.engine import NonFiniteError, OutOfDeviceMemoryError

@@ -1,32 +1,43 @@
-"""Scores: features reduced to metrics by tasks, for a run, or for whatever pictures `ray-sampler score` is given."""
+"""Scores: features made by actors, kept as ranges that resume, and reduced to metrics by tasks.
+
+For a run, or for whatever pictures `ray-sampler score` is given.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import ray
 
-from ray_sampler.cluster.actors import own_ray
-from ray_sampler.cluster.features import Extraction
+from ray_sampler.cluster.actors import actors, own_ray
+from ray_sampler.cluster.dispatch import Dispatch, Tally
+from ray_sampler.cluster.inventory import without
 from ray_sampler.cluster.job import Job
+from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.pool import reason_of
-from ray_sampler.cluster.session import Place, beside_driver, joined, place
+from ray_sampler.cluster.session import Place, beside_driver, joined, place, plan_fleet
+from ray_sampler.cluster.shards import expected_actors, suitable_size, tasks_of
+from ray_sampler.cluster.shipping import ship
+from ray_sampler.cluster.worker import Loaded, RunSpec, TaskResult
 from ray_sampler.config import FleetOptions, ScoreRequest
 from ray_sampler.errors import RunError, redact, require, show_traceback
 from ray_sampler.options import of
 from ray_sampler.reporting.options import ReportingOptions
 from ray_sampler.reporting.progress import Reporter, reporter
 from ray_sampler.reporting.scores import described, read_scores, show_in_run, write_scores
-from ray_sampler.scoring.features import DamagedFeaturesError, Features, Held
+from ray_sampler.sampling.products import Product
+from ray_sampler.scoring.extractors import Extractor
+from ray_sampler.scoring.features import FEATURES, DamagedFeaturesError, Features, Held, StoredFeatures
 from ray_sampler.scoring.metrics import ROWS, Moments, Pair, compare, kid_part, kid_subsets, radii, reduce, within
 from ray_sampler.scoring.options import ScoreOptions
-from ray_sampler.scoring.scores import KEYS, Scoring, folder_of, open_scoring
+from ray_sampler.scoring.scores import KEYS, Scoring, folder_of, network_of, open_scoring, product_of
 from ray_sampler.storage.connect import path_text
 from ray_sampler.storage.pictures import Pictures, check_channels, open_pictures
+from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.run_dir import REFERENCES, SCORES, RunDir
 
 ATTEMPTS = 5
@@ -34,6 +45,72 @@ ATTEMPTS = 5
 
 SUBSETS_AT_ONCE = 10
 """Of KID, in one task: this bounds its memory."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """An extractor, and the fleet on which it makes features."""
+
+    extractor: Extractor
+    fleet: FleetOptions
+    place: Place
+    report: Reporter
+
+    def features_of(self, pictures: Pictures, output: str, folder: str) -> StoredFeatures:
+        """Features of pictures, those that are missing made now. Ray must be connected.
+
+        Args:
+            output: absolute path or URL of the directory in which they are kept.
+            folder: in it.
+
+        Raises:
+            RunError: they cannot be made.
+        """
+        product = product_of(self.extractor, folder)
+        ranges, fingerprint = RunDir(output).ranges(folder, product.columns), pictures.fingerprint()
+        notes, stop = ranges.noted(), pictures.ranges[-1][1]
+        names = [name for name in ranges.list().fragments if name not in notes]
+        gaps = without(pictures.ranges, [(piece.start, piece.stop) for piece in cover(names, stop)])
+        if gaps:
+            spec = RunSpec(output, fingerprint, None, products={FEATURES: product}, pictures=pictures)
+            made = self._make(spec, gaps, pictures.num_samples)
+            for name in made:
+                if name.name in notes:
+                    ranges.clear(notes[name.name])
+            names += [result.name for result in made]
+        return StoredFeatures(output, folder, fingerprint, self.extractor.dims, tuple(cover(names, stop)))
+
+    def _make(self, spec: RunSpec, gaps: Sequence[tuple[int, int]], count: int) -> list[TaskResult]:
+        made: list[TaskResult] = []
+        missing = sum(stop - start for start, stop in gaps)
+        self.report.message(f"making {self.extractor.name} features of {missing:,} pictures")
+        most = expected_actors(self.fleet, self.place.gpus, self.place.local)
+        size = min(suitable_size(missing, Product.block, most), self.fleet.shard_size)
+        tasks = list(tasks_of(gaps, size, product=FEATURES))
+        fleet = plan_fleet(self.fleet, self.place.gpus, len(tasks), self.place.local)
+
+        def load() -> Loaded:
+            networks = {FEATURES: ship(network_of(self.extractor), "fp32")}
+            return Loaded(networks, "fp32", Product.block, "off", fleet.cpus, fleet.gpus)
+
+        with actors(fleet, load, [spec], self.fleet.shard_timeout) as pool:
+            given_up = Dispatch(
+                pool,
+                tasks,
+                [Tally(count, reused=count - missing)],
+                self.report,
+                lambda task, result: made.append(result),
+                lambda: None,
+                self.fleet.min_actors,
+                DriverMetrics(spec.fingerprint[:8]),
+                counted=FEATURES,
+            ).run()
+        for task, reason in given_up.items():
+            raise RunError(
+                f"features of the pictures {task.start} to {task.stop - 1} could not be computed: {reason}; the rest "
+                "is kept: run the same command again to retry"
+            )
+        return made
 
 
 def scored_run(job: Job, report: Reporter) -> dict[str, Any]:

@@ -5,12 +5,11 @@ The bytes of the archive do not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import ray
 
-from ray_sampler.cluster.dispatch import tasks_of
 from ray_sampler.cluster.job import Job
 from ray_sampler.cluster.session import plan_fleet
 from ray_sampler.cluster.worker import IMAGES, Task
@@ -29,6 +28,29 @@ MANY = 10**9
 
 PADDING_SHARE = 0.25
 """Share of the samples that may be computed in excess before the run warns."""
+
+
+def tasks_of(
+    missing: Iterable[tuple[int, int]],
+    shard_size: int,
+    run: int = 0,
+    product: str = IMAGES,
+    early: int = 0,
+    early_size: int = 1,
+) -> Iterator[Task]:
+    """Cut missing ranges at the multiples of `shard_size`; the `early` first tasks at those of `early_size`.
+
+    As many more are at most twice as large, and so on, so that a run soon shows whether it works and how fast it is,
+    and never goes silent for much longer than before.
+    """
+    size, made = early_size if early else shard_size, 0
+    for start, stop in missing:
+        while start < stop:
+            end = min(stop, *((start // each + 1) * each for each in (size, shard_size)))
+            yield Task(run, start, end, product)
+            start, made = end, made + 1
+            if size < shard_size and made % early == 0:
+                size = min(shard_size, 2 * size)
 
 
 def cut(job: Job, gaps: Sequence[tuple[int, int]], run: int, product: str = IMAGES) -> list[Task]:

@@ -80,7 +80,7 @@ def test_the_port_of_clients_is_told_from_a_cluster_s_own(configure: Configure, 
     code, (line,) = ask(configure, f"127.0.0.1:{head[1]}", **TOKEN)
     assert code == 2
     assert f"--address is '127.0.0.1:{head[1]}'" in line
-    assert "perhaps that of Ray clients" in line
+    assert f"port {head[1]} does not answer as a cluster's head does" in line
 
 
 @pytest.mark.accidents
@@ -122,4 +122,5 @@ def test_a_web_server_s_port_is_told(configure: Configure):
         port = server.getsockname()[1]
         code, (line,) = ask(configure, f"127.0.0.1:{port}")
     assert code == 2
-    assert f"port {port} is a web server's, perhaps the dashboard's" in line
+    assert f"port {port} does not answer as a cluster's head does" in line
+    assert "8265 is the dashboard's" in line

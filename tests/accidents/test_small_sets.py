@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_sampler.cluster.dispatch import tasks_of
 from ray_sampler.cluster.driver import run
-from ray_sampler.cluster.shards import SHARDS_PER_ACTOR, expected_actors, padding, suitable_size, tapered
+from ray_sampler.cluster.shards import SHARDS_PER_ACTOR, expected_actors, padding, suitable_size, tapered, tasks_of
 from ray_sampler.config import LARGEST_SHARD, FleetOptions
 from ray_sampler.storage.record import FragmentName
 from tests.cluster.runs import fragments, part, sampled, savez

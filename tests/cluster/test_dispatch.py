@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_sampler.cluster import dispatch
-from ray_sampler.cluster.blame import ATTEMPTS, DEATHS, START_FAILURES
-from ray_sampler.cluster.dispatch import Dispatch, Tally, tasks_of
+from ray_sampler.cluster.dispatch import Dispatch, Tally
+from ray_sampler.cluster.members import ATTEMPTS, DEATHS, START_FAILURES
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.pool import Pool
 from ray_sampler.cluster.session import Fleet
+from ray_sampler.cluster.shards import tasks_of
 from ray_sampler.cluster.worker import Task
 from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Snapshot

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_sampler.cluster.blame import START_FAILURES
+from ray_sampler.cluster.members import START_FAILURES
 from ray_sampler.cluster.pool import MOST_IN_FLIGHT
 from ray_sampler.config import RunConfig
 from tests.cluster.fleets import HEALTH, OPEN, UNWATCHED, Fleet, autoscaling, send

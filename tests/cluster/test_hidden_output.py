@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from ray_sampler.cluster.events import Ready, Waiting
+from ray_sampler.cluster.members import Ready, Waiting
 from ray_sampler.cluster.pool import Pool
 from ray_sampler.cluster.session import Fleet
 from ray_sampler.cluster.worker import HiddenError, prove_access

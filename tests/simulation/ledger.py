@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ray_sampler.cluster.blame import ATTEMPTS, NON_FINITE_ATTEMPTS
+from ray_sampler.cluster.members import ATTEMPTS, NON_FINITE_ATTEMPTS
 from ray_sampler.cluster.pool import LONGEST_PAUSE_S, MOST_IN_FLIGHT
 from ray_sampler.cluster.worker import Task
 

@@ -17,9 +17,8 @@ import ray
 from ray_sampler.cluster import dispatch, inventory
 from ray_sampler.cluster.dispatch import Dispatch, Tally
 from ray_sampler.cluster.driver import REPAIR_ROUNDS
-from ray_sampler.cluster.events import Event, Finished
 from ray_sampler.cluster.inventory import Inventory
-from ray_sampler.cluster.members import Member
+from ray_sampler.cluster.members import Event, Finished, Member
 from ray_sampler.cluster.pool import Pool
 from ray_sampler.cluster.session import Fleet
 from ray_sampler.cluster.tasks import Damage

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ray.exceptions import RayTaskError
 
-from ray_sampler.cluster.events import Finished
+from ray_sampler.cluster.members import Finished
 from ray_sampler.cluster.pool import NEVER_RAN
 from ray_sampler.cluster.worker import HiddenError, Task, TaskResult
 from ray_sampler.sampling.engine import NonFiniteError
