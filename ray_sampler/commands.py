@@ -133,7 +133,7 @@ def declare_export(parser: Parser) -> None:
 
 
 def execute_export(arguments: argparse.Namespace) -> int:
-    from ray_sampler.storage.export import export
+    from ray_sampler.storage.pictures import export
 
     if arguments.url is None or arguments.output is None:
         raise RequestError("`ray-sampler export` needs a run directory or an archive, and --output DIR")

@@ -26,7 +26,7 @@ from ray_sampler.sampling.options import (
 from ray_sampler.sampling.schedules import ScheduleOptions
 from ray_sampler.sampling.solvers import SolverOptions
 from ray_sampler.scoring.options import ScoreOptions
-from ray_sampler.storage.output import OutputOptions, check_output
+from ray_sampler.storage.connect import OutputOptions, check_output
 
 __all__ = ["RequestError", "RunConfig", "RunError"]
 

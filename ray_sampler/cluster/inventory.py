@@ -19,7 +19,7 @@ from ray_sampler.cluster.worker import IMAGES, Task
 from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter
 from ray_sampler.reporting.summary import Part
-from ray_sampler.storage.archive import Content, Maker, content_of
+from ray_sampler.storage.archive import Content, content_of
 from ray_sampler.storage.ranges import FOREIGN, Checked, Listing, Piece, RangeSet, cover, missing
 from ray_sampler.storage.record import FragmentName, Record
 
@@ -154,8 +154,8 @@ class Inventory:
     def _content(self, record: Record) -> Content:
         """What the archive and the summary need of a record: there may be a million."""
         content = content_of(record)
-        image, maker = (self._shared.setdefault(value, value) for value in (content.image, content.maker))
-        return content._replace(image=image, maker=maker)
+        shared = {name: getattr(content, name) for name in ("image", "numerics", "device")}
+        return content._replace(**{name: self._shared.setdefault(value, value) for name, value in shared.items()})
 
     def repair(self, damage: Damage) -> None:
         """Act on what the merge found: the range is sampled again, and as more may be wrong, all others are checked."""
@@ -264,13 +264,13 @@ class Inventory:
     def parts(self) -> tuple[Part, ...]:
         """Who computed what, once nothing is missing."""
 
-        def maker(piece: Piece) -> Maker:
+        def maker(piece: Piece) -> tuple[str, str]:
             content = self.fragments.known[piece.fragment]
             assert content
-            return content.maker
+            return content.numerics, content.device
 
         runs = ((made, list(pieces)) for made, pieces in groupby(self.fragments.cover(), maker))
-        return tuple(Part(pieces[0].start, pieces[-1].stop, made.numerics, made.device) for made, pieces in runs)
+        return tuple(Part(pieces[0].start, pieces[-1].stop, *made) for made, pieces in runs)
 
 
 def complete(job: Job) -> bool:

@@ -32,8 +32,9 @@ from ray_sampler.sampling.trial import TRIAL_S, try_networks, within
 from ray_sampler.scoring.features import FEATURES
 from ray_sampler.scoring.options import ScoreOptions
 from ray_sampler.scoring.scores import Scoring, open_scoring, product_of
+from ray_sampler.storage.connect import absolute
 from ray_sampler.storage.record import fingerprint
-from ray_sampler.storage.run_dir import RunDir, absolute
+from ray_sampler.storage.run_dir import RunDir
 
 RUN_FORMAT = 1
 """Raised whenever run.json changes its meaning."""

@@ -65,6 +65,14 @@ VITAL = ("raylet", "gcs_server")
 AGENT = re.compile(r"/(dashboard|runtime_env)/agent\b|ray::(DashboardAgent|RuntimeEnvAgent)")
 """Processes of Ray without which a run cannot continue: a raylet ends when an agent of it does."""
 
+HINTS = {
+    "imed out": "the machine may be busy, so run the command again",
+    "No space left": "the disk is full: make room, or set RAY_TMPDIR to another folder",
+    "quota exceeded": "the disk is full: make room, or set RAY_TMPDIR to another folder",
+    "AF_UNIX": "set RAY_TMPDIR to a folder with a shorter path",
+}
+"""What helps, by what Ray says."""
+
 LOST = (
     "the local Ray ended unexpectedly ({name} is gone: killed, or out of memory); finished samples are kept: "
     "run the same command again to resume"
@@ -283,13 +291,16 @@ def lost(process: psutil.Process) -> bool:
     return False
 
 
-def worker_starting(head: subprocess.Popen[bytes]) -> bool:
-    """Whether a worker process of the local Ray is on its way to the point at which Ray counts it."""
+def described(head: subprocess.Popen[bytes]) -> Iterator[tuple[int, str, str]]:
+    """Process id, name and command line of those processes."""
     for process in below(head):
         with suppress(psutil.Error):
-            if "default_worker.py" in " ".join(process.cmdline()):  # it is renamed once it is there
-                return True
-    return False
+            yield process.pid, process.name(), " ".join(process.cmdline())
+
+
+def worker_starting(head: subprocess.Popen[bytes]) -> bool:
+    """Whether a worker process of the local Ray is on its way to the point at which Ray counts it."""
+    return any("default_worker.py" in line for _, _, line in described(head))  # it is renamed once it is there
 
 
 def session_logs(head: subprocess.Popen[bytes]) -> Path | None:
@@ -317,13 +328,8 @@ def why_not_started(said: str, head: subprocess.Popen[bytes]) -> str:
     """
     folder = session_logs(head)
     log = log_says(folder) if folder else None
-    cause = printable(said)
-    if "imed out" in f"{said} {log}":
-        cause += "; the machine may be busy, so run the command again"
-    if "No space left" in cause or "quota exceeded" in cause:
-        cause += "; the disk is full: make room, or set RAY_TMPDIR to another folder"
-    if "AF_UNIX" in cause:
-        cause += "; set RAY_TMPDIR to a folder with a shorter path"
+    hints = (hint for words, hint in HINTS.items() if words in f"{said} {log}")
+    cause = "; ".join((printable(said), *hints))
     if (space := address_space()) is not None:
         allowed = f"ulimit -v allows {space / 2**20:.0f} MiB of addresses"
         cause += f" ({allowed}, and Ray reserves many times the memory that it uses: raise it)"
@@ -354,12 +360,9 @@ def watched(head: subprocess.Popen[bytes]) -> Iterator[None]:
 def vital(head: subprocess.Popen[bytes]) -> dict[int, str]:
     """The names of the processes with which our own Ray ends, by process id."""
     found = {head.pid: "its first process"}
-    for process in below(head):
-        with suppress(psutil.Error):
-            if process.name() in VITAL:
-                found[process.pid] = process.name()
-            elif AGENT.search(" ".join(process.cmdline())):
-                found[process.pid] = "an agent"
+    for pid, name, line in described(head):
+        if name in VITAL or AGENT.search(line):
+            found[pid] = name if name in VITAL else "an agent"
     return found
 
 

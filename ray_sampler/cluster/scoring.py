@@ -30,12 +30,12 @@ from ray_sampler.reporting.options import ReportingOptions
 from ray_sampler.reporting.progress import Reporter, reporter
 from ray_sampler.reporting.scores import described, read_scores, show_in_run, write_scores
 from ray_sampler.sampling.products import Product
-from ray_sampler.scoring.extractors import Extractor
+from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.features import FEATURES, DamagedFeaturesError, Features, Held, StoredFeatures
 from ray_sampler.scoring.metrics import ROWS, Moments, Pair, compare, kid_part, kid_subsets, radii, reduce, within
 from ray_sampler.scoring.options import ScoreOptions
 from ray_sampler.scoring.scores import KEYS, Scoring, folder_of, network_of, open_scoring, product_of
-from ray_sampler.storage.connect import path_text
+from ray_sampler.storage.connect import absolute, path_text
 from ray_sampler.storage.pictures import Pictures, check_channels, open_pictures
 from ray_sampler.storage.ranges import cover
 from ray_sampler.storage.run_dir import REFERENCES, SCORES, RunDir
@@ -174,11 +174,6 @@ def parted(output: str | None) -> tuple[str | None, str]:
     whole = absolute(output)
     folder, _, name = whole.rpartition("/")
     return (folder or "/", name) if whole.endswith(".json") else (whole, SCORES)
-
-
-def absolute(path: str) -> str:
-    """A path or URL as actors can use it, whose working directories are others."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def scored(extraction: Extraction, scoring: Scoring, pictures: Pictures, output: str) -> dict[str, Any]:

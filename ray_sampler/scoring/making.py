@@ -23,8 +23,7 @@ from ray_sampler.scoring.metrics import reduce
 from ray_sampler.scoring.options import FeatureOptions
 from ray_sampler.scoring.references import check_pictures
 from ray_sampler.scoring.scores import product_of
-from ray_sampler.storage.connect import open_store
-from ray_sampler.storage.output import check_output
+from ray_sampler.storage.connect import check_output, open_store
 from ray_sampler.storage.pictures import Pictures, open_pictures
 
 KEPT = 10_000

@@ -15,11 +15,11 @@ import numpy as np
 from isal import isal_zlib
 
 from ray_sampler.errors import RunError
-from ray_sampler.storage.archive_layout import ArchiveLayout, Member, crc32_combine
+from ray_sampler.storage.archive_layout import ArchiveLayout, crc32_combine
 from ray_sampler.storage.ranges import Piece, missing
 from ray_sampler.storage.record import Column, DamagedFragment, FragmentName, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
-from ray_sampler.storage.store import ColdFile, NotCommitted, Readable, UnreadableFile
+from ray_sampler.storage.store import ColdFile, NotCommitted, Read, UnreadableFile
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +50,6 @@ class DamagedPiece(Exception):
         """Whether it is valid by itself, but differs from the record: read its record again."""
 
 
-class Maker(NamedTuple):
-    """What computed a fragment."""
-
-    numerics: str
-    """The numerics key."""
-    device: str
-
-
 class Content(NamedTuple):
     """What the archive and its summary count on of a fragment."""
 
@@ -65,21 +57,20 @@ class Content(NamedTuple):
     image_crc32: int
     label_crc32: int | None
     """Of the labels as int64, as the archive holds them; None if there are none."""
-    maker: Maker
+    numerics: str
+    """The numerics key of what computed it."""
+    device: str
     seconds: float
     """That an actor took to compute it; 0.0 where its record does not say."""
-
-    def same_samples(self, other: Content) -> bool:
-        """Whether two fragments of one name hold the same samples, whoever computed them."""
-        return self[:3] == other[:3]
 
 
 def content_of(record: Record) -> Content:
     made = record.computed_by
-    maker = Maker(str(made.get("numerics_key", "unknown")), str(made.get("device", "unknown")))
+    numerics, device = (str(made.get(name, "unknown")) for name in ("numerics_key", "device"))
     taken = made.get("seconds")
     seconds = taken if isinstance(taken, float) and 0 <= taken < math.inf else 0.0
-    return Content(record.columns["image"], record.crc32["image"], record.crc32.get("label_int64"), maker, seconds)
+    crcs = record.crc32["image"], record.crc32.get("label_int64")
+    return Content(record.columns["image"], *crcs, numerics, device, seconds)
 
 
 def lay_out(
@@ -142,7 +133,7 @@ def read_groups(run_dir: RunDir, piece: Piece, content: Content, fingerprint: st
     """
     try:
         record, groups = run_dir.ranges().read_groups(piece.fragment, fingerprint)
-        if not content_of(record).same_samples(content):
+        if content_of(record)[:3] != content[:3]:  # whoever computed them
             raise DamagedPiece(piece.fragment, "it is not the one that was counted on", changed=True)
         yield from groups
     except DamagedFragment as damage:
@@ -248,7 +239,10 @@ def archive_chunks(
             while chunk := spool.read(CHUNK_BYTES):
                 yield chunk
                 crc32 = isal_zlib.crc32(chunk, crc32)
-            require_crc32(crc32, labels_member)
+            if crc32 != labels_member.crc32:
+                raise RunError(
+                    "the archive's CRC-32 differs from its fragments'; it was discarded: run the same command again"
+                )
     yield layout.directory
 
 
@@ -270,11 +264,6 @@ def ahead(threads: int, pieces: Sequence[Piece], read: Callable[[Piece], list[Sa
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def require_crc32(crc32: int, member: Member) -> None:
-    if crc32 != member.crc32:
-        raise RunError("the archive's CRC-32 differs from its fragments'; it was discarded: run the same command again")
-
-
 def archive_intact(run_dir: RunDir, layout: ArchiveLayout) -> bool:
     """Whether the archive exists, complete and as `layout` describes it; every byte is read.
 
@@ -282,13 +271,13 @@ def archive_intact(run_dir: RunDir, layout: ArchiveLayout) -> bool:
         RequestError, RunError: it cannot be read now, and is not lost; says why.
     """
     try:
-        with run_dir.open_file(run_dir.archive_name(layout.num_samples, layout.image_shape)) as file:
+        with run_dir.open_file(run_dir.archive_name(layout.num_samples, layout.image_shape)) as read:
             for member in layout.members:
-                if file.read(len(member.header)) != member.header:
+                if read(len(member.header)) != member.header:
                     return False
-                if values_crc32(file, member.size, member.npy_crc32) != member.crc32:
+                if values_crc32(read, member.size, member.npy_crc32) != member.crc32:
                     return False
-            return file.read(len(layout.directory) + 1) == layout.directory
+            return read(len(layout.directory) + 1) == layout.directory
     except FileNotFoundError:
         return False
     except ColdFile:
@@ -308,10 +297,10 @@ def archive_complete(
     return run_dir.read_end(run_dir.archive_name(num_samples, image_shape), len(end)) == end
 
 
-def values_crc32(file: Readable, size: int, crc32: int) -> int | None:
+def values_crc32(read: Read, size: int, crc32: int) -> int | None:
     """CRC-32 continued from `crc32` over the next `size` bytes, None if there are fewer."""
     while size:
-        chunk = file.read(min(size, CHUNK_BYTES))
+        chunk = read(min(size, CHUNK_BYTES))
         if not chunk:
             return None
         crc32 = isal_zlib.crc32(chunk, crc32)

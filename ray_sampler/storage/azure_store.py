@@ -19,7 +19,7 @@ from azure.storage.blob import BlobBlock, BlobPrefix
 from fsspec.asyn import sync
 
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
-from ray_sampler.storage.failures import NO_BUCKET_WORDS, ForeignAnswer, code
+from ray_sampler.storage.failures import NO_BUCKET_WORDS, code, field_of
 
 # Where no credentials are found it warns of each place in which it looked, in dozens of lines. They are for those who
 # set logging up, and not for standard error.
@@ -32,13 +32,6 @@ LOOK_FOR_CREDENTIALS_S = 12.0
 SCOPE = "https://storage.azure.com/.default"
 
 NAMES_PER_PAGE = 5000
-
-
-def required_etag(tag: str | None) -> str:
-    """The ETag of a blob. Raises ForeignAnswer: it is missing."""
-    if tag is None:
-        raise ForeignAnswer("the answer has no tag")
-    return tag
 
 
 class AzureStore(BucketStore):
@@ -85,7 +78,7 @@ class AzureStore(BucketStore):
     async def _get(self, container: Any, key: str, **options: Any) -> bytes:
         blob = container.get_blob_client(key)
         stream = await blob.download_blob(max_concurrency=1, **options, **LIMITS, **ONE_ATTEMPT)
-        required_etag(stream.properties.etag)
+        field_of(stream.properties, "etag")
         return await stream.readall()
 
     def _fetch(self, path: str) -> bytes:
@@ -97,7 +90,7 @@ class AzureStore(BucketStore):
 
     def _request_version(self, key: str) -> Version:
         found = self._request(lambda each: each.get_blob_client(key).get_blob_properties(**LIMITS, **ONE_ATTEMPT))
-        return Version(found.size, required_etag(found.etag))
+        return Version(found.size, field_of(found, "etag"))
 
     def _request_page(self, prefix: str, by_folder: bool, marker: str | None) -> Page:
         async def page(container: Any) -> Page:

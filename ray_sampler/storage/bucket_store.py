@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ray_sampler.storage import object_store
 from ray_sampler.storage.failures import AGAIN, NO_BUCKET_WORDS, brief, code, families
 from ray_sampler.storage.object_store import ObjectStore, logger
-from ray_sampler.storage.store import Chunks, Entry, NotCommitted, OpenFile, is_unfinished
+from ray_sampler.storage.store import Chunks, Entry, NotCommitted, Read, is_unfinished
 
 PARTS = 9000
 """S3 takes 10,000 parts of an object; this leaves room."""
@@ -159,7 +159,7 @@ class BucketStore(ObjectStore):
         return self._unless_absent(lambda: self._request_version(key))
 
     @contextlib.contextmanager
-    def open(self, path: str) -> Iterator[OpenFile]:
+    def open(self, path: str) -> Iterator[Read]:
         key = self._key(path)
         with self._explained("read", path):
             found = self._version(key)
@@ -184,7 +184,7 @@ class BucketStore(ObjectStore):
             given, buffer = buffer[:size], buffer[size:]
             return given
 
-        yield OpenFile(read)
+        yield read
 
     def upload(self, path: str, chunks: Chunks, size: int) -> None:
         part_bytes = -(-max(object_store.PART_BYTES, size // PARTS) // 2**20) * 2**20

@@ -1,19 +1,22 @@
-"""From a URL to the store behind it."""
+"""Where a run may lie: the flags that say it, what is refused before anything is written, and the store of a URL."""
 
 from __future__ import annotations
 
 import os
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from ray_sampler.errors import RequestError, redact
+from ray_sampler.errors import RequestError, redact, require
+from ray_sampler.options import option
 from ray_sampler.storage.failures import failure, families
 from ray_sampler.storage.local_store import LocalStore
 from ray_sampler.storage.object_store import ObjectStore
+from ray_sampler.storage.record import FragmentFormat
 
 EXTRAS = {
     "s3": "s3",
@@ -29,14 +32,69 @@ EXTRAS = {
 READ_TIMEOUT_S = 20
 """Silence, after all of a request was sent and between two pieces of its answer, that counts as a failure."""
 
-S3_OPTIONS: dict[str, Any] = {
+S3_CONFIG = {
     # One attempt: the store's own retries make the next ones.
-    "config_kwargs": {
-        "retries": {"mode": "standard", "total_max_attempts": 1},
-        "connect_timeout": 10,
-        "read_timeout": READ_TIMEOUT_S,
-    },
+    "retries": {"mode": "standard", "total_max_attempts": 1},
+    "connect_timeout": 10,
+    "read_timeout": READ_TIMEOUT_S,
+    # Some stores give a part of an object the checksum of the whole, and every fragment and archive has its own.
+    "response_checksum_validation": "when_required",
 }
+
+READ_ONLY = ("hf", "github", "gist", "git", "zip", "tar", "jar", "libarchive", "data", "reference")
+"""Protocols of places that hold files, and into which a run cannot put its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Where a run lies, and as what."""
+
+    output: str | None = option(
+        None,
+        "Run directory: a path, or a URL such as s3://, gs:// or abfs:// (default: runs/<model>-<fingerprint>).",
+        common=True,
+    )
+    fragment_format: FragmentFormat = option("parquet", "File format of the fragments.")
+    accept_code_change: bool = option(
+        False,
+        "Resume a run although the code of its network has changed.",
+        recorded=False,
+    )
+    overwrite: bool = option(
+        False, "Delete an earlier run in --output first; no other driver may be writing to it.", common=True
+    )
+
+    def check(self) -> None:
+        """Raises RequestError: the output cannot be one."""
+        if self.output is not None:
+            check_output(self.output)
+
+
+def check_output(output: str) -> None:
+    """Raises RequestError: nothing can be written to this kind of path or URL."""
+    require(output != "", "--output is empty; it must be a directory or an fsspec URL")
+    require(
+        not output.startswith("memory://"),
+        f"--output is {output!r}, the memory of one process, which no actor shares; give a directory or a bucket",
+    )
+    check_scheme(output, "--output is ")
+    protocol, _, path = output.partition("://") if "://" in output else ("", "", output)
+    require(
+        path.strip("/") != "" or not protocol, f"--output is {output!r}; a bucket or directory must follow the protocol"
+    )
+    require(
+        protocol not in ("http", "https"),
+        f"--output is {redact(output)!r}, a web address, where nothing can be written; give a directory or a bucket",
+    )
+    require(
+        protocol not in READ_ONLY,
+        f"--output is {redact(output)!r}, and {protocol}:// takes no files one by one; give a directory or a bucket, "
+        "and copy the archive there afterwards",
+    )
+    require(
+        protocol in ("", "file", "local") or "?" not in path,
+        f"--output is {redact(output)!r} with a query, which no bucket has; credentials come from the environment",
+    )
 
 
 def path_text(url: str | os.PathLike[str], what: str) -> str:
@@ -60,7 +118,19 @@ def check_scheme(url: str, named: str = "") -> None:
         )
 
 
-def open_store(url: str) -> LocalStore | ObjectStore:
+Store = LocalStore | ObjectStore
+"""A folder on disk or in a bucket."""
+
+
+def absolute(url: str) -> str:
+    """A path or URL as actors find it, who have other working directories."""
+    protocol, _ = fsspec.core.split_protocol(url)
+    if protocol not in (None, "file", "local"):
+        return url
+    return os.path.abspath(os.path.expanduser(url.partition("://")[2] if protocol else url))
+
+
+def open_store(url: str) -> Store:
     """The folder at a local path or any fsspec URL; nothing is read or written yet.
 
     Raises:
@@ -72,7 +142,7 @@ def open_store(url: str) -> LocalStore | ObjectStore:
     if "::" in url:
         raise RequestError(f"{redact(url)} chains filesystems; give the URL of one folder")
     if protocol in (None, "file", "local"):
-        return LocalStore(Path(os.path.abspath(os.path.expanduser(url.partition("://")[2] if protocol else url))))
+        return LocalStore(Path(absolute(url)))
     shown = shown_url(url).rstrip("/")
     if protocol in EXTRAS:
         require_plain_path(url, shown)
@@ -129,12 +199,8 @@ def connected(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSys
 
 def s3_options() -> dict[str, Any]:
     """Ours, with those of fsspec's configuration for S3 beneath: FSSPEC_S3, or its files."""
-    merged = dict(S3_OPTIONS)
-    for protocol in ("s3", "s3a"):
-        theirs = fsspec.config.conf.get(protocol, {}).get("config_kwargs")
-        if isinstance(theirs, dict):
-            merged["config_kwargs"] = theirs | merged["config_kwargs"]
-    return merged
+    theirs = [fsspec.config.conf.get(protocol, {}).get("config_kwargs", {}) for protocol in ("s3", "s3a")]
+    return {"config_kwargs": {**theirs[0], **theirs[1], **S3_CONFIG}}
 
 
 def path_of(url: str) -> str:

@@ -92,7 +92,7 @@ class ForeignAnswer(ConnectionError):
 
 def field_of(answer: Mapping[str, Any], name: str) -> str:
     """A field that every such answer of a store has. Raises ForeignAnswer: it is missing."""
-    if name not in answer:
+    if answer.get(name) is None:
         raise ForeignAnswer(f"the answer has no {name}")
     return str(answer[name])
 

@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import socket
-import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -34,9 +33,6 @@ TIMEOUT = (10, 20)
 """Seconds: to connect, and without a byte. Large parts over slow lines take as long as they take while they move."""
 
 HOST = "storage.googleapis.com"
-LOOKS_S = 15.0
-"""How long credentials are looked for: a metadata server that does not answer would hold a run for minutes."""
-
 SCOPE = "https://www.googleapis.com/auth/devstorage.full_control"
 
 
@@ -238,13 +234,7 @@ def credential_option() -> dict[str, Any]:
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         return {"token": "anon"}
     require_name_service()
-    found = found_credentials()
-    if found is None:
-        raise RequestError(
-            f"no credentials were found for Google Cloud Storage within {LOOKS_S:.0f} s; log in with "
-            "`gcloud auth application-default login`, or name a key file in GOOGLE_APPLICATION_CREDENTIALS"
-        )
-    if found:
+    if found_credentials():
         return {"token": "google_default"}
     return {"token": "cache" if os.path.exists(os.path.expanduser("~/.gcs_tokens")) else "anon"}
 
@@ -266,21 +256,12 @@ def require_name_service() -> None:
         ) from None
 
 
-def found_credentials() -> bool | None:
-    """Whether Google's library finds credentials that give access; None where it is still looking after LOOKS_S."""
-    results: list[bool] = []
-
-    def look() -> None:
-        try:
-            credentials, _ = google.auth.default(scopes=[SCOPE])
-            if not credentials.valid:
-                credentials.refresh(google.auth.transport.requests.Request())  # type: ignore[no-untyped-call]
-        except google.auth.exceptions.GoogleAuthError:
-            results.append(False)
-        else:
-            results.append(True)
-
-    looking = threading.Thread(target=look, name="credentials", daemon=True)
-    looking.start()
-    looking.join(LOOKS_S)
-    return results[0] if results else None
+def found_credentials() -> bool:
+    """Whether Google's library finds credentials that give access."""
+    try:
+        credentials, _ = google.auth.default(scopes=[SCOPE])
+        if not credentials.valid:
+            credentials.refresh(google.auth.transport.requests.Request())  # type: ignore[no-untyped-call]
+    except google.auth.exceptions.GoogleAuthError:
+        return False
+    return True

@@ -30,7 +30,7 @@ from ray_sampler.storage.store import (
     Chunks,
     Entry,
     NotCommitted,
-    OpenFile,
+    Read,
     is_leftover,
     is_unfinished,
     unfinished_name,
@@ -210,7 +210,7 @@ class LocalStore:
             raise
 
     @contextlib.contextmanager
-    def open(self, path: str) -> Iterator[OpenFile]:
+    def open(self, path: str) -> Iterator[Read]:
         target = self._file(path)
         with self._explained("read", path):
             try:
@@ -230,7 +230,7 @@ class LocalStore:
             return data
 
         try:
-            yield OpenFile(read)
+            yield read
         finally:
             os.close(descriptor)
 

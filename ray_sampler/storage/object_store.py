@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import fsspec
 
 from ray_sampler.errors import RequestError, RunError
-from ray_sampler.storage.failures import NO_BUCKET_WORDS, brief, code, failure, families, is_passing, kinds, status
+from ray_sampler.storage.failures import NO_BUCKET_WORDS, brief, code, failure, families, is_passing, status
 from ray_sampler.storage.retry import persist
 from ray_sampler.storage.store import (
     ABANDONED_SECONDS,
     Chunks,
     Entry,
-    OpenFile,
+    Read,
     is_unfinished,
     unfinished_name,
 )
@@ -35,12 +35,13 @@ Result = TypeVar("Result")
 
 
 class ObjectStore:
-    """A folder in a bucket; every method tries again what may pass."""
+    """A folder in a bucket; paths are relative to it, with slashes. Every method tries again what may pass."""
 
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, url: str) -> None:
         self.filesystem = filesystem
         self.root = root
         self.url = url
+        """For messages: without a credential."""
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root
@@ -72,24 +73,21 @@ class ObjectStore:
         return bytes(self.filesystem.cat_file(self._full(path)))
 
     def read(self, path: str) -> bytes | None:
+        """The whole file as it was at one moment, None where there is none."""
         with self._explained("read", path):
             return self._unless_absent(lambda: self._fetch(path))
 
     def read_end(self, path: str, size: int) -> bytes | None:
+        """The last `size` bytes of a file, or all of a smaller one; None where there is none."""
         with self._explained("read", path):
             return self._unless_absent(lambda: self._cat_end(self._full(path), size))
 
     def _cat_end(self, full: str, size: int) -> bytes:
-        try:
-            there: int = self.filesystem.info(full)["size"]
-            return bytes(self.filesystem.cat_file(full, start=max(0, there - size), end=there))
-        except families() as error:
-            # Some stores give a part the checksum of the whole, which no client takes.
-            if "FlexibleChecksumError" not in kinds(error):
-                raise
-            return bytes(self.filesystem.cat_file(full))[-size:]
+        there: int = self.filesystem.info(full)["size"]
+        return bytes(self.filesystem.cat_file(full, start=max(0, there - size), end=there))
 
     def put(self, path: str, data: bytes) -> None:
+        """Write or replace a whole file."""
         with self._explained("write", path):
             self._retry(lambda: self._pipe(path, data))
 
@@ -103,6 +101,7 @@ class ObjectStore:
             self.filesystem.pipe_file(self._full(path), data, mode="create")
 
     def create(self, path: str, data: bytes) -> bool:
+        """Write a whole file unless there is one; whether it was written."""
         # Some stores take a conditional put and ignore the condition; looking first leaves them a moment's race.
         if self.read(path) is not None:
             return False
@@ -121,6 +120,10 @@ class ObjectStore:
             return True
 
     def list(self, path: str, times: bool = False) -> list[Entry]:
+        """The content of a folder, without unfinished writes; empty if there is no folder.
+
+        When each was written is sure to be said with `times` only: a disk has to be asked for every file.
+        """
         folder = self._full(path).rstrip("/")
         with self._explained("list", path):
             found = self._unless_absent(lambda: self.filesystem.ls(folder, detail=True)) or []
@@ -132,16 +135,24 @@ class ObjectStore:
         return [entry for entry in entries if entry.name and not is_unfinished(entry.name)]
 
     def move(self, source: str, target: str) -> None:
+        """Rename a file or folder of this store, if it is still there."""
         with self._explained("move", source), contextlib.suppress(FileNotFoundError):
             is_folder = self._retry(lambda: self.filesystem.isdir(self._full(source)))
             self.filesystem.makedirs(self._full(target).rpartition("/")[0], exist_ok=True)
             self._retry(lambda: self.filesystem.mv(self._full(source), self._full(target), recursive=is_folder))
 
     def remove(self, path: str) -> None:
+        """Delete a file, link or folder with all it holds, if it is there."""
         with self._explained("delete", path), contextlib.suppress(FileNotFoundError):
             self._retry(lambda: self.filesystem.rm(self._full(path), recursive=True))
 
     def upload(self, path: str, chunks: Chunks, size: int) -> None:
+        """Write a file of about `size` bytes from its pieces, in order. It has its name once the last one is written.
+
+        Raises:
+            NotCommitted: the store did not keep it. As after any exception, those of `chunks` among them, what was
+                written is discarded.
+        """
         if "memory" in self.filesystem.protocol:
             self.put(path, b"".join(chunks))
             return
@@ -166,7 +177,12 @@ class ObjectStore:
             raise
 
     @contextlib.contextmanager
-    def open(self, path: str) -> Iterator[OpenFile]:
+    def open(self, path: str) -> Iterator[Read]:
+        """Read piece by piece.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
         with self._explained("read", path):
             options = {"block_size": PART_BYTES, "cache_type": "readahead"}
             file = self._unless_absent(lambda: self.filesystem.open(self._full(path), "rb", **options))
@@ -179,7 +195,7 @@ class ObjectStore:
                 return bytes(self._retry(lambda: file.read(size)))
 
         with file:
-            yield OpenFile(read)
+            yield read
 
     def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
         """Nothing is left of uploads that were abandoned: these stores drop them after a while by themselves."""

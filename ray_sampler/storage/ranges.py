@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ray_sampler.errors import RequestError, RunError
+from ray_sampler.storage.connect import Store
 from ray_sampler.storage.fragment import Fragment, decode, decode_groups, explained, record_at_end
 from ray_sampler.storage.local_store import LinkRefused
 from ray_sampler.storage.record import (
@@ -28,7 +29,7 @@ from ray_sampler.storage.record import (
     in_order,
 )
 from ray_sampler.storage.retry import look_again
-from ray_sampler.storage.store import Store, UnreadableFile
+from ray_sampler.storage.store import UnreadableFile
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from ray_sampler.storage.local_store import LocalStore
 from ray_sampler.storage.ranges import RangeSet, housekeeping, is_plain
 from ray_sampler.storage.record import Column, fingerprint
 from ray_sampler.storage.retry import look_again
-from ray_sampler.storage.store import Chunks, Readable
+from ray_sampler.storage.store import Chunks, Read
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,6 @@ class RunDir:
         self.url = self._store.url
         self.fragments = self.ranges()
         """Those of the run itself."""
-        self.is_local = isinstance(self._store, LocalStore)
         if isinstance(self._store, LocalStore) and self._store.is_file():
             raise RequestError(f"{self.url} is a file; an output must be a folder")
 
@@ -161,7 +160,7 @@ class RunDir:
         """The last bytes of a file at the top of the directory; as of a store."""
         return self._store.read_end(name, size)
 
-    def open_file(self, name: str) -> AbstractContextManager[Readable]:
+    def open_file(self, name: str) -> AbstractContextManager[Read]:
         """Read a file at the top of the directory piece by piece. Raises FileNotFoundError."""
         return self._store.open(name)
 
@@ -244,12 +243,6 @@ class RunDir:
         if RUN in names:
             self._store.clear_abandoned("", seconds=0)
             self._store.remove(RUN)
-
-
-def absolute(url: str) -> str:
-    """A run directory as actors find it, who have other working directories."""
-    run_dir = RunDir(url)
-    return run_dir.url if run_dir.is_local else url
 
 
 def is_whole(run: Any) -> bool:

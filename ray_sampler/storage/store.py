@@ -1,6 +1,7 @@
 """A folder on disk or in a bucket: whole files in, whole files out.
 
-`LocalStore`, `S3Store` and `ObjectStore` have the same methods; `open_store` chooses one for a URL.
+`LocalStore` and `ObjectStore`, with those for S3, Google and Azure, have the same methods; `ObjectStore` says what they
+do, and `open_store` chooses one for a URL.
 All keep one promise: under its name a file is complete or absent, whatever happens while it is written.
 """
 
@@ -8,9 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from ray_sampler.errors import RunError
 
@@ -48,67 +47,8 @@ class Entry(NamedTuple):
     """Unix time of its last write, in seconds; None where the store does not say."""
 
 
-class Readable(Protocol):
-    """A file that is read piece by piece."""
-
-    def read(self, size: int, /) -> bytes:
-        """The next `size` bytes, fewer at the end."""
-
-
-@dataclass(frozen=True)
-class OpenFile:
-    """A file of an object store that is read piece by piece."""
-
-    read: Callable[[int], bytes]
-
-
-class Store(Protocol):
-    """A folder; paths are relative to it, with slashes."""
-
-    url: str
-    """For messages: without a credential."""
-
-    def read(self, path: str) -> bytes | None:
-        """The whole file as it was at one moment, None where there is none."""
-
-    def read_end(self, path: str, size: int) -> bytes | None:
-        """The last `size` bytes of a file, or all of a smaller one; None where there is none."""
-
-    def put(self, path: str, data: bytes) -> None:
-        """Write or replace a whole file."""
-
-    def create(self, path: str, data: bytes) -> bool:
-        """Write a whole file unless there is one; whether it was written."""
-
-    def list(self, path: str, times: bool = False) -> list[Entry]:
-        """The content of a folder, without unfinished writes; empty if there is no folder.
-
-        When each was written is sure to be said with `times` only: a disk has to be asked for every file.
-        """
-
-    def move(self, source: str, target: str) -> None:
-        """Rename a file or folder of this store, if it is still there."""
-
-    def remove(self, path: str) -> None:
-        """Delete a file, link or folder with all it holds, if it is there."""
-
-    def upload(self, path: str, chunks: Chunks, size: int) -> None:
-        """Write a file of about `size` bytes from its pieces, in order. It has its name once the last one is written.
-
-        Raises:
-            NotCommitted: the store did not keep it. As after any exception, those of `chunks` among them, what was
-                written is discarded.
-        """
-
-    def open(self, path: str) -> AbstractContextManager[Readable]:
-        """Read piece by piece.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
-
-    def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
-        """Remove the unfinished writes in a folder that were begun so long ago that they must be abandoned."""
+Read = Callable[[int], bytes]
+"""The next so many bytes of a file, fewer at the end."""
 
 
 def unfinished_name(name: str) -> str:

@@ -177,10 +177,7 @@ def test_the_job_script_writes_the_published_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("fragment_format", ["parquet", "npz"])
-def test_results_as_they_are_go_through_every_command(
-    fragment_format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_as_they_are_go_through_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """float32 in fragments and archive; a stopped run continues; status, verify, merge and preview take it."""
     from ray_sampler.cli import main
 
@@ -190,7 +187,7 @@ def test_results_as_they_are_go_through_every_command(
         "plain",
         output=str(output),
         decoder="none",
-        fragment_format=fragment_format,
+        fragment_format="npz",
         shard_size=2,
         batch_size=2,
         **SHORT | {"max_actors": 1, "min_actors": 1},

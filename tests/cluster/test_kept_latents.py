@@ -32,7 +32,7 @@ def undecoded(output: Path, count: int = N, **flags: Any) -> np.ndarray:
     for start in range(0, count, 4):
         stop = min(start + 4, count)
         data, _ = encode(Samples.of(start, images[start:stop], None), made.fingerprint, {}, "parquet")
-        made.run_dir.write_fragment(FragmentName(start, stop, "parquet"), data)
+        made.run_dir.fragments.write(FragmentName(start, stop, "parquet"), data)
     return images
 
 

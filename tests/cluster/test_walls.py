@@ -179,14 +179,10 @@ def test_an_actor_that_dies_in_a_drive_of_two_jobs_costs_neither_a_sample(reques
         assert products(tmp_path / output) == expected_products(expected(seed))
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["before the merge", "after the merge"])
-def test_a_product_that_an_earlier_start_left_unfinished_is_made_of_the_fragments(
-    request_for: Request, tmp_path: Path, merged: bool
-):
+def test_a_product_that_an_earlier_start_left_unfinished_is_made_of_the_fragments(request_for: Request, tmp_path: Path):
     (before,) = driven([prepare(request_for("run"))])
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "fragments").iterdir()}
-    if not merged:
-        Path(before.archive).unlink()
+    Path(before.archive).unlink()
     samples = expected()
     kept = tmp_path / "run" / MEANS / "000000000008-000000000016.parquet"
     kept.parent.mkdir(parents=True)

@@ -16,7 +16,7 @@ import fsspec
 import pytest
 
 from tests.conftest import ROOT
-from tests.faults.servers import START_S, listens, stop
+from tests.faults.servers import START_S, listens
 from tests.ports import free_ports
 
 CONTAINER = "samples"
@@ -53,7 +53,8 @@ def azurite_server(folder: Path) -> Iterator[str]:
         BlobServiceClient.from_connection_string(connection_string(endpoint)).create_container(CONTAINER)
         yield endpoint
     finally:
-        stop(server)
+        server.kill()  # asked to end, it waits for connections that clients keep
+        server.wait()
 
 
 def connection_string(endpoint: str, sas: str = "") -> str:

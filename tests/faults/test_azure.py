@@ -114,7 +114,7 @@ def test_a_shared_access_signature_that_is_too_narrow_is_one_sentence(
     assert "sig=" not in shown
 
 
-@pytest.mark.slow
+@pytest.mark.accidents
 def test_a_run_that_is_killed_continues(configure: Configure, url: str, tmp_path: Path, longer_samples):
     config, log = configure(output=url, **LONGER), tmp_path / "log"
     run_dir = RunDir(url)

@@ -93,7 +93,7 @@ def test_a_run_is_created_once(cloud: Cloud):
     assert run_dir.read_run() == {"seed": 3}
 
 
-@pytest.mark.parametrize("name", ["a#b", "a?b", "a%20b", "a b", "ü&é", "a+b"])
+@pytest.mark.parametrize("name", ["a#b?c", "a%20b c", "ü&é+"])
 def test_a_url_of_odd_characters_is_written_read_and_printed_as_it_is(cloud: Cloud, name: str):
     url = f"{cloud.url()}/{name}"
     assert live(url).code == 0
@@ -125,7 +125,7 @@ def test_a_login_page_is_not_an_answer(cloud: Cloud, method: str):
             RunDir(url).fragments.list()
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("kind", ["500", "503", "reset", "reset upload", "lost", "truncated"])
 def test_an_archive_of_several_parts_is_whole_though_any_request_of_it_fails(
     interrupted_cloud: Cloud, kind: Kind, number: int
@@ -135,7 +135,7 @@ def test_an_archive_of_several_parts_is_whole_though_any_request_of_it_fails(
     interrupted_cloud.proxy.plan(*(once(kind, number, [method]) for method in ("PUT", "POST", "GET")))
     run_dir.write_archive(ARCHIVE, (data[i : i + 300_000] for i in range(0, len(data), 300_000)), len(data))
     with run_dir.open_file(ARCHIVE) as opened:
-        assert b"".join(iter(lambda: opened.read(500_000), b"")) == data
+        assert b"".join(iter(lambda: opened(500_000), b"")) == data
 
 
 def test_a_tenth_of_all_requests_may_fail(interrupted_cloud: Cloud):
@@ -199,8 +199,11 @@ REFUSALS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "status", "words", "said"), REFUSALS, ids=[case[0] for case in REFUSALS])
-@pytest.mark.parametrize("method", [None, "PUT"], ids=["all", "writes"])
+@pytest.mark.parametrize(
+    ("name", "status", "words", "said", "method"),
+    [(*case, None) for case in REFUSALS] + [(*REFUSALS[0], "PUT")],
+    ids=[*(case[0] for case in REFUSALS), "403 of writes"],
+)
 def test_a_refusal_is_told_at_once_with_exit_code_2(cloud: Cloud, name, status, words, said, method, caplog, capfd):
     if cloud.name not in words:
         pytest.skip("another store's word")
@@ -227,8 +230,7 @@ def test_without_a_right_to_delete_a_run_ends_well(cloud: Cloud, caplog):
     assert "Traceback" not in caplog.text
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 520])
-@pytest.mark.parametrize("word", ["page", "Odd"])
+@pytest.mark.parametrize(("status", "word"), [(408, "page"), (429, "Odd"), (500, "page"), (502, "Odd"), (520, "page")])
 def test_the_status_decides_what_is_tried_again(interrupted_cloud: Cloud, status: int, word: str, caplog):
     faults = [interrupted_cloud.answer(status, word, method) for method in ("GET", "PUT", "POST")]
     interrupted_cloud.proxy.plan(*(Fault(**vars(fault) | {"first": 2, "last": 2}) for fault in faults))

@@ -23,6 +23,9 @@ PROGRAM = """
 import sys, time
 from ray_sampler.errors import RequestError
 from ray_sampler.storage.run_dir import RunDir
+if sys.argv[1].startswith("abfs"):
+    from ray_sampler.storage import azure_store
+    azure_store.LOOK_FOR_CREDENTIALS_S = 3.0
 began = time.monotonic()
 try:
     RunDir(sys.argv[1]).create_run({})
@@ -94,6 +97,7 @@ def test_no_credentials_are_told_within_seconds(store: str, silent: str, refuser
         "s3": {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{silent}", "AWS_DEFAULT_REGION": "us-east-1"},
         "gs": {
             "GCE_METADATA_HOST": silent,
+            "GCE_METADATA_TIMEOUT": "1",
             "GCE_METADATA_IP": silent,
             "FSSPEC_GS": f'{{"endpoint_url": "http://{refuser}"}}',
         },

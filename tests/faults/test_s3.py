@@ -111,7 +111,7 @@ def test_an_archive_of_several_parts_is_whole_though_any_request_of_it_fails(
     write_archive(run_dir, (data[start : start + 3_000_000] for start in range(0, size, 3_000_000)), size)
     proxy.plan(once(kind, number, ["GetObject"]), once(kind, 1, ["HeadObject"]))
     with run_dir.open_file(ARCHIVE) as opened:
-        pieces = list(iter(lambda: opened.read(5_000_000), b""))
+        pieces = list(iter(lambda: opened(5_000_000), b""))
     assert hashlib.sha256(b"".join(pieces)).digest() == hashlib.sha256(data).digest()
     assert list(store_of(run_dir, proxy)) == [ARCHIVE]
     assert proxy.faults[kind] >= (6 if number == 1 else 2)
@@ -171,12 +171,12 @@ def test_a_listing_of_thousands_is_whole_though_a_page_fails_or_is_late(run_dir:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(put, names))
-    for page in (1, 2, 3):
-        for kind in ("503", "reset", "truncated"):
-            proxy.clear()
-            proxy.plan(Fault(kind, page, page + 1, operations=["ListObjectsV2"]))
-            assert run_dir.fragments.list().fragments == names
-            assert proxy.requests["ListObjectsV2"] == 5  # three pages, and no page twice but the one that failed
+    kinds: tuple[Kind, ...] = ("503", "reset", "truncated")
+    for page, kind in enumerate(kinds, 1):
+        proxy.clear()
+        proxy.plan(Fault(kind, page, page + 1, operations=["ListObjectsV2"]))
+        assert run_dir.fragments.list().fragments == names
+        assert proxy.requests["ListObjectsV2"] == 5  # three pages, and no page twice but the one that failed
     proxy.plan(once("slow", 2, ["ListObjectsV2"], seconds=0.5))
     assert run_dir.fragments.list().fragments == names
     proxy.plan(once("500", 2, ["ListObjectsV2"]), once("503", 1, ["DeleteObject"]))
@@ -243,9 +243,7 @@ def test_a_lasting_error_takes_about_half_a_minute_at_most():
 
 @pytest.mark.slow
 def test_a_stall_is_noticed_and_asked_for_again(rclone_endpoint: str, monkeypatch):
-    monkeypatch.setattr(connect, "S3_OPTIONS", connect.S3_OPTIONS | {"config_kwargs": {
-        **connect.S3_OPTIONS["config_kwargs"], "read_timeout": 1,
-    }})  # fmt: skip
+    monkeypatch.setitem(connect.S3_CONFIG, "read_timeout", 1)
     for proxy in behind(rclone_endpoint, monkeypatch):
         run_dir = RunDir(f"s3://{BUCKET}/{uuid.uuid4().hex}")
         data = os.urandom(300_000)

@@ -53,7 +53,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> Configured:
     return configure
 
 
-@pytest.mark.parametrize("name", ["a#b", "a?b", "a%20b", "a b", "100%", "ü&é", "a+b", "what?#%"])
+@pytest.mark.parametrize("name", ["a#b?c", "a%20b 100%", "ü&é+", "what?#%"])
 def test_a_url_of_odd_characters_is_written_read_and_printed_as_it_is(proxy: FaultProxy, name: str):
     url = f"s3://{BUCKET}/{uuid.uuid4().hex}/{name}"
     assert live(url).code == 0

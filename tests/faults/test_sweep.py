@@ -21,9 +21,8 @@ OPERATIONS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("turn", [0, 3])
-def test_a_run_succeeds_though_the_first_request_of_each_operation_fails(sweep: Sweep, turn: int):
-    kinds = [PASSING[(i + turn) % len(PASSING)] for i in range(len(OPERATIONS))]
+def test_a_run_succeeds_though_the_first_request_of_each_operation_fails(sweep: Sweep):
+    kinds = [PASSING[i % len(PASSING)] for i in range(len(OPERATIONS))]
     sweep.passing(*(once(kind, 1, [operation]) for kind, operation in zip(kinds, OPERATIONS, strict=True)))
     assert sweep.swept.failed == dict.fromkeys(OPERATIONS, 1)
     assert set(sweep.swept.faults) == set(PASSING)
@@ -33,8 +32,8 @@ def test_a_run_succeeds_though_the_first_request_of_each_operation_fails(sweep: 
 def test_a_run_that_ends_at_a_lasting_error_continues_when_it_is_over(sweep: Sweep):
     sweep.lasting(
         *(Fault("403", 1, operations=[operation]) for operation in OPERATIONS if operation != "DeleteObject"),
-        *(Fault("403", number, operations=["PutObject"]) for number in (2, 4, 7)),
-        *(Fault("403", number, operations=["GetObject"]) for number in (2, 4, 9)),
+        *(Fault("403", number, operations=["PutObject"]) for number in (2, 7)),
+        Fault("403", 9, operations=["GetObject"]),
         Fault("403", 1, operations=["DeleteObject"]),  # which ends no run
     )
     assert set(OPERATIONS) <= set(sweep.swept.failed)

@@ -10,10 +10,9 @@ from PIL import Image
 from ray import cloudpickle
 
 from ray_sampler.cli import main
-from ray_sampler.storage import export as module
+from ray_sampler.storage import pictures as module
 from ray_sampler.storage.connect import open_store
-from ray_sampler.storage.export import export
-from ray_sampler.storage.pictures import open_pictures
+from ray_sampler.storage.pictures import export, open_pictures
 from ray_sampler.storage.record import Samples
 from tests.cluster.runs import ARCHIVE, leave, small
 from tests.cluster.runs import contents as files_of

@@ -175,5 +175,3 @@ def test_relative_paths_are_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     run_dir.create_run({})
     assert (tmp_path / "runs" / "a" / "run.json").exists()
-    assert run_dir.is_local
-    assert not RunDir("memory://x").is_local
