@@ -92,7 +92,7 @@ class Bookkeeping:
         self.job = job
         num_samples = job.num_samples
         self.inventory = Inventory(job, Silent())
-        self.tally = Tally(num_samples, reused=num_samples - self.inventory.missing_samples())
+        self.tally = Tally(num_samples, reused=num_samples - sum(b - a for a, b in self.inventory.missing()))
         self.preview = PreviewKeeper(job.run_dir, FINGERPRINT, num_samples, SETTINGS, self.inventory.fragments.names)
         self.shards = list(tasks_of(self.inventory.missing(), SHARD))
 

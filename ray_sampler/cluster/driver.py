@@ -23,7 +23,7 @@ from ray_sampler.cluster.scoring import scored_run, standing_scores
 from ray_sampler.cluster.session import Fleet, beside_driver, joined, plan_fleet
 from ray_sampler.cluster.shards import padding
 from ray_sampler.cluster.shipping import Shipped, ship
-from ray_sampler.cluster.tasks import Damage, show_task
+from ray_sampler.cluster.tasks import show_task
 from ray_sampler.cluster.worker import Loaded, RunSpec, Task, TaskResult
 from ray_sampler.config import RunConfig
 from ray_sampler.errors import RunError, counted, require
@@ -40,6 +40,7 @@ from ray_sampler.sampling.plan import GUIDE, MAIN
 from ray_sampler.sampling.stepping import unused_options
 from ray_sampler.scoring.features import FEATURES
 from ray_sampler.scoring.scores import network_of
+from ray_sampler.storage.archive import DamagedPiece
 from ray_sampler.storage.record import FragmentName
 from ray_sampler.storage.run_dir import REPORT
 
@@ -192,7 +193,7 @@ class Filling:
         self.began = began
         self.inventories = [Inventory(job, report, run) for run, job in enumerate(jobs)]
         self.tallies = [
-            Tally(job.num_samples, reused=job.num_samples - inventory.missing_samples())
+            Tally(job.num_samples, reused=job.num_samples - sum(stop - start for start, stop in inventory.missing()))
             for job, inventory in zip(jobs, self.inventories, strict=True)
         ]
         self.closing = Event()
@@ -358,7 +359,7 @@ class Filling:
         merging = time.monotonic()
         merged = merge(job, inventory, tally, self.report)
         self.merge_s[run] += time.monotonic() - merging
-        if isinstance(merged, Damage):
+        if isinstance(merged, DamagedPiece):
             inventory.repair(merged)
             return None
         summary = write_outcome(job, tally, inventory, merged, self.previews[run], self.began, self.merge_s[run])

@@ -14,12 +14,12 @@ from ray_sampler.cluster.job import Job
 from ray_sampler.cluster.pool import reason_of
 from ray_sampler.cluster.session import beside_driver
 from ray_sampler.cluster.shards import cut
-from ray_sampler.cluster.tasks import Damage, check_task
+from ray_sampler.cluster.tasks import check_task
 from ray_sampler.cluster.worker import IMAGES, Task
 from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter
 from ray_sampler.reporting.summary import Part
-from ray_sampler.storage.archive import Content, content_of
+from ray_sampler.storage.archive import Content, DamagedPiece, content_of
 from ray_sampler.storage.ranges import FOREIGN, Checked, Listing, Piece, RangeSet, cover, missing
 from ray_sampler.storage.record import FragmentName, Record
 
@@ -117,9 +117,6 @@ class Inventory:
         """Ranges that no fragment covers, as far as is known."""
         return self.fragments.missing()
 
-    def missing_samples(self) -> int:
-        return sum(stop - start for start, stop in self.missing())
-
     def tasks(self) -> list[Task]:
         """What is to be sampled, as far as is known: what comes of it are all products."""
         gaps = self.missing()
@@ -157,7 +154,7 @@ class Inventory:
         shared = {name: getattr(content, name) for name in ("image", "numerics", "device")}
         return content._replace(**{name: self._shared.setdefault(value, value) for name, value in shared.items()})
 
-    def repair(self, damage: Damage) -> None:
+    def repair(self, damage: DamagedPiece) -> None:
         """Act on what the merge found: the range is sampled again, and as more may be wrong, all others are checked."""
         if damage.gone:
             self._forget(self.fragments, damage.fragment)

@@ -20,14 +20,14 @@ from ray_sampler.cluster.job import Job
 from ray_sampler.cluster.machine import killed_for_memory
 from ray_sampler.cluster.pool import reason_of
 from ray_sampler.cluster.session import beside_driver
-from ray_sampler.cluster.tasks import Damage, Merged, merge_task, pack_pieces
+from ray_sampler.cluster.tasks import Merged, merge_task, pack_pieces
 from ray_sampler.errors import RunError, show_traceback
 from ray_sampler.reporting.progress import Reporter, Snapshot
 from ray_sampler.reporting.report import render_report
 from ray_sampler.reporting.sheet import PreviewKeeper, class_rows_of
 from ray_sampler.reporting.summary import summary_of
 from ray_sampler.resolve import command_of, settings_json
-from ray_sampler.storage.archive import archive_intact
+from ray_sampler.storage.archive import DamagedPiece, archive_intact
 from ray_sampler.storage.archive_layout import ArchiveLayout
 from ray_sampler.storage.run_dir import REPORT, SUMMARY
 
@@ -134,7 +134,7 @@ def already_done(job: Job) -> dict[str, Any] | None:
     return summary
 
 
-def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Merged | Damage:
+def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Merged | DamagedPiece:
     """Have a task write the archive, or say which fragment is in the way.
 
     Raises:
@@ -152,11 +152,10 @@ def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Mer
     report.update(tally.latest)
     packed = pack_pieces(inventory.fragments.cover(), inventory.fragments.known)
     wanted = (job.output, job.fingerprint, packed, job.num_samples, job.image_shape, job.labelled)
-    kills = killed_for_memory()
+    kills, merging = killed_for_memory(), merge_task.options(scheduling_strategy=beside_driver())
     for attempt in range(1, MERGE_ATTEMPTS + 1):
-        task: ray.ObjectRef[Merged | Damage] = merge_task.options(scheduling_strategy=beside_driver()).remote(*wanted)
         try:
-            return ray.get(task)
+            return ray.get(merging.remote(*wanted))
         except ray.exceptions.RayTaskError as error:
             show_traceback(error)
             if isinstance(error.cause, RunError):

@@ -16,7 +16,7 @@ from ray_sampler.reporting.sheet import TILES, Tile, read_tiles, tiles_of
 from ray_sampler.storage.archive import Content, DamagedPiece, merge
 from ray_sampler.storage.archive_layout import ArchiveLayout
 from ray_sampler.storage.ranges import Checked, Piece
-from ray_sampler.storage.record import Column, FragmentName, MissingFragment, Samples
+from ray_sampler.storage.record import Column, FragmentName, Samples
 from ray_sampler.storage.run_dir import RunDir
 
 PIXEL_SAMPLES = 20_000
@@ -36,18 +36,6 @@ class Merged:
     labels: Counter[int] | None
     tiles: dict[int, Tile]
     """For the contact sheet, by index."""
-
-
-@dataclass(frozen=True)
-class Damage:
-    """Why there is no archive: a fragment failed its check."""
-
-    fragment: FragmentName
-    reason: str
-    changed: bool
-    """Whether it is whole by itself, but another than the one counted on."""
-    gone: bool
-    """Whether the merging node does not see it."""
 
 
 def check_fragments(
@@ -87,7 +75,7 @@ def merge_fragments(
     num_samples: int,
     image_shape: tuple[int, int, int],
     labelled: bool,
-) -> Merged | Damage:
+) -> Merged | DamagedPiece:
     """Write the archive, unless a fragment fails its check; raises RunError where the store fails.
 
     Args:
@@ -104,7 +92,7 @@ def merge_fragments(
     try:
         layout = merge(RunDir(output), pieces, contents, num_samples, image_shape, labelled, fingerprint, viewer)
     except DamagedPiece as damage:
-        return Damage(damage.fragment, damage.reason, damage.changed, isinstance(damage.__cause__, MissingFragment))
+        return damage
     return Merged(layout, seen.pixels, seen.labels if labelled else None, seen.tiles)
 
 

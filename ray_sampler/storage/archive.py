@@ -9,6 +9,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from isal import isal_zlib
 from ray_sampler.errors import RunError
 from ray_sampler.storage.archive_layout import ArchiveLayout, crc32_combine
 from ray_sampler.storage.ranges import Piece, missing
-from ray_sampler.storage.record import Column, DamagedFragment, FragmentName, Record, Samples
+from ray_sampler.storage.record import Column, DamagedFragment, FragmentName, MissingFragment, Record, Samples
 from ray_sampler.storage.run_dir import RunDir
 from ray_sampler.storage.store import ColdFile, NotCommitted, Read, UnreadableFile
 
@@ -39,15 +40,19 @@ CHUNK_BYTES = 16 * 2**20
 """That are read or written at once: of a bucket, by one request."""
 
 
+@dataclass(eq=False)
 class DamagedPiece(Exception):
     """A fragment that the archive needs is damaged, gone or not the one whose record was given."""
 
-    def __init__(self, fragment: FragmentName, reason: str, changed: bool = False) -> None:
-        super().__init__(f"{fragment.filename}: {reason}")
-        self.fragment = fragment
-        self.reason = reason
-        self.changed = changed
-        """Whether it is valid by itself, but differs from the record: read its record again."""
+    fragment: FragmentName
+    reason: str
+    changed: bool = False
+    """Whether it is valid by itself, but differs from the record: read its record again."""
+    gone: bool = False
+    """Whether it is not seen from here."""
+
+    def __str__(self) -> str:
+        return f"{self.fragment.filename}: {self.reason}"
 
 
 class Content(NamedTuple):
@@ -137,7 +142,7 @@ def read_groups(run_dir: RunDir, piece: Piece, content: Content, fingerprint: st
             raise DamagedPiece(piece.fragment, "it is not the one that was counted on", changed=True)
         yield from groups
     except DamagedFragment as damage:
-        raise DamagedPiece(piece.fragment, str(damage)) from damage
+        raise DamagedPiece(piece.fragment, str(damage), gone=isinstance(damage, MissingFragment)) from damage
 
 
 def parts_of(piece: Piece, groups: Iterable[Samples]) -> Iterator[Samples]:

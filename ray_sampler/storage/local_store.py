@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import functools
 import logging
@@ -99,17 +98,23 @@ class LocalStore:
     def read_end(self, path: str, size: int) -> bytes | None:
         return self._try("read", path, functools.partial(end_of, self._file(path), size))
 
-    def _temporary(self, target: Path) -> Path:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return target.parent / unfinished_name(target.name)
+    @contextlib.contextmanager
+    def _temporary(self, target: Path) -> Iterator[Path]:
+        """A hidden name beside a file's, under which nothing is left."""
+        temporary = target.parent / unfinished_name(target.name)
+        try:
+            yield temporary
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _write_whole(self, target: Path, data: bytes, place: Callable[[Path], Result]) -> Result:
         """Write and sync a hidden file, and have `place` give it its name.
 
         If any step fails, all of them must be repeated: after a failed sync the content of the disk is unknown.
         """
-        temporary = self._temporary(target)
-        try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._temporary(target) as temporary:
             with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
@@ -117,9 +122,6 @@ class LocalStore:
             placed = place(temporary)
             sync_folder(target.parent)
             return placed
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def put(self, path: str, data: bytes) -> None:
         target = self._file(path)
@@ -183,42 +185,29 @@ class LocalStore:
 
     def upload(self, path: str, chunks: Chunks, size: int) -> None:
         target = self._file(path)
-        with self._explained("write", path):
-            temporary = retried(lambda: self._temporary(target), str(target))
-            file = retried(lambda: open(temporary, "xb", buffering=0), str(target))  # noqa: SIM115 - closed below
-            lock(file.fileno())
-        reached = 0
-        try:
-            for chunk in chunks:
+        with self._temporary(target) as temporary:
+            self._try("write", path, lambda: target.parent.mkdir(parents=True, exist_ok=True))
+            with self._try("write", path, lambda: open(temporary, "xb", buffering=0)) as file:
+                lock(file.fileno())
+                reached = 0
+                for chunk in chunks:
+                    with self._explained("write", path):
+                        reached = write_on(file.fileno(), chunk, reached, str(target))
                 with self._explained("write", path):
-                    reached = write_on(file.fileno(), chunk, reached, str(target))
-            with self._explained("write", path):
-                try:
-                    os.fsync(file.fileno())
-                    file.close()
-                except OSError as error:
-                    if is_passing(error):  # the content of the disk is now unknown
-                        raise NotCommitted(str(failure(error, "write", str(target)))) from error
-                    raise
-                rename_again(temporary, target)
-                sync_folder(target.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                file.close()
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+                    try:
+                        os.fsync(file.fileno())
+                        file.close()
+                    except OSError as error:
+                        if is_passing(error):  # the content of the disk is now unknown
+                            raise NotCommitted(str(failure(error, "write", str(target)))) from error
+                        raise
+                    rename_again(temporary, target)
+                    sync_folder(target.parent)
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[Read]:
         target = self._file(path)
-        with self._explained("read", path):
-            try:
-                descriptor = retried(lambda: open_descriptor(target), str(target))
-            except OSError as error:
-                if error.errno != errno.ELOOP:
-                    raise
-                descriptor = None
+        descriptor = self._try("read", path, lambda: None if target.is_symlink() else open_descriptor(target))
         if descriptor is None:
             raise FileNotFoundError(f"{target} is not there, or a link")
         reached = 0
@@ -229,10 +218,8 @@ class LocalStore:
             reached += len(data)
             return data
 
-        try:
+        with os.fdopen(descriptor, "rb", buffering=0):
             yield read
-        finally:
-            os.close(descriptor)
 
     def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
         place = self._inside(folder)

@@ -185,16 +185,14 @@ class RunDir:
         path = f"{PROBE}/rights-{secrets.token_hex(8)}"
         self._store.list(FRAGMENTS)
         try:
-            for content in (TRIAL_BYTES, TRIAL_BYTES * 2):
-                try:
-                    self._store.put(path, content)
-                except RequestError as error:
-                    if content == TRIAL_BYTES:
-                        raise
-                    raise RequestError(
-                        f"{error}; new files can be written there, but none replaced, which a run needs to redraw its "
-                        "preview and to sample damaged fragments again"
-                    ) from error
+            self._store.put(path, TRIAL_BYTES)
+            try:
+                self._store.put(path, TRIAL_BYTES * 2)
+            except RequestError as error:
+                raise RequestError(
+                    f"{error}; new files can be written there, but none replaced, which a run needs to redraw its "
+                    "preview and to sample damaged fragments again"
+                ) from error
             look_again(lambda: self._store.read(path), f"{self.url}/{path}", retry.HIDDEN_S)
             self._store.upload(path, [TRIAL_BYTES], len(TRIAL_BYTES))
         finally:

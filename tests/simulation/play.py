@@ -21,10 +21,10 @@ from ray_sampler.cluster.inventory import Inventory
 from ray_sampler.cluster.members import Event, Finished, Member
 from ray_sampler.cluster.pool import Pool
 from ray_sampler.cluster.session import Fleet
-from ray_sampler.cluster.tasks import Damage
 from ray_sampler.cluster.worker import Task, TaskResult
 from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Snapshot
+from ray_sampler.storage.archive import DamagedPiece
 from ray_sampler.storage.ranges import Checked, Listing
 from ray_sampler.storage.record import FragmentName
 from tests.simulation.cluster import Ref
@@ -264,7 +264,7 @@ class Simulation:
             damaged = next((p for p in self.inventory.fragments.cover() if self._is_damaged(p.fragment)), None)
             if damaged is None:
                 return
-            self.inventory.repair(Damage(damaged.fragment, "its CRC-32 is wrong", False, False))
+            self.inventory.repair(DamagedPiece(damaged.fragment, "its CRC-32 is wrong", False, False))
         if stopped:
             for start, stop in self.inventory.missing():
                 self.given_up |= dict.fromkeys(range(start // SIZE, stop // SIZE), stopped) | self.given_up
