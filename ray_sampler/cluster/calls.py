@@ -11,7 +11,7 @@ from itertools import compress
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 
 from ray_sampler.cluster.private import cluster_state
 
@@ -131,3 +131,14 @@ def listening(addresses: Mapping[str, tuple[str, int]]) -> set[str]:
 
     with ThreadPoolExecutor(max(1, len(addresses))) as pool:
         return set(compress(addresses, pool.map(accepts, addresses.values())))
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in one line: of a long account by Ray its last sentence, of ours all."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, WorkerCrashedError):  # of which Ray says where it would look itself
+        return "its process was killed, perhaps by the system for lack of memory"
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip() and not line.startswith((" ", "\t"))]
+    if not lines:
+        return type(cause).__name__
+    return lines[-1].partition(" Worker exit detail:")[0] if isinstance(cause, RayError) else " ".join(lines)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray_sampler.cluster.calls import reason_of
 from ray_sampler.cluster.members import (
     ATTEMPTS,
     DEATHS_IN_A_ROW,
@@ -26,7 +27,7 @@ from ray_sampler.cluster.members import (
     Waiting,
 )
 from ray_sampler.cluster.metrics import DriverMetrics
-from ray_sampler.cluster.pool import Pool, reason_of
+from ray_sampler.cluster.pool import Pool
 from ray_sampler.cluster.session import shared, start_failure, why_unplaced, worker_starting
 from ray_sampler.cluster.worker import IMAGES, Task, TaskResult
 from ray_sampler.errors import RequestError, RunError, counted

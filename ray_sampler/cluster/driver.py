@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import ray
 
 from ray_sampler.cluster.actors import actors, own_ray
+from ray_sampler.cluster.calls import reason_of
 from ray_sampler.cluster.dispatch import Dispatch, Tally
 from ray_sampler.cluster.inventory import Inventory, complete
 from ray_sampler.cluster.job import Job, claim, prepare, record_code, still_ours, tried
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.outcome import already_done, merge, write_outcome
-from ray_sampler.cluster.pool import Pool, reason_of
+from ray_sampler.cluster.pool import Pool
 from ray_sampler.cluster.scoring import scored_run, standing_scores
 from ray_sampler.cluster.session import Fleet, beside_driver, joined, plan_fleet
 from ray_sampler.cluster.shards import padding

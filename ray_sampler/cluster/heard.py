@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from threading import Lock, local
 from typing import Any
@@ -50,6 +51,12 @@ class Heard:
         return getattr(self.stream, name)
 
 
+def pass_on(lines: Iterable[str]) -> None:
+    """Log what an actor printed."""
+    for line in lines:
+        logger.warning("an actor printed: %s", line)
+
+
 class Tracebacks:
     """A file of this machine with the full tracebacks of actors, each different one once."""
 
@@ -60,8 +67,7 @@ class Tracebacks:
     def keep(self, error: BaseException) -> None:
         """Write one down, and say where the first time; what the actor printed before is said too."""
         show_traceback(error)
-        for line in getattr(getattr(error, "cause", None), "__notes__", ()):
-            logger.warning("an actor printed: %s", line)
+        pass_on(getattr(getattr(error, "cause", None), "__notes__", ()))
         text = COLOURS.sub("", str(getattr(error, "traceback_str", error)))
         if text in self.written:
             return

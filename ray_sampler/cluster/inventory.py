@@ -10,8 +10,8 @@ from typing import Any
 
 import ray
 
+from ray_sampler.cluster.calls import reason_of
 from ray_sampler.cluster.job import Job
-from ray_sampler.cluster.pool import reason_of
 from ray_sampler.cluster.session import beside_driver
 from ray_sampler.cluster.shards import cut
 from ray_sampler.cluster.tasks import check_task

@@ -119,21 +119,12 @@ class Job:
 
     def loads(self) -> tuple[Any, ...]:
         """What its actors hold and take: jobs in which this is equal share a pool."""
-        networks = tuple(
-            (role, net.spec.family, net.weights, str(net.spec.options)) for role, net in self.networks.items()
-        )
+        each = self.networks.items()
+        networks = tuple((role, net.spec.family, net.weights, str(net.spec.options)) for role, net in each)
         features = self.scoring and (self.scoring.extractor.name, self.scoring.extractor.sha256)
-        return (
-            networks,
-            self.latents is None,  # without which nothing is sampled
-            features,
-            self.precision,
-            self.config.decoder_precision,
-            self.config.batch_size,
-            self.compile,
-            self.gpus,
-            self.local,
-        )
+        computed = self.precision, self.config.decoder_precision, self.config.batch_size, self.compile
+        sampled = self.latents is None  # without which nothing is
+        return networks, features, computed, sampled, self.gpus, self.local
 
     @property
     def notes(self) -> list[str]:

@@ -14,11 +14,11 @@ from typing import Any
 import ray
 import torch
 
+from ray_sampler.cluster.calls import reason_of
 from ray_sampler.cluster.dispatch import Tally
 from ray_sampler.cluster.inventory import Inventory
 from ray_sampler.cluster.job import Job
 from ray_sampler.cluster.machine import killed_for_memory
-from ray_sampler.cluster.pool import reason_of
 from ray_sampler.cluster.session import beside_driver
 from ray_sampler.cluster.tasks import Merged, merge_task, pack_pieces
 from ray_sampler.errors import RunError, show_traceback

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Container, Mapping, Set
 from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from ray_sampler.cluster.calls import Calls, RayCalls
-from ray_sampler.cluster.heard import Tracebacks
+from ray_sampler.cluster.calls import Calls, RayCalls, reason_of
+from ray_sampler.cluster.heard import Tracebacks, pass_on
 from ray_sampler.cluster.members import (
     BROKEN_AFTER,
     SILENCE_FACTOR,
@@ -38,8 +37,6 @@ from ray_sampler.sampling.engine import NonFiniteError, OutOfDeviceMemoryError
 from ray_sampler.sampling.trial import WrongNetworkError
 from ray_sampler.storage.retry import HIDDEN_S
 from ray_sampler.storage.store import NoRoom
-
-logger = logging.getLogger(__name__)
 
 MOST_IN_FLIGHT = 8
 """Shards of one actor at once, however slow its uploads are: this bounds its memory."""
@@ -291,12 +288,8 @@ class Pool:
         if isinstance(error.cause, WrongNetworkError):
             raise error.cause
 
-    def _hear(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            logger.warning("an actor printed: %s", line)
-
     def _greet(self, member: Member, info: WorkerInfo) -> Event:
-        self._hear(info.said)
+        pass_on(info.said)
         del self.owners[member.hello]
         member.info, member.node_id, member.since = info, info.node_id, self.calls.now()
         self._roster = None
@@ -323,7 +316,7 @@ class Pool:
         return StartFailed(reason, member.since, with_node)
 
     def _collect(self, member: Member, ref: Any, result: TaskResult) -> Event:
-        self._hear(result.said)
+        pass_on(result.said)
         shard = self._take(member, ref)
         self.shunned.pop(shard, None)
         now = self.calls.now()
@@ -402,14 +395,3 @@ class Pool:
         with suppress(RayError):  # its shards will say what is wrong with it
             if (evaluations := self.calls.get(answer)) != member.evaluations:
                 member.evaluations, member.last_sign = evaluations, self.calls.now()
-
-
-def reason_of(error: BaseException) -> str:
-    """Why something failed, in one line: of a long account by Ray its last sentence, of ours all."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, WorkerCrashedError):  # of which Ray says where it would look itself
-        return "its process was killed, perhaps by the system for lack of memory"
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip() and not line.startswith((" ", "\t"))]
-    if not lines:
-        return type(cause).__name__
-    return lines[-1].partition(" Worker exit detail:")[0] if isinstance(cause, RayError) else " ".join(lines)

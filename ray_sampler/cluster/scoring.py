@@ -14,11 +14,11 @@ import numpy as np
 import ray
 
 from ray_sampler.cluster.actors import actors, own_ray
+from ray_sampler.cluster.calls import reason_of
 from ray_sampler.cluster.dispatch import Dispatch, Tally
 from ray_sampler.cluster.inventory import without
 from ray_sampler.cluster.job import Job
 from ray_sampler.cluster.metrics import DriverMetrics
-from ray_sampler.cluster.pool import reason_of
 from ray_sampler.cluster.session import Place, beside_driver, joined, place, plan_fleet
 from ray_sampler.cluster.shards import expected_actors, suitable_size, tasks_of
 from ray_sampler.cluster.shipping import ship
