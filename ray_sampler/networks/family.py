@@ -125,6 +125,7 @@ class NetworkSpec:
         """
         told = self.told(more)
         decided = {"num_heads", "num_heads_upsample"} if given.get("num_head_channels", -1) > 0 else set()
+        decided |= {"num_classes"} if self.num_classes == given.get("num_classes") else set()  # 0 of both too
         checked = {name: given[name] for name in DESCRIBING if name in given and name not in decided}
         for name, value in checked.items():
             require(name in told, f"--{name} is {value}, which this network cannot use; leave it out")

@@ -102,6 +102,9 @@ def read(model: str, key: str | None, flag: str) -> Checkpoint:
     """The checkpoint of a bundled model's name, or of a path or URL."""
     if model not in BUNDLED_FILES:
         return read_checkpoint(model, key, flag)
+    require(
+        key is None, f"--weights_key is {key!r}, but the bundled model {model} has one set of weights; leave it out"
+    )
     with as_file(files("ray_sampler.networks") / "digits" / f"{model}.safetensors") as path:
         return read_checkpoint(str(path), None, flag)
 

@@ -116,6 +116,21 @@ def test_a_bundled_model_determines_everything(flag: str) -> None:
         describing("digits", **{flag: WRONG[flag]})
 
 
+def test_a_bundled_model_has_one_set_of_weights() -> None:
+    with pytest.raises(RequestError, match=r"^--weights_key is 'ema', but the bundled model digits has one set"):
+        describing("digits", weights_key="ema")
+
+
+def test_an_unconditional_network_has_0_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "from ray_sampler import Model\nfrom torch import nn\n\n\nclass Network(nn.Module):\n"
+    source += "    def forward(self, x, t):\n        return x\n\n\ndef load(weights):\n"
+    (tmp_path / "unlabelled.py").write_text(f"{source}    return Model(Network(), 'eps', (3, 8, 8))\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert describing("python:unlabelled:load", num_classes=0)["num_classes"] == 0
+    with pytest.raises(RequestError, match=r"^--num_classes is 7, which this network cannot use"):
+        describing("python:unlabelled:load", num_classes=7)
+
+
 @pytest.mark.parametrize("name", ["digits", "adm", "edm, DDPM++", "edm2"])
 @pytest.mark.parametrize(("flag", "value"), [("weights", "mine.pt"), ("tag", "v2")])
 def test_what_is_passed_to_a_function_is_refused_beside_a_file(name: str, flag: str, value: str, made: Any) -> None:
