@@ -97,11 +97,11 @@ def expected_actors(options: FleetOptions, gpus: float, local: bool) -> int:
 def padding(num_samples: int, batch_size: int) -> str | None:
     """What it costs that the last batch is filled up, where that is much."""
     batches = -(-num_samples // batch_size)
-    thrown_away = batches * batch_size - num_samples
-    if thrown_away <= PADDING_SHARE * num_samples:
+    thrown_away, better = batches * batch_size - num_samples, -(-num_samples // batches)
+    if thrown_away <= PADDING_SHARE * num_samples or better == batch_size:
         return None
     return (
         f"--batch_size {batch_size} computes {batches * batch_size:,} images, of which {thrown_away:,} only fill up "
-        f"the last batch and are thrown away; --batch_size {-(-num_samples // batches)} avoids that (pixels may differ "
+        f"the last batch and are thrown away; --batch_size {better} avoids that (pixels may differ "
         "by rounding from those of another batch size)"
     )
