@@ -42,6 +42,13 @@ NOT_SHOWN = ("model_path", "use_fp16", "dry_run")
 """Options that say what another one says, or nothing of the run."""
 
 
+NEVER_EMPTY = {
+    *("model", "model_path", "preset", "weights", "weights_key", "guide_weights", "labels", "latents", "address"),
+    *("features", "features_weights"),
+}
+"""Options of which nothing at all, as of a shell's variable without a value, would be taken for what is not given."""
+
+
 def check(config: RunConfig) -> None:
     """Check what can be checked before anything is opened.
 
@@ -49,6 +56,8 @@ def check(config: RunConfig) -> None:
         RequestError: a value is wrong, by itself or beside another.
     """
     given = given_values(config)
+    for name in NEVER_EMPTY & given.keys():
+        require(given[name] != "", f"--{name} is empty; give a value, or leave it out")
     check_counts(given)
     ends = {"sigma_min", "sigma_max"}
     config.filled(dict.fromkeys(() if ends <= config.given else ends)).check()  # the file may decide the other end
