@@ -180,8 +180,8 @@ def open_decoder(name: str, spec: NetworkSpec, size: int | None) -> Network:
     """
     require(
         name in BUNDLED_FILES or "://" in name or os.path.exists(os.path.expanduser(name)),
-        f"--decoder is {name!r}; there is no such directory; give that of an AutoencoderKL of diffusers, or one of "
-        f"{', '.join(FINISHERS)}; none writes the solver's result as it is, float32 (N, H, W, C)",
+        f"--decoder is {name!r}; there is no such directory; give that of an AutoencoderKL of diffusers, or "
+        f"{' or '.join(FINISHERS)}; none writes the solver's result as it is, float32 (N, H, W, C)",
     )
     network = open_network(name, {}, flag="--decoder") if name in BUNDLED_FILES else open_autoencoder(name)
     side, factor = spec.shape[1], network.spec.decodes.factor if network.spec.decodes else 1
