@@ -199,8 +199,9 @@ def connected(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSys
 
 def s3_options() -> dict[str, Any]:
     """Ours, with those of fsspec's configuration for S3 beneath: FSSPEC_S3, or its files."""
-    theirs = [fsspec.config.conf.get(protocol, {}).get("config_kwargs", {}) for protocol in ("s3", "s3a")]
-    return {"config_kwargs": {**theirs[0], **theirs[1], **S3_CONFIG}}
+    found = [fsspec.config.conf.get(protocol, {}).get("config_kwargs") for protocol in ("s3", "s3a")]
+    theirs = {name: value for each in found if isinstance(each, dict) for name, value in each.items()}
+    return {"config_kwargs": theirs | S3_CONFIG}
 
 
 def path_of(url: str) -> str:

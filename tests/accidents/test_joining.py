@@ -27,12 +27,10 @@ def test_of_another_version_both_are_named():
         "This process on node 1.2.3.4 was started with:\n    Ray: 2.60.0\n    Python: 3.11.7\n"
     )
     said = str(cannot_join(error, "--address is 'head:6379'"))
-    assert "Ray 2.59.1" in said
-    assert "Ray 2.60.0" in said
-    assert "pip install 'ray[default]==2.59.1'" in said
-    said = str(cannot_join(RuntimeError(str(error).replace("2.59.1", "2.60.0").replace("3.11.7", "3.12.1", 1)), "x"))
-    assert "Python 3.12.1" in said
-    assert "Python 3.11.7" in said
+    assert said.startswith("--address is 'head:6379': Version mismatch: ")
+    for named in ("Ray: 2.59.1", "Ray: 2.60.0", "Python: 3.11.7", "install constraints.txt"):
+        assert named in said
+    assert "\n" not in said
 
 
 def ask(configure: Configure, address: str | None, script: str = "", **variables: str) -> tuple[int, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ray_sampler.cluster import dispatch
 from tests.faults.proxy import Fault, once
 from tests.faults.sweep import PASSING, Sweep
 
@@ -29,7 +30,8 @@ def test_a_run_succeeds_though_the_first_request_of_each_operation_fails(sweep: 
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_at_a_lasting_error_continues_when_it_is_over(sweep: Sweep):
+def test_a_run_that_ends_at_a_lasting_error_continues_when_it_is_over(sweep: Sweep, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "REFUSED_S", 2.0)
     sweep.lasting(
         *(Fault("403", 1, operations=[operation]) for operation in OPERATIONS if operation != "DeleteObject"),
         *(Fault("403", number, operations=["PutObject"]) for number in (2, 7)),
