@@ -127,8 +127,6 @@ WRONG = [
     ("--preset edm-imagenet", ["--preset", "edm-imagenet64"]),
     ("--model_path other.pt", ["--model", "--model_path", "other.pt"]),
     ("--num_res_blocks 2", ["--num_res_blocks is 2", "1"]),
-    ("--num_channels 64", ["--num_channels is 64", "32"]),
-    ("--class_cond False", ["--class_cond is False", "True"]),
     ("--image_size 9 --channel_mult 1,1", ["--channel_mult is 1,1", "1"]),
     ("--output a-file", ["a-file", "folder"]),
     ("--output a-file/below", ["a-file/below", "a file is in the place of a folder"]),
