@@ -171,11 +171,8 @@ def test_a_wrong_command_gets_one_sentence(argv: list[str], named: list[str], ca
     assert all(text in line for text in named), line
 
 
-@pytest.mark.parametrize("flag", ["output", "model", "model_path", "labels", "latents", "address", "weights", "guide"])
-def test_an_empty_value_is_refused(flag: str, place: Path, capsys):
-    """As of a shell's variable that was not set: it must not be taken for a flag that was not given."""
-    more = ["--guidance", "2"] if flag == "guide" else []
-    assert f"--{flag} is empty" in complaint(["sample", f"--{flag}", "", *more], capsys)
+def test_an_empty_output_is_refused(place: Path, capsys):
+    assert "--output is empty" in complaint(["sample", "--output", ""], capsys)
 
 
 @pytest.mark.parametrize("output", [["--output", "run"], []])

@@ -11,6 +11,7 @@ import torch
 
 from ray_sampler import RequestError, RunConfig, read_fragment, run
 from ray_sampler.options import flags_of
+from ray_sampler.resolve import check
 
 
 @pytest.mark.parametrize(
@@ -94,3 +95,12 @@ def test_a_fragment_is_named_by_text_or_a_path():
 def test_none_is_what_a_request_says_that_does_not_name_the_setting(name: str):
     unsaid: dict[str, Any] = {name: None}
     assert RunConfig(**unsaid) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    "flag", ["output", "model", "model_path", "labels", "latents", "address", "weights", "decoder"]
+)
+def test_an_empty_value_is_refused(flag: str) -> None:
+    """As of a shell's variable that was not set: it must not be taken for a flag that was not given."""
+    with pytest.raises(RequestError, match=f"^--{flag} is empty"):
+        check(RunConfig(**{flag: ""}))
