@@ -102,5 +102,6 @@ def test_none_is_what_a_request_says_that_does_not_name_the_setting(name: str):
 )
 def test_an_empty_value_is_refused(flag: str) -> None:
     """As of a shell's variable that was not set: it must not be taken for a flag that was not given."""
+    values: dict[str, Any] = {flag: ""}
     with pytest.raises(RequestError, match=f"^--{flag} is empty"):
-        check(RunConfig(**{flag: ""}))
+        check(RunConfig(**values))
