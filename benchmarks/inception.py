@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from ray_sampler.errors import RequestError
+from ray_sampler.sampling.finish import derive
 from ray_sampler.sampling.numerics import pin
-from ray_sampler.sampling.products import derive
 from ray_sampler.scoring import inception
 from ray_sampler.scoring.features import FEATURES
 from ray_sampler.scoring.scores import product_of

@@ -23,11 +23,10 @@ from ray_sampler.planning import decoder_notes, differences, identity, open_deco
 from ray_sampler.presets import BUNDLED, OBJECT, check_bundled, model_of
 from ray_sampler.resolve import check, command_of, given_values, resolve, settings_json, settled
 from ray_sampler.sampling.decoding import DECODER
-from ray_sampler.sampling.finish import FINISHERS
+from ray_sampler.sampling.finish import FINISHERS, LATENTS, Product, latents
 from ray_sampler.sampling.options import Compile, DecoderOptions, GuidanceOptions, guide_of
 from ray_sampler.sampling.parameterisation import LEVELS
 from ray_sampler.sampling.plan import GUIDE, MAIN, SamplePlan
-from ray_sampler.sampling.products import LATENTS, Product, latents
 from ray_sampler.sampling.trial import TRIAL_S, try_networks, within
 from ray_sampler.scoring.features import FEATURES
 from ray_sampler.scoring.options import ScoreOptions

@@ -29,7 +29,7 @@ from ray_sampler.options import of
 from ray_sampler.reporting.options import ReportingOptions
 from ray_sampler.reporting.progress import Reporter, reporter
 from ray_sampler.reporting.scores import described, read_scores, show_in_run, write_scores
-from ray_sampler.sampling.products import Product
+from ray_sampler.sampling.finish import Product
 from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.features import FEATURES, DamagedFeaturesError, Features, Held, StoredFeatures
 from ray_sampler.scoring.metrics import ROWS, Moments, Pair, compare, kid_part, kid_subsets, radii, reduce, within

@@ -24,12 +24,11 @@ from ray_sampler.cluster.shipping import Shipped
 from ray_sampler.errors import RunError
 from ray_sampler.networks.family import Precision
 from ray_sampler.sampling.engine import Engine, Pictures, why_not_compiled
-from ray_sampler.sampling.finish import UNDECODED
+from ray_sampler.sampling.finish import UNDECODED, Product, checked, derive
 from ray_sampler.sampling.memory import OutOfDeviceMemoryError, ran_out_of_memory, take_share
 from ray_sampler.sampling.numerics import numerics_key, pin
 from ray_sampler.sampling.options import Compile
 from ray_sampler.sampling.plan import Kept, SamplePlan
-from ray_sampler.sampling.products import Product, checked, derive
 from ray_sampler.sampling.trial import try_networks
 from ray_sampler.storage.fragment import encode
 from ray_sampler.storage.pictures import Pictures as StoredPictures

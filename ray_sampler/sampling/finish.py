@@ -1,15 +1,21 @@
-"""Finishing: from a solver's result to the columns that are written. Only a finisher clamps and rounds."""
+"""What becomes of a solver's results: the columns that are written, and what else a run keeps of its samples.
+
+Only a finisher clamps and rounds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ray_sampler.sampling.options import DecoderOptions, Rounding
-from ray_sampler.storage.record import Column
+from ray_sampler.storage.record import Column, Samples
 
 Shape = tuple[int, int, int]
 SOUND = "sound"
@@ -66,3 +72,77 @@ UNDECODED = Finisher(
 
 FINISHERS: dict[str, Callable[[DecoderOptions], Finisher]] = {"none": lambda options: UNDECODED}
 """By the value of --decoder; another finisher is one entry more here."""
+
+
+LATENTS = "latents"
+
+
+@dataclass(frozen=True)
+class Product:
+    """Columns that are made of each range of samples and stored in a separate folder, for example features for a score.
+
+    Where a product takes images, it is made of the pictures as they are written, on the actor that has them or, for
+    those of an earlier start, of the stored fragments. One that takes x needs the solver, and lacking ranges of it are
+    sampled again.
+    """
+
+    name: str
+    folder: str
+    """In the run directory: latents, or one below features."""
+    columns: Mapping[str, Column]
+    """What `finish` gives."""
+    takes: Literal["x", "image"]
+    finish: Callable[[Tensor, Mapping[str, nn.Module]], Mapping[str, Tensor]]
+    """Of x (B, C, H, W), the solver's result in the dtype of its state, or of images (B, H, W, C), and the networks by
+    role: the columns, each (B, ...), on the device."""
+    block: int = 64
+    """Pictures that `finish` is given at once, always; x comes in the blocks of --batch_size."""
+
+
+def latents(shape: tuple[int, int, int]) -> Product:
+    """The solver's results as they are, before any scaling for a decoder; `shape` is (C, H, W)."""
+    return Product(
+        LATENTS, LATENTS, {"latent": Column("float32", shape)}, "x", lambda x, networks: {"latent": x.float()}
+    )
+
+
+def derive(
+    product: Product,
+    images: np.ndarray,
+    start: int,
+    networks: Mapping[str, nn.Module],
+    device: torch.device,
+    workers: ThreadPoolExecutor | None = None,
+) -> Samples:
+    """A product that takes images, of the pictures [start, start + n).
+
+    It is computed in fixed blocks of indices [kB, (k + 1)B), the last one padded, so that what comes of a picture
+    depends neither on the range nor on --batch_size.
+
+    Args:
+        images: (n, H, W, C).
+        workers: a thread for each block at a time; this one alone unless given.
+    """
+    size, stop = product.block, start + len(images)
+
+    @torch.inference_mode()
+    def block(first: int) -> list[np.ndarray]:
+        low, high = max(first, start), min(first + size, stop)
+        batch = torch.zeros((size, *images.shape[1:]), dtype=torch.from_numpy(images[:1]).dtype)
+        batch[low - first : high - first] = torch.from_numpy(images[low - start : high - start])
+        made = product.finish(batch.to(device), networks)
+        return [made[name][low - first : high - first].cpu().numpy() for name in product.columns]
+
+    firsts = range(start // size * size, stop, size)
+    parts = list(workers.map(block, firsts) if workers else map(block, firsts))
+    return checked(
+        product, start, {name: np.concatenate(arrays) for name, *arrays in zip(product.columns, *parts, strict=True)}
+    )
+
+
+def checked(product: Product, start: int, columns: Mapping[str, np.ndarray]) -> Samples:
+    """Raises ValueError: the columns are not those that the product says it has."""
+    samples = Samples(start, columns)
+    if samples.kinds() != dict(product.columns):
+        raise ValueError(f"product {product.name} gave {samples.kinds()}; it must be {dict(product.columns)}")
+    return samples

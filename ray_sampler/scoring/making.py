@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ray_sampler.errors import RunError, require
+from ray_sampler.sampling.finish import derive
 from ray_sampler.sampling.numerics import pin
-from ray_sampler.sampling.products import derive
 from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.extractors import open_extractor
 from ray_sampler.scoring.features import FEATURES, in_blocks

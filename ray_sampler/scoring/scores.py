@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ray_sampler.errors import redact, require
 from ray_sampler.networks.family import Network, NetworkSpec, as_it_is
-from ray_sampler.sampling.products import Product
+from ray_sampler.sampling.finish import Product
 from ray_sampler.scoring.extractor import Extractor
 from ray_sampler.scoring.extractors import open_extractor
 from ray_sampler.scoring.features import FEATURES

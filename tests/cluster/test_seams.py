@@ -17,9 +17,8 @@ from ray_sampler.cli import main
 from ray_sampler.cluster.job import prepare
 from ray_sampler.config import RunConfig
 from ray_sampler.networks.opening import FAMILIES
-from ray_sampler.sampling.finish import FINISHERS, Finisher
+from ray_sampler.sampling.finish import FINISHERS, Finisher, Product
 from ray_sampler.sampling.options import DecoderOptions
-from ray_sampler.sampling.products import Product
 from ray_sampler.sampling.solvers import SOLVERS
 from ray_sampler.storage.fragment import read_fragment
 from ray_sampler.storage.record import Column

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from ray_sampler.networks.family import Family, NetworkSpec, Opened, Precision, check_fit, without_memory
 from ray_sampler.networks.weights import Checkpoint
-from ray_sampler.sampling.finish import Finisher
+from ray_sampler.sampling.finish import Finisher, Product
 from ray_sampler.sampling.noise import Noise
 from ray_sampler.sampling.options import DecoderOptions
 from ray_sampler.sampling.parameterisation import Denoiser
-from ray_sampler.sampling.products import Product
 from ray_sampler.sampling.solvers import Solver
 from ray_sampler.storage.record import Column
 
