@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,16 @@ from torch.nn.parameter import is_lazy
 from ray_sampler.errors import RequestError, printable, require
 from ray_sampler.networks.called import Called, twin
 from ray_sampler.networks.families import OWN_DEFAULTS
-from ray_sampler.networks.family import NAMED, PREFIX, Network, NetworkSpec, Precision, as_it_is, beside_user
+from ray_sampler.networks.family import (
+    NAMED,
+    PREFIX,
+    Network,
+    NetworkSpec,
+    Parameterisation,
+    Precision,
+    as_it_is,
+    beside_user,
+)
 from ray_sampler.networks.user_code import brief, function_of, travelling
 from ray_sampler.networks.weights import weights_hash
 from ray_sampler.presets import model_name
@@ -33,17 +42,6 @@ MEANT = {
     **dict.fromkeys(("d", "denoised"), "denoiser"),
 }
 """What other programs call kinds."""
-
-
-class Computes(Protocol):
-    """What a network computes: `ray_sampler.sampling.parameterisation.Parameterisation`, as far as a Model asks."""
-
-    def denoiser(self, network: Any, y: Tensor | None, /) -> Any:
-        """D of a network and the condition of a batch: called with x (B, C, H, W) and sigma (B,), it gives x_0."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """What of it decides a sample, as JSON values."""
 
 
 class Model:
@@ -70,7 +68,7 @@ class Model:
     def __init__(
         self,
         network: nn.Module,
-        kind: str | Computes | None = None,
+        kind: str | Parameterisation | None = None,
         shape: tuple[int, int, int] | None = None,
         num_classes: int = 0,
         null_label: int | None = None,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,17 @@ DESCRIBING = (*(name for name in ARCHITECTURE if name != "dropout"), "weights_ke
 
 NAMED = 3
 """How many offending tensors an error names."""
+
+
+class Parameterisation(Protocol):
+    """What a network computes."""
+
+    def denoiser(self, network: Any, y: Tensor | None, /) -> Any:
+        """D of a network and the condition of a batch: called with x (B, C, H, W) and sigma (B,), it gives x_0."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides a sample, as JSON values."""
 
 
 class Decodes(NamedTuple):

@@ -12,13 +12,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ray_sampler.errors import RequestError, require
+from ray_sampler.networks.family import Parameterisation
+
+__all__ = ["Parameterisation", "parameterise"]
 
 SIGMA_DATA = 0.5
 """Standard deviation of the training images, the same for all models of EDM, EDM2 and consistency models."""
@@ -40,16 +43,6 @@ Scalings = tuple[Tensor, Tensor, Tensor]
 Time = Callable[[Tensor], Tensor]
 """c_noise of a level, elementwise."""
 Skip = Literal["x", "input"] | None
-
-
-class Parameterisation(Protocol):
-    """What a network computes."""
-
-    def denoiser(self, network: Network, y: Tensor | None) -> Denoiser:
-        """D of a network and the condition of a batch."""
-
-    def identity(self) -> dict[str, Any]:
-        """What of it decides a sample."""
 
 
 def edm_scalings(sigma: Tensor) -> Scalings:

@@ -57,7 +57,7 @@ def test_a_network_of_guided_diffusion_is_told_by_its_attention(state: dict[str,
     theirs = {
         name: t.squeeze(3) if name.endswith(("qkv.weight", "proj_out.weight")) else t for name, t in state.items()
     }
-    with pytest.raises(RequestError, match=r"that of guided-diffusion, .* predict eps, .* --model python:"):
+    with pytest.raises(RequestError, match=r"that of guided-diffusion, .* predict eps for .* --model python:"):
         opened(theirs)
 
 
