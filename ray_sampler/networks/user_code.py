@@ -78,16 +78,19 @@ def companions(module: ModuleType) -> tuple[str, ...]:
         if not isinstance(loaded, ModuleType) or name.partition(".")[0] in ("ray_sampler", MAIN_MODULE):
             continue
         path = Path(getattr(loaded, "__file__", None) or "")
-        beside = path.is_absolute() and folder in path.resolve().parents and not installed(path)
+        beside = path.is_absolute() and not installed(path) and folder in path.resolve().parents
         if name == package or name.startswith(package + ".") or beside:
             names.append(name)
     return tuple(names)
 
 
 def installed(file: Path) -> bool:
-    """Whether a module came with Python or a package manager."""
-    parts = file.resolve().parts
-    return "site-packages" in parts or "dist-packages" in parts or Path(sys.base_prefix) in file.resolve().parents
+    """Whether a module came with Python or a package manager, by its path or that to which links lead."""
+    return _among_packages(file) or _among_packages(file.resolve())
+
+
+def _among_packages(file: Path) -> bool:
+    return bool({"site-packages", "dist-packages"} & {*file.parts}) or file.is_relative_to(sys.base_prefix)
 
 
 def travelling(home: str | None, objects: Iterable[Any]) -> tuple[tuple[str, ...], dict[str, str]]:
