@@ -224,11 +224,11 @@ def of_table(
     if all(0 < low <= high < 1 for low, high in itertools.pairwise(table)):
         wanted += "; if these are betas, it is torch.cumprod(1 - betas, 0)"
     bounds = (1.0, *table, 0.0)
+    remedy = {
+        0.0: f"which is all noise; give alphas[:-{table.count(0.0)}]",
+        1.0: f"which has no noise; give alphas[{table.count(1.0)}:]",
+    }
     for i, alpha in sorted(enumerate(table), key=lambda item: math.isfinite(item[1])):
-        remedy = {
-            0.0: f"which is all noise; give alphas[:{i - len(table)}]",
-            1.0: f"which has no noise; give alphas[{table.count(1.0)}:]",
-        }
         falls = bounds[i] > alpha > bounds[i + 2]
         require(falls, f"alphas has {alpha!r} at index {i}{', ' + remedy[alpha] if alpha in remedy else '; ' + wanted}")
     levels = torch.tensor([0.5 * math.log((1 - a) / a) for a in table], dtype=torch.float64)
