@@ -18,9 +18,9 @@ PLAIN = ("state_dict", "model", "module", "model_state_dict", "net", "network", 
 STATES = ("callbacks", "optimizer_states")
 """Keys of Lightning's checkpoints that hold the states of its callbacks and of optimizers, in which averages can be."""
 
-AVERAGE = re.compile(r"(?<![a-z])(emas?|averaged?|avg|swa|polyak)(?![a-z])|EMA|^shadow_params$")
-"""In the other names that people give to an average: net_ema, ema_0.9999, EMA, averaged_model, swa_model. The last is
-the one under which diffusers' EMAModel keeps it."""
+AVERAGE = re.compile(r"(?<![a-z])(emas?|averaged?|avg|swa|polyak|shadow)(?![a-z])|EMA")
+"""In the other names that people give to an average: net_ema, ema_0.9999, EMA, averaged_model, swa_model. The last word
+is of those who keep it beside the model, and of diffusers' EMAModel."""
 
 EMA_PARTS = ("ema", "model_ema", "ema_model")
 MODEL_PARTS = ("state_dict", "model", "module", "_orig_mod")

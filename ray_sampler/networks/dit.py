@@ -206,11 +206,11 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = options.num_heads or 1
         self.qkv = nn.Linear(options.width, 3 * options.width)
-        self.proj = nn.Linear(options.width, options.width)
         normalised = options.head_channels is not None
         self.q_norm, self.k_norm = (
             nn.LayerNorm(options.head_channels) if normalised else nn.Identity() for _ in range(2)
         )
+        self.proj = nn.Linear(options.width, options.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """In and out in any dtype; computed in that of the weights."""
@@ -231,10 +231,15 @@ class Mlp(nn.Module):
 
 
 class Modulated(nn.Module):
-    """What the condition shifts, scales and gates: `count` vectors of it for each sample."""
+    """What the condition shifts, scales and gates: `count` vectors of it for each sample.
 
-    def __init__(self, width: int, count: int) -> None:
+    Its layers come after the others, as in the published networks: averages may be stored without names.
+    """
+
+    def __init__(self, width: int, count: int, **layers: nn.Module) -> None:
         super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
         self.count = count
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
 
@@ -249,10 +254,11 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Block(Modulated):
     """Attention and a multilayer perceptron on a residual stream in float32, both modulated by the condition."""
 
+    attn: Attention
+    mlp: Mlp
+
     def __init__(self, options: DitOptions) -> None:
-        super().__init__(options.width, 6)
-        self.attn = Attention(options)
-        self.mlp = Mlp(options)
+        super().__init__(options.width, 6, attn=Attention(options), mlp=Mlp(options))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(c)
@@ -261,9 +267,12 @@ class Block(Modulated):
 
 
 class FinalLayer(Modulated):
+    linear: nn.Linear
+
     def __init__(self, options: DitOptions) -> None:
-        super().__init__(options.width, 2)
-        self.linear = nn.Linear(options.width, options.patch_size**2 * options.out_channels)
+        super().__init__(
+            options.width, 2, linear=nn.Linear(options.width, options.patch_size**2 * options.out_channels)
+        )
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         return self.linear(modulated(x, *self.modulation(c)))

@@ -78,6 +78,7 @@ LAYOUTS: dict[str, tuple[Any, str]] = {
     "EMAModel of a named network": ({"unet": TRAINED, "unet_ema": EMA_MODEL}, "unet_ema"),
     "averaged_model": ({"model": OTHER, "averaged_model": AVERAGED}, "averaged_model"),
     "swa_model": ({"model": OTHER, "swa_model": AVERAGED, "epoch": 3}, "swa_model"),
+    "shadow": ({"model": OTHER, "shadow": STATE, "decay": 0.999}, "shadow"),
     "average": ({"state_dict": OTHER, "moving_average": STATE}, "moving_average"),
     "swa inside": (
         {"state_dict": {**prefixed(OTHER, "model."), **prefixed(STATE, "swa_model.")}},

@@ -21,21 +21,6 @@ from tests.networks.test_adm_shapes import architectures, state_dict
 SHAPE = {"input_size": 8, "patch_size": 2, "in_channels": 4, "width": 48, "mlp_width": 192, "frequencies": 256}
 
 
-ORDER = ("pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "projectors", "final_layer")
-INSIDE = ("qkv", "q_norm", "k_norm", "attn.proj", "mlp", "linear", "adaLN")
-"""The order of the published modules and of the layers in them."""
-
-
-def in_order(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    def place(name: str) -> tuple[int, int, int]:
-        first, _, rest = name.partition(".")
-        number = int(rest.partition(".")[0]) if first == "blocks" else 0
-        layer = next((i for i, layer in enumerate(INSIDE) if layer in name), 0) if first in ORDER[4:] else 0
-        return ORDER.index(first), number, layer
-
-    return {name: state[name] for name in sorted(state, key=place)}
-
-
 def shapes_of(state: dict[str, Tensor]) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in state.values()]
 
@@ -62,7 +47,9 @@ def test_shapes_name_every_parameter_of_a_transformer(
         for name, (rows, columns) in {"0": (64, 48), "2": (64, 64), "4": (96, 64)}.items():
             beside[f"projectors.{number}.{name}.weight"] = torch.empty(rows, columns, device="meta")
             beside[f"projectors.{number}.{name}.bias"] = torch.empty(rows, device="meta")
-    state = in_order(state | beside)
+    last = [name for name in state if name.startswith("final_layer.")]  # after REPA's projectors
+    tail = {name: state.pop(name) for name in last}
+    state = state | beside | tail
     assert names_of(shapes_of(state)) == list(state)
 
 
@@ -70,7 +57,7 @@ def test_what_is_of_no_known_network_or_lacks_a_parameter_gets_no_names() -> Non
     state = without_memory(
         lambda: Transformer(DitOptions(**SHAPE, depth=2, out_channels=4, label_rows=11, head_channels=None))
     )
-    shapes = shapes_of(in_order(state.state_dict()))
+    shapes = shapes_of(state.state_dict())
     assert names_of(shapes) is not None
     assert names_of([]) is None
     assert names_of(shapes[1:]) is None
