@@ -197,10 +197,22 @@ def open_custom(model: Any, settings: Mapping[str, Any], given: frozenset[str]) 
         tensors={},
         weights=weights_hash(tensors),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
+        note=note_of(made),
         own=True,
         by_value=by_value,
         source=source,
         remakes=() if function is made else tuple(partial(remade, each, here) for each in (function, model)),
+    )
+
+
+def note_of(made: Model) -> str | None:
+    """What the user should know of a Model whose null label is one of the classes that are sampled."""
+    if made.null_label is None or made.null_label >= made.num_classes:
+        return None
+    instead = f"; if there are {made.null_label} beside it, give num_classes={made.null_label}"
+    return (
+        f"Model's null_label {made.null_label} is one of its {made.num_classes} classes, so that samples of that label "
+        f"are of none{instead if made.null_label == made.num_classes - 1 > 0 else ''}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,17 @@ def test_the_null_label_guides(rows: bool, null: float, write: Write) -> None:
     x, labels = sampled(job(module, guidance=1.5))
     assert labels is not None
     torch.testing.assert_close(x[:, 0, 0, 0], null + 1.5 * (labels / 10 - null))
+
+
+@pytest.mark.parametrize(("classes", "null", "noted"), [(5, 4, "give num_classes=4"), (5, 2, "of none$"), (4, 4, None)])
+def test_a_null_label_that_is_sampled_as_a_class_is_noted(
+    classes: int, null: int, noted: str | None, write: Write
+) -> None:
+    made = f"Model(Network(), 'denoiser', (1, 2, 2), {classes}, null_label={null})"
+    note = job(write(f"{LABELLED}\ndef make(weights):\n    return {made}")).networks["main"].note
+    assert (
+        note is None if noted is None else re.search(f"null_label {null} is one of its 5 classes.*{noted}", note or "")
+    )
 
 
 def test_without_a_null_label_guidance_is_refused(write: Write) -> None:
