@@ -50,7 +50,7 @@ test: lint ## linter, type checker and all tests but those of `make accidents`
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS) || $(call again,)
 
 accidents: venv ## tests that kill, freeze and submit whole processes and clusters
-	$(BIN)/python -m pytest -m accidents $(ARGS) || $(call again,-m accidents)
+	$(BIN)/python -m pytest -m accidents -n 2 --maxschedchunk 1 $(ARGS) || $(call again,-m accidents)
 
 # Tests that failed run once more, one at a time: a busy machine may starve a process, but a fault fails twice.
 again = { test $$? = 1 && echo "once more, one at a time: the tests that failed" && OMP_NUM_THREADS=1 $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(1); }
