@@ -214,9 +214,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("preconditioning", "generator"), [("edm", "determ-indiv"), ("consistency", "determ")], ids="-".join
-)
+@pytest.mark.parametrize(("preconditioning", "generator"), [("edm", "determ-indiv"), ("consistency", "determ")])
 def test_samples_are_the_originals_within_1e_4(
     preconditioning: str, generator: str, case: str, golden_model: UNet
 ) -> None:
