@@ -55,7 +55,7 @@ def try_network(
         sizes: of batches, of which one must work: what was exported may take one size only.
 
     Returns:
-        A warning where two calls on one input differ.
+        Warnings: where no result at the largest level is finite, and where two calls on one input differ.
 
     Raises:
         WrongNetworkError: it raises, or returns something else than it should.
@@ -66,7 +66,7 @@ def try_network(
         x = torch.randn((size, *shape), generator=torch.Generator().manual_seed(0)).to(tensor.device)
         y = None if labels is None else torch.tensor(labels, device=x.device).repeat(-(-size // 2))[:size]
         try:
-            return _differs(network, kind.denoiser(network, y), x, levels)
+            return _tried(network, kind.denoiser(network, y), x, levels)
         except Exception as error:
             if ran_out_of_memory(error):
                 return []
@@ -76,25 +76,24 @@ def try_network(
 
 
 @torch.inference_mode()
-def _differs(network: Called, denoise: Callable[..., Any], x: torch.Tensor, levels: tuple[float, float]) -> list[str]:
+def _tried(network: Called, denoise: Callable[..., Any], x: torch.Tensor, levels: tuple[float, float]) -> list[str]:
     results = []
     for level in (levels[0], *levels):
         network.begin()
         results.append(denoise(x * level, torch.tensor(level)))
         fine = isinstance(results[-1], torch.Tensor) and results[-1].shape == x.shape
         require(fine, f"the parameterisation of --model gave {_kind(results[-1])} for x of shape {list(x.shape)}")
-        sound = results[-1].isfinite().flatten(1).all(1).any()
-        require(
-            level != levels[0] or bool(sound),
-            f"the network of --model gave values that are not finite at sigma {level:g}{place_of(network.network)}",
-        )
     network.begin()
-    if torch.equal(results[0].nan_to_num(), results[1].nan_to_num()):
-        return []
-    return [
-        "the network of --model gave two results for one input: it draws random numbers, or depends on something "
-        "outside of its attributes and buffers, so what it samples will differ from run to run"
-    ]
+    warnings = []
+    if not results[0].isfinite().flatten(1).all(1).any():
+        where = place_of(network.network)
+        warnings.append(f"the network of --model gave values that are not finite at sigma {levels[0]:g}{where}")
+    if not torch.equal(results[0].nan_to_num(), results[1].nan_to_num()):
+        warnings.append(
+            "the network of --model gave two results for one input: it draws random numbers, or depends on something "
+            "outside of its attributes and buffers, so what it samples will differ from run to run"
+        )
+    return warnings
 
 
 def _kind(result: Any) -> str:

@@ -91,11 +91,6 @@ WRONG = {
         ("is on meta; it must return a dense one on cpu",),
     ),
     "an end of the program": ("raise SystemExit(0)", "Network(), 'eps'", ("raised SystemExit: 0",)),
-    "no numbers at the largest level": (
-        "return x / (t < 500).view(-1, 1, 1, 1)",
-        "Network(), 'eps'",
-        ("gave values that are not finite at sigma 157.407",),
-    ),
     "a time of another size": (
         "return x",
         "Network(), 'edm', c_noise=lambda sigma: torch.ones(7)",
@@ -147,6 +142,13 @@ def test_random_numbers_in_forward_are_noticed(body: str, warned: bool, write: W
     warnings = tried(job(write(source_of(body, "Network(), 'denoiser'")), decoder="none"))
     assert warnings is not None
     assert [warning.startswith("the network of --model gave two results") for warning in warnings] == [True] * warned
+
+
+def test_values_that_are_not_finite_at_the_largest_level_are_noticed(write: Write) -> None:
+    module = write(source_of("return x / (t < 500).view(-1, 1, 1, 1)", "Network(), 'eps'"))
+    (warning,) = tried(job(module, decoder="none")) or ["none"]
+    assert "gave values that are not finite at sigma 157.407" in warning
+    assert f"{module}.py, line " in warning
 
 
 def test_gradients_may_be_taken_of_a_clone(write: Write) -> None:
