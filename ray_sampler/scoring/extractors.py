@@ -97,6 +97,18 @@ def open_digits(weights: str | None = None) -> Extractor:
     )
 
 
+class Own(nn.Module):
+    """A user's network, which gets a copy of the pictures, in three channels: these pixels are also written."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        features: Tensor = self.network(pictures.expand(-1, -1, -1, 3).clone())
+        return features
+
+
 def open_own(name: str, weights: str | None, shape: tuple[int, ...]) -> Extractor:
     """The extractor that a user's function returns, called once with the path of its weights or None.
 
@@ -113,8 +125,8 @@ def open_own(name: str, weights: str | None, shape: tuple[int, ...]) -> Extracto
                 isinstance(network, nn.Module),
                 f"{shown}; the function returned a {type(network).__name__}; it must return a torch.nn.Module",
             )
-            network.cpu().requires_grad_(False).eval()
-            made = network(torch.zeros((2, *shape), dtype=torch.uint8))
+            own = Own(network.cpu()).requires_grad_(False).eval()
+            made = own(torch.zeros((2, *shape), dtype=torch.uint8))
     except (Exception, SystemExit) as error:
         if isinstance(error, RequestError):
             raise
@@ -122,8 +134,9 @@ def open_own(name: str, weights: str | None, shape: tuple[int, ...]) -> Extracto
     said = f"{made.dtype} {list(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
     right = isinstance(made, Tensor) and made.dtype == torch.float32 and made.ndim == 2 and len(made) == 2
     require(
-        right,
-        f"{shown}; for pictures {[2, *shape]} it returned {said.removeprefix('torch.')}; it must return float32 [2, D]",
+        right and made.numel() > 0 and not made.is_meta,
+        f"{shown}; for pictures {[2, *shape[:2], 3]} it returned {said.removeprefix('torch.')}; it must return "
+        "float32 [2, D]",
     )
     tensors = {key: tensor for key, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
-    return Extractor(name, weights_hash(tensors), network, made.shape[1], "its own", by_value=companions(module))
+    return Extractor(name, weights_hash(tensors), own, made.shape[1], "its own", by_value=companions(module))

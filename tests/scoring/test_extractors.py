@@ -187,7 +187,9 @@ class Means(nn.Module):
         self.register_buffer("scale", torch.tensor(scale))
 
     def forward(self, pictures):
-        return pictures.float().mean((1, 2)) * self.scale
+        means = pictures.float().mean((1, 2)) * self.scale
+        pictures.zero_()
+        return means
 
 def means(weights):
     return Means(2.0 if weights is None else float(weights))
@@ -209,9 +211,12 @@ def test_a_function_of_ones_own_gives_the_network(tmp_path: Path, monkeypatch: p
     extractor = opened("python:own_features:means")
     assert (extractor.name, extractor.dims, extractor.head) == ("python:own_features:means", 3, None)
     assert "own_features" in extractor.by_value
-    assert extractor.network(torch.ones((1, 4, 4, 3), dtype=torch.uint8)).tolist() == [[2, 2, 2]]
+    pictures = torch.ones((1, 4, 4, 3), dtype=torch.uint8)
+    assert extractor.network(pictures).tolist() == [[2, 2, 2]]
+    assert pictures.all()  # which are written
+    assert extractor.network(torch.ones((1, 4, 4, 1), dtype=torch.uint8)).tolist() == [[2, 2, 2]]
     assert opened("python:own_features:means", "3").sha256 != extractor.sha256
-    assert "own_features.py, line 17" in refused("python:own_features:raises")
+    assert "own_features.py, line 19" in refused("python:own_features:raises")
     assert "returned a NoneType; it must return a torch.nn.Module" in refused("python:own_features:nothing")
     assert "it returned uint8 [24576]; it must return float32 [2, D]" in refused("python:own_features:flat")
     assert "No module named 'absent_features'" in refused("python:absent_features:means")
