@@ -15,7 +15,7 @@ import ray
 from ray_sampler.cluster.actors import actors, own_ray
 from ray_sampler.cluster.calls import reason_of
 from ray_sampler.cluster.dispatch import Dispatch, Tally
-from ray_sampler.cluster.inventory import Inventory, complete
+from ray_sampler.cluster.inventory import Inventory, complete, only_to_merge
 from ray_sampler.cluster.job import Job, claim, prepare, record_code, still_ours, tried
 from ray_sampler.cluster.metrics import DriverMetrics
 from ray_sampler.cluster.outcome import already_done, merge, write_outcome
@@ -137,8 +137,14 @@ def drive(jobs: Sequence[Job], report: Reporter, began: float | None = None) -> 
             report.message(warning, "warning")
         untried |= {number} if warnings is None else set()
     groups: dict[Any, list[int]] = {}
-    for number in [number for number in range(len(jobs)) if number not in results]:
-        groups.setdefault(jobs[number].loads(), []).append(number)
+    for number, job in enumerate(jobs):
+        if number in results:
+            continue
+        merged = Filling([job], [None], report, began).merge_here() if only_to_merge(job) else None
+        if merged:
+            results[number] = merged
+        else:
+            groups.setdefault(job.loads(), []).append(number)
     if groups:
         with own_ray(report, jobs[0].local):
             for numbers in groups.values():
@@ -250,6 +256,10 @@ class Filling:
             for preview in self.previews:
                 preview.close()
 
+    def merge_here(self) -> RunResult | None:
+        """Merge the only run in this process, without Ray; None where a fragment is damaged."""
+        return self._finish(0, here=True) if self.inventories[0].check_here() else None
+
     def _sample(self, tasks: list[Task], runs: Iterable[int], generate: bool = True) -> RunError | None:
         """Carry out tasks, and check the fragments of `runs` meanwhile; returns what could not be done."""
         if not tasks and not any(self.inventories[run].unchecked() for run in runs):
@@ -344,21 +354,21 @@ class Filling:
         compile = job.compile if generate else "off"
         return Loaded(networks, job.precision, job.config.batch_size, compile, fleet.cpus, fleet.gpus, self.tried)
 
-    def _finish(self, run: int) -> RunResult | None:
+    def _finish(self, run: int, here: bool = False) -> RunResult | None:
         """Merge and score a run; None where a fragment was damaged, and its range is to be sampled again."""
         job, tally, summary = self.jobs[run], self.tallies[run], self.done[run]
-        if summary is None and (summary := self._merge(run)) is None:
+        if summary is None and (summary := self._merge(run, here)) is None:
             return None
         if job.scoring:
             summary = summary | {"scores": scored_run(job, self.report)}
         self.report.update(replace(tally.latest, stage="done"))
         return result_of(job, summary)
 
-    def _merge(self, run: int) -> Summary | None:
+    def _merge(self, run: int, here: bool) -> Summary | None:
         job, inventory, tally = self.jobs[run], self.inventories[run], self.tallies[run]
         still_ours(job)
         merging = time.monotonic()
-        merged = merge(job, inventory, tally, self.report)
+        merged = merge(job, inventory, tally, self.report, here)
         self.merge_s[run] += time.monotonic() - merging
         if isinstance(merged, DamagedPiece):
             inventory.repair(merged)

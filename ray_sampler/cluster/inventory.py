@@ -14,7 +14,7 @@ from ray_sampler.cluster.calls import reason_of
 from ray_sampler.cluster.job import Job
 from ray_sampler.cluster.session import beside_driver
 from ray_sampler.cluster.shards import cut
-from ray_sampler.cluster.tasks import check_task
+from ray_sampler.cluster.tasks import check_fragments, check_task
 from ray_sampler.cluster.worker import IMAGES, Task
 from ray_sampler.errors import RunError
 from ray_sampler.reporting.progress import Reporter
@@ -210,9 +210,18 @@ class Inventory:
         self.due = began + REPLACE_SHARE * (time.monotonic() - began)
         return tasks
 
+    def check_here(self) -> bool:
+        """Check everything in this process, which needs no Ray; returns whether all files are intact."""
+        for shelf in self.shelves.values():
+            while shelf.to_check:
+                self._take(shelf, check_fragments(*self._request(shelf, shelf.next_to_check())))
+        return not self.damage
+
     def _check(self, shelf: Shelf, names: list[FragmentName]) -> ray.ObjectRef[Checked]:
-        wanted = (self.job.output, self.job.fingerprint, names, shelf.ranges.folder, shelf.ranges.holds)
-        return check_task.options(scheduling_strategy=beside_driver()).remote(*wanted)
+        return check_task.options(scheduling_strategy=beside_driver()).remote(*self._request(shelf, names))
+
+    def _request(self, shelf: Shelf, names: list[FragmentName]) -> tuple[Any, ...]:
+        return self.job.output, self.job.fingerprint, names, shelf.ranges.folder, shelf.ranges.holds
 
     def _take(self, shelf: Shelf, checked: Checked) -> None:
         """Take in what a check found."""
@@ -271,13 +280,21 @@ class Inventory:
 
 
 def complete(job: Job) -> bool:
-    """Whether all products of a job have all their ranges, from the names in their folders.
+    """Whether all products of a job have all their ranges, from the names in their folders."""
+    products = (job.run_dir.ranges(product.folder, product.columns) for product in job.products.values())
+    return all(is_full(ranges, job.num_samples) for ranges in products)
 
-    Those do not count that an earlier start found damaged.
-    """
-    folders = [job.run_dir.ranges(product.folder, product.columns) for product in job.products.values()]
-    there = [cover(set(ranges.list().fragments) - ranges.noted().keys(), job.num_samples) for ranges in folders]
-    return not any(missing(pieces, job.num_samples) for pieces in there)
+
+def only_to_merge(job: Job) -> bool:
+    """Whether a local run has every range of every product, from their names, so that it needs no Ray."""
+    local = job.local and not (job.overwrite or job.scoring)
+    return local and is_full(job.run_dir.ranges(), job.num_samples) and complete(job)
+
+
+def is_full(ranges: RangeSet, num_samples: int) -> bool:
+    """Whether a folder has all ranges up to `num_samples`, those not counted that an earlier start found damaged."""
+    there = [name for name in ranges.list().fragments if name not in ranges.noted()]
+    return not missing(cover(there, num_samples), num_samples)
 
 
 def without(now: Iterable[tuple[int, int]], before: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from ray_sampler.cluster.inventory import Inventory
 from ray_sampler.cluster.job import Job
 from ray_sampler.cluster.machine import killed_for_memory
 from ray_sampler.cluster.session import beside_driver
-from ray_sampler.cluster.tasks import Merged, merge_task, pack_pieces
+from ray_sampler.cluster.tasks import Merged, merge_fragments, merge_task, pack_pieces
 from ray_sampler.errors import RunError, show_traceback
 from ray_sampler.reporting.progress import Reporter, Snapshot
 from ray_sampler.reporting.report import render_report
@@ -134,8 +134,11 @@ def already_done(job: Job) -> dict[str, Any] | None:
     return summary
 
 
-def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Merged | DamagedPiece:
+def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter, here: bool = False) -> Merged | DamagedPiece:
     """Have a task write the archive, or say which fragment is in the way.
+
+    Args:
+        here: do it in this process, which needs no Ray.
 
     Raises:
         RunError: the archive cannot be written.
@@ -152,6 +155,8 @@ def merge(job: Job, inventory: Inventory, tally: Tally, report: Reporter) -> Mer
     report.update(tally.latest)
     packed = pack_pieces(inventory.fragments.cover(), inventory.fragments.known)
     wanted = (job.output, job.fingerprint, packed, job.num_samples, job.image_shape, job.labelled)
+    if here:
+        return merge_fragments(*wanted)
     kills, merging = killed_for_memory(), merge_task.options(scheduling_strategy=beside_driver())
     for attempt in range(1, MERGE_ATTEMPTS + 1):
         try:
