@@ -260,7 +260,7 @@ def test_a_directory_that_cannot_be_used_is_refused(spoil: str, vae: Path, tmp_p
         ({"model": "digits", "steps": 4}, "--decoder is .*, but the network makes pictures; leave it out"),
         ({"vae": "none", "keep_latents": True}, "--keep_latents is True, but --decoder none writes the same"),
         ({"vae": None, "model": "digits", "keep_latents": True}, "--keep_latents is True, but the network makes pict"),
-        ({"image_size": 64}, "--image_size is 64, but .* latents of 8 .* --decoder makes pictures of 16; give their"),
+        ({"image_size": 64}, "--image_size is 64, but --decoder makes pictures of 16 pixels .* latents of 8; give the"),
         ({"image_size": 12}, "--image_size is 12, but the file says 8"),
         ({"rule": "edm2", "model": model("edm2", 8)}, "for latents of 4 channels, but the network's have 8"),
     ],

@@ -129,7 +129,7 @@ def test_a_family_a_solver_a_decoder_and_a_product_run_through_the_whole_job(req
 def test_what_is_registered_nowhere_is_refused_with_what_there_is(request_for: Request, monkeypatch, tmp_path: Path):
     for flags, named in (
         ({"sampler": "grains"}, "--sampler is 'grains'; it must be one of heun, .*grain"),
-        ({"decoder": "positive"}, "--decoder is 'positive'; .*none, negative"),
+        ({"decoder": "positive"}, "--decoder is 'positive'; .*none or negative"),
     ):
         with pytest.raises(RequestError, match=named):
             prepare(request_for("run", **flags))
