@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ray_sampler.errors import RequestError, RunError
 
 if TYPE_CHECKING:
-    from ray_sampler.cluster.driver import RunResult, run
+    from ray_sampler.cluster.driver import RunResult
     from ray_sampler.config import RunConfig
     from ray_sampler.networks.custom import Model
     from ray_sampler.storage.fragment import Fragment, read_fragment
@@ -32,6 +32,25 @@ __all__ = [
     "score",
 ]
 __version__ = "0.2.0"
+
+
+def run(config: RunConfig) -> RunResult:
+    """Fill the archive that `config` asks for; continue where an earlier run of it stopped.
+
+    Uses the Ray that this process is connected to, or the one at config.address or RAY_ADDRESS, else starts a local one
+    and stops it. With `dry_run` nothing is opened or written, and the result holds the resolved settings in place of a
+    summary.
+
+    Returns:
+        The archive's path or URL, and the content of summary.json.
+
+    Raises:
+        RequestError: the request is wrong; nothing was written.
+        RunError: the run failed or is incomplete; finished samples are kept, and the same call continues.
+    """
+    from ray_sampler.cluster.driver import run as drive
+
+    return drive(config)
 
 
 def score(source: str | os.PathLike[str], reference: str, **flags: Any) -> dict[str, Any]:
@@ -67,7 +86,6 @@ LATER = {
     "RunResult": "cluster.driver",
     "read_archive": "storage.read_archive",
     "read_fragment": "storage.fragment",
-    "run": "cluster.driver",
 }
 """Names that come with their first use, and where from: torch takes seconds to import, numpy and pyarrow half of one,
 in which the command line would not hear a signal yet."""

@@ -43,7 +43,7 @@ NOT_SHOWN = ("model_path", "use_fp16", "dry_run")
 
 
 NEVER_EMPTY = {
-    *("model", "model_path", "preset", "weights", "weights_key", "guide_weights", "labels", "latents", "address"),
+    *("model", "preset", "weights", "weights_key", "guide_weights", "labels", "latents", "address"),
     *("features", "features_weights"),
 }
 """Options of which nothing at all, as of a shell's variable without a value, would be taken for what is not given."""

@@ -60,6 +60,7 @@ def test_what_needs_no_network_imports_no_torch(tmp_path: Path):
 
 
 PUBLIC = [(module, name) for module in (ray_sampler, ray_sampler.compat) for name in module.__all__]
+NAMES = {name: getattr(ray_sampler, name) for name in ray_sampler.__all__}
 PUBLIC.remove((ray_sampler.compat, "NUM_CLASSES"))
 
 
@@ -72,7 +73,10 @@ def test_everything_public_is_documented_and_has_types(module: ModuleType, name:
     for function in filter(inspect.isfunction, functions):
         if function.__module__.startswith("ray_sampler") and not function.__name__.startswith("_"):
             assert function.__doc__, function
-            assert get_type_hints(function).keys() >= {*inspect.signature(function).parameters, "return"} - {"self"}
+            assert get_type_hints(function, localns=NAMES).keys() >= {
+                *inspect.signature(function).parameters,
+                "return",
+            } - {"self"}
     if inspect.isclass(public):
         get_type_hints(public)  # raises where a name in them is missing
 

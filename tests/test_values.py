@@ -97,9 +97,7 @@ def test_none_is_what_a_request_says_that_does_not_name_the_setting(name: str):
     assert RunConfig(**unsaid) == RunConfig()
 
 
-@pytest.mark.parametrize(
-    "flag", ["output", "model", "model_path", "labels", "latents", "address", "weights", "decoder"]
-)
+@pytest.mark.parametrize("flag", ["output", "model", "labels", "latents", "address", "weights", "decoder"])
 def test_an_empty_value_is_refused(flag: str) -> None:
     """As of a shell's variable that was not set: it must not be taken for a flag that was not given."""
     values: dict[str, Any] = {flag: ""}

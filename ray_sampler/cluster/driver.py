@@ -23,7 +23,7 @@ from ray_sampler.cluster.pool import Pool
 from ray_sampler.cluster.scoring import scored_run, standing_scores
 from ray_sampler.cluster.session import Fleet, beside_driver, joined, plan_fleet
 from ray_sampler.cluster.shards import padding
-from ray_sampler.cluster.shipping import Shipped, ship
+from ray_sampler.cluster.shipping import Shipped, send_by_value, ship
 from ray_sampler.cluster.tasks import show_task
 from ray_sampler.cluster.worker import Loaded, RunSpec, Task, TaskResult
 from ray_sampler.config import RunConfig
@@ -78,19 +78,7 @@ class RunResult(NamedTuple):
 
 
 def run(config: RunConfig) -> RunResult:
-    """Fill the archive that `config` asks for; continue where an earlier run of it stopped.
-
-    Uses the Ray that this process is connected to, or the one at config.address or RAY_ADDRESS, else starts a local one
-    and stops it. With `dry_run` nothing is opened or written, and the result holds the resolved settings in place of a
-    summary.
-
-    Returns:
-        The archive's path or URL, and the content of summary.json.
-
-    Raises:
-        RequestError: the request is wrong; nothing was written.
-        RunError: the run failed or is incomplete; finished samples are kept, and the same call continues.
-    """
+    """Carry out a request, as `ray_sampler.run` describes."""
     require(isinstance(config, RunConfig), f"run takes a RunConfig, not {config!r}; give run(RunConfig(...))")
     if config.dry_run:
         return RunResult("", dry_run(config))
@@ -341,6 +329,8 @@ class Filling:
     def _loaded(self, fleet: Fleet, generate: bool) -> Loaded:
         """Have the networks in the object store, those that actors need."""
         job = self.jobs[0]
+        for network in job.networks.values():
+            send_by_value(network)  # a user's parameterisation travels with the plan, also where its network does not
         if generate:
             # Channels last costs a GPU two copies at every normalisation unless the compiler fuses them away.
             contiguous = job.gpus > 0 and not compiles(job.compile, gpu=True)

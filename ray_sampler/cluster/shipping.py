@@ -99,8 +99,7 @@ def pickled_by_value(
     """
     own = network.own or bool(network.by_value)
     with beside_user() if own else nullcontext():  # pickling may call code of a user's network
-        for name in network.by_value:
-            cloudpickle.register_pickle_by_value(sys.modules[name])
+        send_by_value(network)
         try:
             return dumped(module, take)
         except RunError:  # the object store's, whatever the network
@@ -115,6 +114,12 @@ def pickled_by_value(
                 f"--model's network cannot be sent to an actor: {brief(error)}, in {culprit(module)}; make it in "
                 "forward, when it is first needed, or give the function that makes the network in place of a Model"
             ) from error
+
+
+def send_by_value(network: Network) -> None:
+    """Have this process pickle the modules of a user's network whole, as workers lack their files."""
+    for name in network.by_value:
+        cloudpickle.register_pickle_by_value(sys.modules[name])
 
 
 def dumped(value: Any, take: Callable[[Tensor], int]) -> bytes:

@@ -205,8 +205,9 @@ def test_a_ray_that_does_not_start_says_why_and_where_its_logs_lie(tmp_path: Pat
 
 IMPATIENT = """
 import sys
-from ray_sampler.cluster import dispatch
+from ray_sampler.cluster import dispatch, own_ray
 dispatch.PLACE_S = dispatch.WORKER_START_S = 5.0
+own_ray.START_S = 30.0
 from ray_sampler.cli import entry
 entry(sys.argv[1:])
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray import cloudpickle
 from torch import nn
 
 from ray_sampler.cluster import shipping
@@ -18,6 +21,7 @@ from ray_sampler.cluster.job import prepare
 from ray_sampler.config import RequestError, RunConfig
 from ray_sampler.networks.opening import open_network
 from ray_sampler.sampling.plan import sample_block
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -148,6 +152,19 @@ def test_workers_need_no_file_of_the_users(function: str, files: Path, tmp_path:
     expected = torch.cat([x for x, _ in blocks]).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(images, expected, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(labels, torch.cat([y for _, y in blocks if y is not None]).numpy())
+
+
+def test_a_parameterisation_travels_where_its_network_does_not(files: Path, tmp_path: Path) -> None:
+    """As with kept latents, which another actor's plan describes."""
+    job = prepare(request("make_own", output=str(tmp_path / "run")))
+    shipping.send_by_value(job.networks["main"])
+    (tmp_path / "plan").write_bytes(cloudpickle.dumps(job.plan))
+    script = "import pickle, sys; print(type(pickle.load(open(sys.argv[1], 'rb')).parameterisation).__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "plan"],
+        cwd="/", env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "Own\n", done.stderr
 
 
 def test_every_tensor_arrives_and_what_is_one_stays_one(files: Path) -> None:
