@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -68,11 +68,13 @@ def open_adm(checkpoint: Checkpoint, settings: Mapping[str, Any], given: frozens
     options, overruled = of(AdmOptions, settings), ""
     if told is not None:
         file = described(told, settings, frozenset())
-        known = told_by(file) | {name: settings[name] for name in FREE if name in settings}
-        if file.class_cond:
+        file.check_image_size()
+        known = told_by(file) | told_of_lists(file, told, sized=bool(settings.get("image_size")))
+        known |= {name: settings[name] for name in FREE if name in settings}
+        if file.class_cond or "class_cond" in given or not settings["label_dropout"]:
             known["label_dropout"] = settings["label_dropout"]
-        elif "class_cond" in given:
-            known |= {name: settings.get(name) for name in ("num_classes", "label_dropout")}
+        if "class_cond" in given and not file.class_cond:
+            known["num_classes"] = settings.get("num_classes")
         if "resblock_updown" not in told:
             known["resblock_updown"] = settings.get("resblock_updown")
         spec = spec_of(file, settings)
@@ -147,8 +149,7 @@ def adm_flags(tensors: Mapping[str, Tensor], null_label: bool = False) -> dict[s
     Returns:
         num_channels, channel_mult, num_res_blocks, resblock_updown (where there is more than one level),
         use_scale_shift_norm, class_cond, num_classes (if class_cond), learn_sigma, in_channels, out_channels;
-        attention_factors, a tuple of the downsampling factors at which attention sits; and attention_channels, the
-        widths that are split into heads.
+        and attention_factors, a tuple of the downsampling factors at which attention sits.
         image_size and the number of heads leave no trace in the weights.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -182,7 +183,6 @@ def _flags(shapes: Shapes, null_label: bool) -> dict[str, Any]:
         "out_channels": out_channels,
         "learn_sigma": out_channels == 2 * in_channels,
         "attention_factors": tuple(2**level for level, there in enumerate(attends) if there),
-        "attention_channels": tuple(sorted({channels[-1], *(c for c, a in zip(channels, attends, strict=True) if a)})),
     }
     if ups:
         flags["resblock_updown"] = ups[0]
@@ -220,13 +220,37 @@ def _multiplier(channels: int, width: int) -> str:
 
 
 def told_by(options: AdmOptions) -> dict[str, Any]:
-    """What a file says of its network, by flag name; see `NetworkSpec.check_given`."""
+    """What a file says of its network, by flag name, its lists as EDM reads them; see `NetworkSpec.check_given`."""
     size, width = options.image_size, options.num_channels
     multipliers = CHANNEL_MULTIPLIERS.get(size, ())
     attended = [size >> level for level in range(len(options.channel_multipliers)) if options.attends_at(level)]
     channels = [round(multiplier * width) for multiplier in options.channel_multipliers]
     names = ("num_res_blocks", "use_scale_shift_norm", "resblock_updown", "learn_sigma")
     return told_of_levels(width, channels, size, attended, multipliers) | {n: getattr(options, n) for n in names}
+
+
+def told_of_lists(file: AdmOptions, told: Mapping[str, Any], sized: bool) -> dict[str, Any]:
+    """What an ADM file says of widths and attention: widths are rounded down, and so are attention's factors.
+
+    Args:
+        told: of its shapes; see `adm_flags`.
+        sized: whether image_size was given, by a preset or the user.
+    """
+    width, size, factors = file.num_channels, file.image_size, told["attention_factors"]
+    usual = CHANNEL_MULTIPLIERS.get(size, ())
+    channels = [int(multiplier * width) for multiplier in file.channel_multipliers]
+    levels = {2**level for level in range(len(channels))}
+    attention = ",".join(str(size // f) if sized else f"image_size/{f}".removesuffix("/1") for f in factors) or "none"
+    return {
+        "channel_mult": Told(
+            told["channel_mult"],
+            lambda text: [int(m * width) for m in numbers("channel_mult", text) or usual] == channels,
+        ),
+        "attention_resolutions": Told(
+            attention if sized or not factors else f"{attention} (--image_size is {size} unless given)",
+            lambda text: levels & {*replace(file, attention_resolutions=text).attention_factors} == {*factors},
+        ),
+    }
 
 
 def told_of_levels(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,6 +15,9 @@ CHANNEL_MULTIPLIERS = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 12
 
 LARGEST = 10**6
 """What the numbers of a list stay below."""
+
+HEAD_CHANNELS = 64
+"""Of an attention head in the published networks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,30 +121,40 @@ class AdmOptions(AdmFlags):
                 f"--channel_mult is needed for --image_size {self.image_size}; "
                 f"only {', '.join(map(str, sorted(CHANNEL_MULTIPLIERS)))} have one by default",
             )
-        multipliers = self.channel_multipliers
-        factor = 2 ** (len(multipliers) - 1)
-        require(
-            self.image_size % factor == 0,
-            f"--image_size is {self.image_size}; with {len(multipliers)} channel multipliers it must be a "
-            f"multiple of {factor}",
-        )
-        for level, multiplier in enumerate(multipliers):
+        self.check_image_size()
+        for multiplier in self.channel_multipliers:
             channels = int(multiplier * self.num_channels)
             require(
                 channels > 0 and channels % 32 == 0,
                 f"--num_channels {self.num_channels} with --channel_mult {multiplier:g} gives {channels} "
                 "channels; they must be a multiple of 32, the groups of each normalisation",
             )
-            if self.attends_at(level) or level == len(multipliers) - 1:
-                for flag, asked in (("num_heads", self.num_heads), ("num_heads_upsample", self.heads_upsample)):
-                    heads = self.heads_at(channels, asked)
-                    whole = heads > 0 and channels % heads == 0
-                    require(
-                        whole and self.num_head_channels in (-1, channels // heads),
-                        f"{channels} channels cannot be split into attention heads with --{flag} "
-                        f"{asked} and --num_head_channels {self.num_head_channels}; "
-                        "the channels must be a multiple of the head size",
-                    )
+        self.check_heads()
+
+    def check_image_size(self) -> None:
+        """Raises RequestError: the picture cannot be halved at each level."""
+        levels = len(self.channel_multipliers)
+        require(
+            self.image_size % 2 ** (levels - 1) == 0,
+            f"--image_size is {self.image_size}; with {levels} channel multipliers it must be a "
+            f"multiple of {2 ** (levels - 1)}",
+        )
+
+    def check_heads(self) -> None:
+        """Raises RequestError: channels that attention has cannot be split into heads of one size."""
+        channels = [int(multiplier * self.num_channels) for multiplier in self.channel_multipliers]
+        widths = sorted({channels[-1], *(c for level, c in enumerate(channels) if self.attends_at(level))})
+        shared = math.gcd(*widths)
+        asked = {"num_heads": self.num_heads, "num_heads_upsample": self.heads_upsample}
+        if self.num_head_channels != -1:
+            asked = {"num_head_channels": self.num_head_channels}
+        for name, value in asked.items():
+            fits = math.gcd(shared, HEAD_CHANNELS if name == "num_head_channels" else value)
+            require(
+                shared % value == 0,
+                f"--{name} is {value}; it must divide the channels that attention has, "
+                f"{' and '.join(map(str, widths))}, such as {fits}",
+            )
 
     def identity(self) -> dict[str, Any]:
         """What decides the network's function, by effective value."""

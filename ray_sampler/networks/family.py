@@ -155,7 +155,8 @@ def contradictions(settings: Mapping[str, Any], told: Mapping[str, Any]) -> list
     """What is to be said of each setting that is not what the file says, in the order of the settings."""
     known = {name: (value, told[name]) for name, value in settings.items() if name in told}
     return [
-        f"--{name} is {value}, but the file says {here.shown if isinstance(here, Told) else here}"
+        f"--{name} is {'empty' if value == '' else value}, "
+        f"but the file says {here.shown if isinstance(here, Told) else here}"
         for name, (value, here) in known.items()
         if not (here.says(value) if isinstance(here, Told) else value == here)
     ]

@@ -74,13 +74,67 @@ def test_a_network_of_guided_diffusion_is_told_by_its_attention(state: dict[str,
         ("learn_sigma", True, "False"),
         ("channel_mult", "1,2,2", "1,2"),
         ("channel_mult", "", "1,2"),
+        ("attention_resolutions", "", "8"),
     ],
 )
 def test_a_given_flag_that_contradicts_the_weights_is_refused_with_both_values(
     flag: str, value: Any, told: str, state: dict[str, Tensor], opened: Any
 ) -> None:
-    with pytest.raises(RequestError, match=f"^--{flag} is {value}, but the file says {told}; leave it out"):
+    shown = "empty" if value == "" else value
+    with pytest.raises(RequestError, match=f"^--{flag} is {shown}, but the file says {told}; leave it out"):
         opened(state, replace(ARCH, **{flag: value}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "again"),
+    [
+        ({"image_size": 48, "channel_mult": "1,1,1", "attention_resolutions": "32,16,8"}, {}),
+        (
+            {"image_size": 48, "channel_mult": "1,1,1", "attention_resolutions": "32,16,8"},
+            {"channel_mult": "1.0,1,1.02"},
+        ),
+        ({"image_size": 40, "channel_mult": "1,1", "attention_resolutions": "32,16"}, {}),
+        (
+            {"image_size": 40, "channel_mult": "1,1", "attention_resolutions": "32,16"},
+            {"attention_resolutions": "20,40"},
+        ),
+        ({"num_channels": 96, "channel_mult": "1,1.34"}, {}),
+    ],
+)
+def test_flags_that_repeat_the_weights_are_accepted(
+    flags: dict[str, Any], again: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.save(UNet(replace(ARCH, **flags)).state_dict(), tmp_path / "w.pt")
+    given = {"image_size": ARCH.image_size, "num_head_channels": ARCH.num_head_channels} | flags | again
+    options = open_network(str(tmp_path / "w.pt"), given, frozenset(given)).spec.options
+    assert {name: getattr(options, name) for name in given} == given
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"attention_resolutions": "16"},
+            "--attention_resolutions is 16, but the file says image_size/2 (--image_size is 64 unless given); leave it",
+        ),
+        (
+            {"image_size": 15, "attention_resolutions": "8"},
+            "--image_size is 15; with 2 channel multipliers it must be a multiple of 2",
+        ),
+        (
+            {"image_size": 16, "num_head_channels": 48},
+            "--num_head_channels is 48; it must divide the channels that attention has, 64, such as 64",
+        ),
+        ({"num_heads": 6}, "--num_heads is 6; it must divide the channels that attention has, 64, such as 2"),
+        ({"num_heads_upsample": 3}, "--num_heads_upsample is 3; it must divide the channels that attention has, 64"),
+    ],
+)
+def test_what_is_wrong_is_said_of_the_flag_that_was_given(
+    given: dict[str, Any], said: str, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(RequestError, match=f"^{re.escape(said)}"):
+        open_network(str(tmp_path / "w.safetensors"), given, frozenset(given))
 
 
 @pytest.mark.parametrize(
