@@ -6,6 +6,7 @@ What it keeps is apart for each thread, and put back before each block.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -62,6 +63,8 @@ class Called(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *more: Any, **named: Any) -> Any:
         """What the network makes of copies, as it may write to what it gets, and to what it returned, in a later call.
 
+        Whatever else it gets or returns is copied as `copied` does.
+
         Raises:
             RunError: the network raises, or returns something unlike x, which arithmetic might take all the same.
                 Memory that runs out is the cause of the error then.
@@ -73,7 +76,7 @@ class Called(nn.Module):
             if y is not None:
                 labels = (self._rows(y) if self.one_hot else y.clone(),)
             try:
-                output = self.network(x.clone(), t.clone(), *labels, *more, **named)
+                output = self.network(x.clone(), t.clone(), *labels, *copied(more), **copied(named))
             except (Exception, SystemExit) as error:
                 said = brief(error, place_of(self.network)) + remedy_of(
                     error, self.network, "x, t" + ", y" * bool(labels)
@@ -83,11 +86,32 @@ class Called(nn.Module):
             wrong = unlike(output, x)
             if wrong:
                 raise RunError(f"the network of --model returned {wrong}{place_of(self.network)}")
-        return output.to(torch.float32, copy=True) if isinstance(output, Tensor) else output
+        return output.to(torch.float32, copy=True) if isinstance(output, Tensor) else copied(output)
 
     def _rows(self, y: Tensor) -> Tensor:
         """One-hot rows (B, num_classes) float32; any label past the classes is the null label, a row of zeros."""
         return F.one_hot(y.clamp(max=self.num_classes), self.num_classes + 1)[:, : self.num_classes].float()
+
+
+def copied(value: Any) -> Any:
+    """A value with copies of its tensors, in lists, tuples, dictionaries and dataclasses too; all else is as it is."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, tuple | list):
+        items = [copied(item) for item in value]
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    if type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, type) or not (isinstance(value, dict) or dataclasses.is_dataclass(value)):
+        return value
+    ours: Any = copy.copy(value)
+    if isinstance(value, dict):  # as results of diffusers and transformers, which are dataclasses too
+        for key, item in value.items():
+            ours[key] = copied(item)
+    else:
+        for field in dataclasses.fields(value):
+            object.__setattr__(ours, field.name, copied(getattr(value, field.name)))
+    return ours
 
 
 def unlike(output: Any, x: Tensor) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -221,3 +223,42 @@ def make(weights):
     with torch.inference_mode():
         expected = sample_block({MAIN: network}, made.plan, torch.arange(2))[0].permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(engine.sample(made.plan, 0, 2)().columns["image"], expected)
+
+
+class Pair(NamedTuple):
+    value: Any
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Output:
+    sample: Any
+    loss: None = None
+
+
+HELD: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "a tuple": (lambda x: (x, None), lambda held: held[0]),
+    "a named tuple": (Pair, lambda held: held.value),
+    "a list in a dictionary": (lambda x: {"all": [x]}, lambda held: held["all"][0]),
+    "a dataclass": (Output, lambda held: held.sample),
+}
+
+
+@pytest.mark.parametrize("form", HELD)
+def test_tensors_in_other_arguments_and_results_are_copied_too(form: str) -> None:
+    hold, take = HELD[form]
+
+    class Writer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("last", torch.zeros(1, 2))
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: None, more: Any, cond: Any) -> Any:
+            self.last += take(more).add_(1) + take(cond).add_(1)
+            return hold(self.last)
+
+    x = torch.ones(1, 2)
+    called = Called(Writer(), 0, False, "fp32", checked=False)
+    first, second = (called(x, x[:, 0], None, hold(x), cond=hold(x)) for _ in range(2))
+    assert (x.tolist(), take(first).tolist(), take(second).tolist()) == ([[1, 1]], [[4, 4]], [[8, 8]])
+    assert type(first) is type(hold(x))
