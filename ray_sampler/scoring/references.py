@@ -8,7 +8,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -59,6 +59,8 @@ class Reference:
     None where it does not say."""
     images: Pictures | None = None
     """uint8; whatever of the above is None can be made of them."""
+    refused: str = ""
+    """Why pictures beside the statistics are not among `images`."""
     spatial: tuple[np.ndarray, np.ndarray] | None = None
     """Mean (2023,) and covariance (2023, 2023), float64, of the spatial features of sFID."""
 
@@ -104,25 +106,26 @@ def _read_from(text: str, extractor: Extractor, flag: str, shown: str) -> Refere
                 f"{shown}, which has neither mu and sigma nor pictures, arr_0; make it by `ray-sampler reference`",
             )
             if "mu" in held:
-                return _reference(name, found.sha256(), held, _beside(text) if "arr_0" in held else None)
+                statistics = _reference(name, found.sha256(), held)
+                return _with_pictures(statistics, text) if "arr_0" in held else statistics
     pictures = open_pictures(text)
     return Reference(name, pictures.fingerprint(), images=pictures)
 
 
-def _beside(text: str) -> Pictures | None:
-    """The pictures beside statistics; None where there are others than an archive has, or compressed ones."""
+def _with_pictures(statistics: Reference, text: str) -> Reference:
+    """Statistics with the pictures beside them, or with what is wrong with those, as where they are compressed."""
     try:
         pictures = open_pictures(text)
-        check_pictures(pictures, text)
-        return pictures
-    except RequestError:
-        return None
+        check_pictures(pictures, str(redact(text)))
+        return replace(statistics, images=pictures)
+    except RequestError as error:
+        return replace(statistics, refused=str(error))
 
 
-def _reference(name: str, sha256: str, held: Mapping[str, Any], images: Pictures | None = None) -> Reference:
+def _reference(name: str, sha256: str, held: Mapping[str, Any]) -> Reference:
     extractor = (held["extractor"], held.get("sha256", "")) if "extractor" in held else None
     spatial = (held["mu_s"], held["sigma_s"]) if {"mu_s", "sigma_s"} <= held.keys() else None
-    return Reference(name, sha256, held["mu"], held.get("sigma"), held.get("features"), extractor, images, spatial)
+    return Reference(name, sha256, held["mu"], held.get("sigma"), held.get("features"), extractor, spatial=spatial)
 
 
 def _members(file: BinaryIO, shown: str) -> dict[str, Any]:

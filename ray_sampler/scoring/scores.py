@@ -106,11 +106,14 @@ def open_scoring(options: ScoreOptions, shape: tuple[int, ...], flag: str = "--s
     assert options.score is not None
     extractor = open_extractor(options, shape)
     reference = open_reference(options.score, extractor, flag)
+    lacking = (
+        f"{reference.name} has mu and sigma alone, so give an archive, a run, a folder of pictures, or a file of "
+        "`ray-sampler reference`"
+    )
     for metric in options.asked:
         require(
             metric not in ("kid", "pr") or reference.features is not None or reference.images is not None,
-            f"--metrics {metric} needs pictures or features of the reference, and {reference.name} has mu and sigma "
-            "alone; give an archive, a run, a folder of pictures, or a file of `ray-sampler reference`",
+            f"--metrics {metric} needs pictures or features of the reference; {reference.refused or lacking}",
         )
         require(
             metric != "is" or extractor.head is not None,

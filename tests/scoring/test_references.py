@@ -14,7 +14,9 @@ from PIL import Image
 
 from ray_sampler.errors import RequestError
 from ray_sampler.scoring.extractor import Extractor
+from ray_sampler.scoring.options import ScoreOptions
 from ray_sampler.scoring.references import open_reference
+from ray_sampler.scoring.scores import open_scoring
 from ray_sampler.storage.record import Samples
 from tests.cluster.runs import leave, small
 
@@ -70,12 +72,24 @@ def test_guided_diffusions_file_has_statistics_and_pictures(
     np.testing.assert_array_equal(found.sigma, SIGMA)
 
 
-def test_what_is_beside_statistics_need_not_be_readable(
-    digits: Extractor, pictures: np.ndarray, tmp_path: Path
+@pytest.mark.parametrize("metric", ["pr", "kid"])
+@pytest.mark.parametrize("what", ["compressed", "one picture", "channels first"])
+def test_what_is_beside_statistics_need_not_be_readable_until_pictures_are_needed(
+    what: str, metric: str, pictures: np.ndarray, tmp_path: Path
 ) -> None:
-    np.savez_compressed(tmp_path / "small.npz", arr_0=pictures, mu=MU, sigma=SIGMA)
-    found = open_reference(str(tmp_path / "small.npz"), digits)
+    save, array, said = {
+        "compressed": (np.savez_compressed, pictures, "its arr_0 is compressed or encrypted; write it by numpy.savez"),
+        "one picture": (np.savez, pictures[:1], "holds 1 pictures"),
+        "channels first": (np.savez, pictures.transpose(0, 3, 1, 2), "they must be (H, W, C)"),
+    }[what]
+    path = str(tmp_path / "small.npz")
+    save(path, arr_0=array, mu=MU, sigma=SIGMA)
+    found = open_scoring(ScoreOptions(score=path, features="digits", metrics="fid"), (32, 32, 3)).reference
     assert (found.images, found.sigma is None) == (None, False)
+    with pytest.raises(RequestError) as error:
+        open_scoring(ScoreOptions(score=path, features="digits", metrics=metric), (32, 32, 3))
+    assert said in str(error.value)
+    assert f"--metrics {metric} needs pictures or features of the reference; {path}" in str(error.value)
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
