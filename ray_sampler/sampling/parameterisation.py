@@ -131,6 +131,11 @@ class Preconditioned:
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             whole, level = x.float(), sigma.double() if self.exact else sigma.float()
             time = self.c_noise(level).float()
+            require(
+                time.ndim == 0 or len(time) in (1, len(whole)),
+                f"Model's c_noise gave shape {list(time.shape)} for a batch of {len(whole)}; it must give one time for "
+                "all, or one for each",
+            )
             times = time if time.ndim else whole.new_full((1 if self.shared_time else len(whole),), time.item())
             scalings = self.scalings(level if level.ndim == 0 else level[:, None, None, None])
             c_skip, c_out, c_in = (each.float() for each in scalings)
@@ -174,14 +179,10 @@ def timed(kind: str, c_noise: str | Time, **more: Any) -> tuple[dict[str, Any], 
 
 
 def time_of(c_noise: Callable[[Tensor], Any], sigma: Tensor) -> Tensor:
-    """What a user's function gives for a level. Raises RequestError: it is no time of that level."""
+    """What a user's function gives for a level. Raises RequestError: it is no tensor and no number."""
     time = c_noise(sigma)
     time = torch.tensor(time) if isinstance(time, int | float) else time
-    fine = isinstance(time, Tensor) and time.shape in (sigma.shape, ())
-    given = f"shape {list(time.shape)}" if isinstance(time, Tensor) else f"a {type(time).__name__}"
-    require(
-        fine, f"Model's c_noise gave {given} for a sigma of shape {list(sigma.shape)}; it must give one time for each"
-    )
+    require(isinstance(time, Tensor), f"Model's c_noise gave a {type(time).__name__}; it must give a tensor like sigma")
     return time
 
 

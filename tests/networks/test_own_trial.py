@@ -94,7 +94,7 @@ WRONG = {
     "a time of another size": (
         "return x",
         "Network(), 'edm', c_noise=lambda sigma: torch.ones(7)",
-        ("c_noise gave shape [7] for a sigma of shape []",),
+        ("c_noise gave shape [7] for a batch of 2; it must give one time for all",),
     ),
     "a time that is none": ("return x", "Network(), 'edm', c_noise=print", ("c_noise gave a NoneType",)),
     "a result of its own parameterisation": (
@@ -158,8 +158,9 @@ def test_gradients_may_be_taken_of_a_clone(write: Write) -> None:
     assert tried(job(write(source_of(body, "Network(), 'eps'")), decoder="none")) == []
 
 
-def test_a_time_may_be_a_number(write: Write) -> None:
-    module = write(source_of("return x", "Network(), 'edm', c_noise=lambda sigma: float(sigma) ** 0.5"))
+@pytest.mark.parametrize("time", ["float(sigma) ** 0.5", "sigma.reshape(1)", "sigma.expand(2, 1)"])
+def test_a_time_may_be_a_number_or_have_a_form_that_the_network_takes(time: str, write: Write) -> None:
+    module = write(source_of("return x * t.view(-1, 1, 1, 1)", f"Network(), 'edm', c_noise=lambda sigma: {time}"))
     assert tried(job(module, decoder="none")) == []
 
 
