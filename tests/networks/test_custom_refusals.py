@@ -156,6 +156,17 @@ def test_numbers_of_numpy_and_torch_are_taken(write: Write) -> None:
     assert [type(value) for value in values] == [int] * 5 + [float] * 2
 
 
+def test_whatever_json_takes_identifies_a_parameterisation(write: Write) -> None:
+    own = "type('P', (), {'denoiser': print, 'identity': lambda self: {'preconditioning': 'own', 'a': said}})()"
+    module = write(
+        f"{FINE}said = {{3: float('inf'), 4: float('nan')}}\ndef make(weights):\n"
+        f"    return Model({NETWORK}, {own}, (3, 4, 4))"
+    )
+    made = job(module)
+    assert str(made.identity["a"]) == "{3: inf, 4: nan}"
+    assert len(made.fingerprint) == 64
+
+
 def test_an_exception_of_the_network_names_its_line(write: Write) -> None:
     body = "class Network(nn.Module):\n    def forward(self, x, t):\n        return {}['no\\x1b key']\n\n"
     module = write(f"{FINE}{body}def make(weights):\n    return Model(Network(), 'edm', (3, 4, 4))")
