@@ -110,8 +110,11 @@ class Model:
         self.sigma_min = None if sigma_min is None else float(sigma_min)
         self.sigma_max = None if sigma_max is None else float(sigma_max)
         self.decoder = decoder
-        self.one_hot = options.pop("one_hot", False)
-        require(isinstance(self.one_hot, bool), f"Model's one_hot is {self.one_hot!r}; it must be True or False")
+        one_hot = plain(options.pop("one_hot", False))
+        require(
+            isinstance(one_hot, int) and one_hot in (0, 1), f"Model's one_hot is {one_hot!r}; it must be True or False"
+        )
+        self.one_hot = bool(one_hot)
         self.options = options
 
 

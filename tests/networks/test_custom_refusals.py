@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from ray_sampler.cluster.job import prepare
 from ray_sampler.config import RequestError, RunConfig, RunError
+from ray_sampler.networks.custom import Model
 from tests.networks.users_models import Write, job, sampled
 
 FINE = "from ray_sampler import Model\nfrom torch import nn\n"
@@ -154,6 +157,16 @@ def test_numbers_of_numpy_and_torch_are_taken(write: Write) -> None:
     values = (*spec.shape, spec.num_classes, spec.null_label, spec.sigma_min, spec.sigma_max)
     assert values == (3, 4, 4, 5, 4, 0.5, 8.0)
     assert [type(value) for value in values] == [int] * 5 + [float] * 2
+
+
+def test_a_switch_may_be_a_number_or_of_numpy() -> None:
+    network = torch.nn.Conv2d(3, 3, 1)
+    for value in (True, 1, np.True_, torch.tensor(True), False, 0, np.False_):
+        one_hot = Model(network, "edm", (3, 4, 4), 10, one_hot=value).one_hot
+        assert (type(one_hot), one_hot) == (bool, bool(value))
+    for wrong in (2, 1.0, np.ones(2)):
+        with pytest.raises(RequestError, match="one_hot is"):
+            Model(network, "edm", (3, 4, 4), 10, one_hot=wrong)
 
 
 def test_whatever_json_takes_identifies_a_parameterisation(write: Write) -> None:
