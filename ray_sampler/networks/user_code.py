@@ -47,8 +47,11 @@ def function_of(name: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:
         raise RequestError(f"{shown}; importing it failed: {brief(error)}") from error
     function = getattr(module, function_name, None)
-    made = f"; {function_name} is a {type(function).__name__}: define a function that returns it" if function else ""
-    require(callable(function), f"{shown}; module {module_name!r} has no function {function_name!r}{made}")
+    found = f"; {function_name} is a {type(function).__name__}: define a function that returns a Model"
+    require(
+        callable(function),
+        f"{shown}; module {module_name!r} has no function {function_name!r}{found * (function is not None)}",
+    )
     return cast(Callable[..., Any], function)
 
 

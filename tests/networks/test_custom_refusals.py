@@ -34,8 +34,13 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "has something else": ("make = 3", ("has no function 'make'; make is a int",)),
     "has the Model itself": (
         FINE + "make = Model(nn.Conv2d(3, 3, 1), 'edm', (3, 4, 4))",
-        ("make is a Model: define a function that returns it",),
+        ("make is a Model: define a function that returns a Model",),
     ),
+    "has a table of that name": (
+        "import torch\nmake = torch.ones(2)",
+        ("has no function 'make'; make is a Tensor: define a function that returns a Model",),
+    ),
+    "has a zero of that name": ("make = 0", ("make is a int: define",)),
     "takes no argument": ("def make():\n    return 3", ("TypeError", "make() takes 0 positional arguments")),
     "returns a module": (
         FINE + "def make(weights):\n    return nn.Linear(2, 2)",
