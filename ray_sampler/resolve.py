@@ -145,11 +145,11 @@ def missing_files(config: RunConfig) -> list[str]:
     model, _ = model_of(config)
     rules = ("random", "balanced")
     labels = config.labels if config.labels not in rules and not listed_numbers(config.labels or "0") else None
-    networks = {"model": model if isinstance(model, str) else None, "guide": config.guide}
-    files = {name: getattr(config, name) for name in ("weights", "guide_weights", "score", "features_weights")}
-    names = {name: value for name, value in (networks | files | {"labels": labels}).items() if value}
+    files = {name: getattr(config, name) for name in ("guide", "weights", "guide_weights", "score", "features_weights")}
+    own = {"model": model if isinstance(model, str) else None, "labels": labels}
+    names = {name: value for name, value in (own | files).items() if value}
     return [
-        f"--{name} is {redact(value)}; {not_there(value) if name in networks else 'there is no such file'}"
+        f"--{name} is {redact(value)}; {'there is no such file' if name == 'labels' else not_there(value, f'--{name}')}"
         for name, value in names.items()
         if "://" not in value
         and not value.startswith("python:")

@@ -81,8 +81,7 @@ def open_source(url: str, flag: str = "--model") -> Iterator[Source | Folder]:
         except RequestError as error:
             raise RequestError(f"{flag} is {shown}; {error}") from None
         except FileNotFoundError:
-            missing = not_there(url) if flag in ("--model", "--guide") else "there is no such file"
-            reach = "no such file can be reached" if "://" in url else missing
+            reach = "no such file can be reached" if "://" in url else not_there(url, flag)
             raise RequestError(f"{flag} is {shown}; {reach}") from None
         except Exception as error:  # filesystems raise different exceptions
             # The address may be spelled anew in it, signature and all: %2F becomes a slash.
@@ -101,14 +100,15 @@ def open_source(url: str, flag: str = "--model") -> Iterator[Source | Folder]:
         )
 
 
-def not_there(name: str) -> str:
-    """What to do about a model that is not where its path says, as a user of other samplers may have given it."""
-    if re.fullmatch(r"(DiT|SiT)-(S|B|L|XL)/[248]", name):
+def not_there(name: str, flag: str) -> str:
+    """What to do about a file that is not where its path says, as a user of other samplers may have given it."""
+    network = flag in ("--model", "--guide")
+    if network and re.fullmatch(r"(DiT|SiT)-(S|B|L|XL)/[248]", name):
         return "there is no such file; give the path of the checkpoint, whose size is read from its weights"
-    if re.fullmatch(r"(hf://)?[\w.-]+/[\w.-]+", name) and Path(name).suffix.lower() not in SUFFIXES:
+    if re.fullmatch(r"(hf://)?[\w.-]+/[\w.-]+", name) and Path(name).suffix.lower() not in (*SUFFIXES, ".npz"):
         return (
-            "there is no such file; where that is a repository of a hub, download its checkpoint and give the path of "
-            "the file (pipelines of diffusers cannot be sampled)"
+            "there is no such file; where that is a repository of a hub, download the file or folder that is meant and "
+            "give its path" + " (pipelines of diffusers cannot be sampled)" * network
         )
     return "there is no such file"
 
