@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -117,25 +118,28 @@ def _adm(reader: Reader) -> list[str] | None:
     layers = reader.parts[begin:]
     if not reader.take(ADM_LAST):
         return None
+    kinds = [layer.template for layer in layers]
+    inputs = [0, *itertools.accumulate(int(kind != ATTENTION) for kind in kinds)]
+    outputs = [0, *itertools.accumulate(int(kind == RESIDUAL + SKIP) for kind in kinds)]
     for middle in range(len(layers) - 2):
-        before, between, after = layers[:middle], layers[middle : middle + 3], layers[middle + 3 :]
-        numbered = _blocks(before, lambda layer: layer.template != ATTENTION, "input_blocks", 1, "op.")
-        outputs = _blocks(after, lambda layer: layer.template == RESIDUAL + SKIP, "output_blocks", 0, "conv.")
-        fits = [layer.template for layer in between] == [RESIDUAL, ATTENTION, RESIDUAL]
-        if fits and numbered and outputs and numbered[0] == outputs[0]:
-            prefixes = [*numbered[1], *(f"middle_block.{i}." for i in range(3)), *outputs[1]]
+        fits = kinds[middle : middle + 3] == [RESIDUAL, ATTENTION, RESIDUAL]
+        # As many input blocks, with the first convolution, as output blocks: true of one middle at most.
+        if fits and 0 < inputs[middle] == outputs[-1] - outputs[middle] - 1:
+            prefixes = _prefixes(kinds[:middle], lambda kind: kind != ATTENTION, "input_blocks", 1, "op.")
+            prefixes += [f"middle_block.{i}." for i in range(3)]
+            prefixes += _prefixes(
+                kinds[middle + 3 :], lambda kind: kind == RESIDUAL + SKIP, "output_blocks", 0, "conv."
+            )
             for layer, prefix in zip(layers, prefixes, strict=True):
                 layer.names[:] = [prefix + name for name in layer.names]
             return reader.names()
     return None
 
 
-def _blocks(
-    layers: Sequence[Part], begins: Callable[[Part], bool], name: str, first: int, resampling: str
-) -> tuple[int, list[str]] | None:
-    """How many blocks layers make, and the beginning of each one's names; None where the first begins no block."""
+def _prefixes(kinds: Sequence[str], begins: Callable[[str], bool], name: str, first: int, resampling: str) -> list[str]:
+    """The beginning of the names of each layer, in blocks that are numbered from `first`."""
     number, place, prefixes = first - 1, 0, []
-    for layer in layers:
-        number, place = (number + 1, 0) if begins(layer) else (number, place + 1)
-        prefixes.append(f"{name}.{number}.{place}.{resampling if layer.template == RESAMPLING else ''}")
-    return (number + 1, prefixes) if number >= first else None
+    for kind in kinds:
+        number, place = (number + 1, 0) if begins(kind) else (number, place + 1)
+        prefixes.append(f"{name}.{number}.{place}.{resampling if kind == RESAMPLING else ''}")
+    return prefixes

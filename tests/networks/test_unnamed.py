@@ -13,7 +13,7 @@ from torch import Tensor
 from ray_sampler.networks.adm_options import AdmOptions
 from ray_sampler.networks.dit import DitOptions, Transformer
 from ray_sampler.networks.family import without_memory
-from ray_sampler.networks.unnamed import names_of
+from ray_sampler.networks.unnamed import ADM_FIRST, ADM_INPUT, ADM_LAST, ATTENTION, RESIDUAL, names_of
 from ray_sampler.networks.weights import read_checkpoint, weights_hash
 from tests.networks.golden import REFERENCE, golden_state
 from tests.networks.test_adm_shapes import architectures, state_dict
@@ -64,6 +64,16 @@ def test_what_is_of_no_known_network_or_lacks_a_parameter_gets_no_names() -> Non
     assert names_of(shapes[:-1]) is None
     assert names_of([*shapes, (3,)]) is None
     assert names_of(shapes[:20] + shapes[21:]) is None
+
+
+@pytest.mark.parametrize("layers", [[RESIDUAL, ATTENTION], [RESIDUAL]])
+def test_a_list_of_a_hundred_thousand_is_answered(layers: list[str]) -> None:
+    """In linear time: with each middle tried against all other layers it took minutes and more."""
+    parts = [ADM_FIRST, ADM_INPUT, *(layers * (100_000 // len(layers) // 8)), ADM_LAST]
+    letters = [each.partition(":")[2].split() for part in parts for each in part.split(", ")]
+    shapes = [tuple(int(letter) if letter.isdigit() else 8 for letter in each) for each in letters]
+    assert len(shapes) > 100_000
+    assert names_of(shapes) is None
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
