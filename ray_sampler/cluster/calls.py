@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import selectors
 import socket
 import time
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from itertools import compress
+from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
 import ray
@@ -122,15 +121,22 @@ def place_in(actor: Mapping[str, Any] | None) -> str | None:
 
 def listening(addresses: Mapping[str, tuple[str, int]]) -> set[str]:
     """Which of the addresses accept a connection, all asked at once."""
-
-    def accepts(address: tuple[str, int]) -> bool:
-        with suppress(OSError):
-            socket.create_connection(address, KNOCK_S).close()
-            return True
-        return False
-
-    with ThreadPoolExecutor(max(1, len(addresses))) as pool:
-        return set(compress(addresses, pool.map(accepts, addresses.values())))
+    accepted: set[str] = set()
+    deadline = time.monotonic() + KNOCK_S
+    with ExitStack() as opened, selectors.DefaultSelector() as selector:
+        for name, (host, port) in addresses.items():
+            with suppress(OSError):
+                knocking = opened.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+                knocking.setblocking(False)
+                knocking.connect_ex((host, port))
+                selector.register(knocking, selectors.EVENT_WRITE, name)
+        while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                selector.unregister(key.fileobj)
+                knocked: Any = key.fileobj
+                if knocked.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
+                    accepted.add(key.data)
+    return accepted
 
 
 def reason_of(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import sys
@@ -89,9 +90,15 @@ def check_head(found: str) -> None:
             ) from error
     require(
         version in ("", ray.__version__),
-        f"the cluster runs Ray {printable(version)} and this process Ray {ray.__version__}; "
-        f"pip install 'ray[default]=={printable(version)}' here, or install constraints.txt of this package on every "
-        "node",
+        other_version("Ray", version, ray.__version__, "pip install 'ray[default]=={}' here"),
+    )
+
+
+def other_version(name: str, theirs: str, ours: str, remedy: str) -> str:
+    theirs = printable(theirs)
+    return (
+        f"the cluster runs {name} {theirs} and this process {name} {ours}; {remedy.format(theirs)}, "
+        "or install constraints.txt of this package on every node"
     )
 
 
@@ -130,10 +137,10 @@ def check_command_line() -> None:
 def cannot_join(error: BaseException, given: str) -> RequestError:
     """Why a cluster cannot be joined."""
     text = str(error)
-    if "ersion mismatch" in text:  # of Python: that of Ray was asked for
-        return RequestError(
-            f"{given}: {printable(' '.join(text.split()))}; install constraints.txt of this package on every node"
-        )
+    for name, remedy in (("Ray", "pip install 'ray[default]=={}' here"), ("Python", "use Python {} here")):
+        versions = re.findall(rf"{name}: (\S+)", text)
+        if "ersion mismatch" in text and len(versions) >= 2 and versions[0] != versions[1]:
+            return RequestError(f"{given}: {other_version(name, versions[0], versions[1], remedy)}")
     reason = text.splitlines()[0] if text else type(error).__name__
     reason += "; a cluster's own port is 6379 as a rule" * (
         isinstance(error, ConnectionRefusedError) and ":6379" not in given

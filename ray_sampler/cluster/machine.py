@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import resource
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -28,7 +30,7 @@ SOCKET_PATH = 64
 LONGEST_SOCKET = 107
 
 STORE_SHARE = 0.3
-"""Of the memory: what Ray's object store takes as one file, at most."""
+"""Of the memory: what Ray's object store takes as one file, unless /dev/shm is smaller."""
 
 KNOCK_S = 15.0
 """Seconds in which this machine must accept a connection from itself."""
@@ -127,6 +129,8 @@ def check_machine() -> None:
     check_folder(ray_folder())
     check_loopback()
     limit, store = resource.getrlimit(resource.RLIMIT_FSIZE)[0], STORE_SHARE * psutil.virtual_memory().available
+    with suppress(OSError):
+        store = min(store, shutil.disk_usage("/dev/shm").total)
     if resource.RLIM_INFINITY != limit < store:
         raise RunError(
             f"this process may write files of {limit:,} bytes at most (`ulimit -f`), and Ray's object store is a file "

@@ -6,6 +6,7 @@ For a run, or for whatever pictures `ray-sampler score` is given.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -156,9 +157,8 @@ def score(source: str | os.PathLike[str], request: ScoreRequest) -> dict[str, An
         folder, name = parted(request.output)
         kept = source if pictures.is_run else folder or f"{source.rstrip('/').removesuffix('.npz')}.scores"
         target = RunDir(folder or kept)
-        for place_of_files in {target.url: target, kept: RunDir(kept)}.values():
-            place_of_files.prove_rights()
-            place_of_files.probes_clear("rights-")
+        target.prove_rights()
+        target.probes_clear(f"score-{secrets.token_hex(8)}")  # none: those of others are theirs
         with own_ray(report, where.local):
             scores = scored(Extraction(scoring.extractor, fleet, where, report), scoring, pictures, kept)
         write_scores(target, scores, name)

@@ -47,8 +47,6 @@ PASSING_KINDS = {
     "FSTimeoutError",
     "ResponseParserError",
     "ChunkedEncodingError",
-    "ConnectionError",
-    "Timeout",
 }
 PASSING_WORDS = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "OperationAborted"}
 PASSING_WORDS |= {"ConditionalRequestConflict", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"}
@@ -110,6 +108,8 @@ class Cause(NamedTuple):
     """Kinds of the exception or of any that caused it."""
     statuses: frozenset[int] = frozenset()
     errnos: frozenset[int] = frozenset()
+    unanswered: bool = False
+    """Whether it applies only where there was no answer with a status."""
 
 
 AGAIN = "run the same command again"
@@ -197,7 +197,11 @@ CAUSES = (
         kinds=frozenset({"PermissionError"}),
         statuses=frozenset({403}),
     ),
-    Cause("no credentials were found; set them in the environment or a profile", kinds=frozenset(NO_KEY_KINDS)),
+    Cause(
+        "no credentials were found; set them in the environment or a profile",
+        kinds=frozenset(NO_KEY_KINDS),
+        unanswered=True,
+    ),
     Cause("the store is read-only; choose another output", errnos=frozenset({errno.EROFS})),
     Cause("there is no such bucket or folder; create it or correct the URL", kinds=frozenset({"FileNotFoundError"})),
     Cause(
@@ -233,9 +237,9 @@ def chain(error: BaseException) -> Iterator[BaseException]:
     while cause is not None and cause not in seen and len(seen) < 10:
         seen.append(cause)
         yield cause
-        inner = [getattr(cause, name, None) for name in ("inner_exception", "certificate_error", "os_error", "reason")]
-        inner += [(getattr(cause, "kwargs", None) or {}).get("error"), *cause.args]
-        cause = cause.__cause__ or next((each for each in inner if isinstance(each, BaseException)), None)
+        inner = getattr(cause, "inner_exception", None) or getattr(cause, "certificate_error", None)
+        inner = inner or getattr(cause, "os_error", None) or (getattr(cause, "kwargs", None) or {}).get("error")
+        cause = cause.__cause__ or (inner if isinstance(inner, BaseException) else None)
 
 
 def garbled(error: BaseException) -> bool:
@@ -302,6 +306,8 @@ def failure(error: BaseException, action: str, url: str, hint: str = "") -> Requ
     variable = ENDPOINTS.get(url.partition("://")[0])
     endpoint = f" ({variable})" if variable else ""
     for cause in CAUSES:
+        if cause.unanswered and number is not None:
+            continue
         if (
             word in cause.words
             or seen & cause.kinds

@@ -10,17 +10,22 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import urllib.parse
 import urllib.request
+import weakref
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
+import aiohttp
 import fsspec
 import google.auth
 import google.auth.exceptions
 import google.auth.transport.requests
-import requests
+import yarl
+from fsspec.asyn import sync
+from fsspec.implementations.http import get_client
 
 from ray_sampler.errors import RequestError, RunError
 from ray_sampler.storage.bucket_store import BucketStore, Object, Page, Version
@@ -29,11 +34,37 @@ from ray_sampler.storage.failures import AGAIN, ForeignAnswer, StoreError, failu
 # It logs tracebacks, which are for those who set logging up, and not for standard error.
 logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 
-TIMEOUT = (10, 20)
-"""Seconds: to connect, and without a byte. Large parts over slow lines take as long as they take while they move."""
+TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=20)
+"""Seconds; large parts over slow lines take as long as they take, as long as they move."""
 
 HOST = "storage.googleapis.com"
+LOOKS_S = 15.0
+"""How long credentials are looked for: a metadata server that does not answer would hold a run for minutes."""
+
 SCOPE = "https://www.googleapis.com/auth/devstorage.full_control"
+
+
+class Once:
+    """Keeps aiohttp from sending a request again by itself where a connection breaks: a part must not come twice."""
+
+    def __init__(self) -> None:
+        self.sent = False
+
+    async def __call__(self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        """Send it. Raises ServerDisconnectedError: it was sent before."""
+        if self.sent:
+            raise aiohttp.ServerDisconnectedError
+        self.sent = True
+        return await send(request)
+
+
+class Answer(NamedTuple):
+    """What came back of a request."""
+
+    status: int
+    headers: Mapping[str, str]
+    """By name, in whatever case."""
+    body: bytes
 
 
 class Upload:
@@ -58,12 +89,8 @@ class GcsStore(BucketStore):
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, url: str) -> None:
         super().__init__(filesystem, root, url)
         self.bucket, _, self.prefix = root.partition("/")
-        self.session = requests.Session()  # which sends each request once
-        self.session.auth = self._signed
-
-    def _signed(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        self.filesystem.credentials.apply(request.headers)
-        return request
+        self.session: aiohttp.ClientSession = sync(filesystem.loop, get_client, **filesystem.session_kwargs)
+        weakref.finalize(self, filesystem.close_session, filesystem.loop, self.session)
 
     def _request(
         self,
@@ -73,31 +100,40 @@ class GcsStore(BucketStore):
         data: bytes | None = None,
         headers: Mapping[str, str] | None = None,
         accept: Sequence[int] = (),
-    ) -> requests.Response:
+    ) -> Answer:
         """One request; `path` begins at the server, or is a whole address.
 
         Raises:
             FileNotFoundError: it was answered with 404 or 410.
             StoreError: it was refused otherwise, with no status in `accept`.
         """
-        filesystem, payer = self.filesystem, self.filesystem.requester_pays
-        pays = {"userProject": payer if isinstance(payer, str) else filesystem.project} if payer else {}
-        address = path if path.startswith("http") else filesystem.base.removesuffix("/storage/v1/") + path
-        answer = self.session.request(
-            method,
-            address,
-            params={**(query or {}), **pays},
-            data=data,
-            headers=headers,
-            timeout=TIMEOUT,
-            allow_redirects=False,  # 308 says how far an upload came
-        )
-        if answer.status_code < 300 or answer.status_code in accept:
+        filesystem = self.filesystem
+
+        async def made() -> Answer:
+            address = path if path.startswith("http") else filesystem.base.removesuffix("/storage/v1/") + path
+            payer = filesystem.requester_pays
+            pays = {"userProject": payer if isinstance(payer, str) else filesystem.project} if payer else {}
+            parameters = urllib.parse.urlencode({**(query or {}), **pays})
+            signed = dict(headers or {})
+            filesystem.credentials.apply(signed)
+            joined = f"{address}{'&' if '?' in address else '?'}{parameters}" if parameters else address
+            async with self.session.request(
+                method,
+                yarl.URL(joined, encoded=True),
+                data=data,
+                headers=signed,
+                timeout=TIMEOUT,
+                middlewares=(Once(),),
+            ) as response:
+                return Answer(response.status, response.headers, await response.read())
+
+        answer = sync(filesystem.loop, made)
+        if answer.status < 300 or answer.status in accept:
             return answer
-        word = reason_of(answer.content)
-        if answer.status_code in (404, 410) and word != "NoSuchBucket":  # 410 of an upload that the store has dropped
+        word = reason_of(answer.body)
+        if answer.status in (404, 410) and word != "NoSuchBucket":  # 410 of an upload that the store has dropped
             raise FileNotFoundError(word)
-        raise StoreError(answer.status_code, word)
+        raise StoreError(answer.status, word)
 
     def _failure(self, error: BaseException, action: str, url: str) -> RequestError | RunError:
         if status(error) in (401, 403) and not is_passing(error) and self.filesystem.credentials.credentials is None:
@@ -132,11 +168,11 @@ class GcsStore(BucketStore):
     def _fetch(self, path: str) -> bytes:
         answer = self._request("GET", self._object(self._key(path)), {"alt": "media"})
         field_of(answer.headers, "x-goog-hash")
-        return answer.content
+        return answer.body
 
     def _request_read(self, key: str, start: int, stop: int, version: Version) -> bytes:
         query = {"alt": "media", "generation": version.tag}
-        return self._request("GET", self._object(key), query, headers={"Range": f"bytes={start}-{stop - 1}"}).content
+        return self._request("GET", self._object(key), query, headers={"Range": f"bytes={start}-{stop - 1}"}).body
 
     def _request_version(self, key: str) -> Version:
         found = parsed(self._request("GET", self._object(key)))
@@ -184,7 +220,7 @@ class GcsStore(BucketStore):
                 upload.doubtful = True
             answer = self._request("PUT", upload.address, data=data, headers=headers, accept=(308,))
             upload.doubtful = False
-            if answer.status_code != 308:  # the object is there
+            if answer.status != 308:  # the object is there
                 field_of(parsed(answer), "name")
                 upload.held = b""
                 return
@@ -212,10 +248,10 @@ def reason_of(body: bytes) -> str:
         return ""
 
 
-def parsed(answer: requests.Response) -> Mapping[str, Any]:
+def parsed(answer: Answer) -> Mapping[str, Any]:
     """The JSON of an answer; one that is cut short is as good as none."""
     try:
-        return dict(answer.json())
+        return dict(json.loads(answer.body))
     except (ValueError, TypeError):
         raise ForeignAnswer("the answer is not JSON") from None
 
@@ -234,7 +270,13 @@ def credential_option() -> dict[str, Any]:
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         return {"token": "anon"}
     require_name_service()
-    if found_credentials():
+    found = found_credentials()
+    if found is None:
+        raise RequestError(
+            f"no credentials were found for Google Cloud Storage within {LOOKS_S:.0f} s; log in with "
+            "`gcloud auth application-default login`, or name a key file in GOOGLE_APPLICATION_CREDENTIALS"
+        )
+    if found:
         return {"token": "google_default"}
     return {"token": "cache" if os.path.exists(os.path.expanduser("~/.gcs_tokens")) else "anon"}
 
@@ -256,12 +298,21 @@ def require_name_service() -> None:
         ) from None
 
 
-def found_credentials() -> bool:
-    """Whether Google's library finds credentials that give access."""
-    try:
-        credentials, _ = google.auth.default(scopes=[SCOPE])
-        if not credentials.valid:
-            credentials.refresh(google.auth.transport.requests.Request())  # type: ignore[no-untyped-call]
-    except google.auth.exceptions.GoogleAuthError:
-        return False
-    return True
+def found_credentials() -> bool | None:
+    """Whether Google's library finds credentials that give access; None where it is still looking after LOOKS_S."""
+    results: list[bool] = []
+
+    def look() -> None:
+        try:
+            credentials, _ = google.auth.default(scopes=[SCOPE])
+            if not credentials.valid:
+                credentials.refresh(google.auth.transport.requests.Request())  # type: ignore[no-untyped-call]
+        except google.auth.exceptions.GoogleAuthError:
+            results.append(False)
+        else:
+            results.append(True)
+
+    looking = threading.Thread(target=look, name="credentials", daemon=True)
+    looking.start()
+    looking.join(LOOKS_S)
+    return results[0] if results else None

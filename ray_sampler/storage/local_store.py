@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from ray_sampler.errors import RequestError
 from ray_sampler.storage.disk import (
@@ -187,7 +187,8 @@ class LocalStore:
         target = self._file(path)
         with self._temporary(target) as temporary:
             self._try("write", path, lambda: target.parent.mkdir(parents=True, exist_ok=True))
-            with self._try("write", path, lambda: open(temporary, "xb", buffering=0)) as file:
+            opened = self._try("write", path, lambda: open(temporary, "xb", buffering=0))  # noqa: SIM115 - closed below
+            with closed_quietly(opened) as file:
                 lock(file.fileno())
                 reached = 0
                 for chunk in chunks:
@@ -218,8 +219,10 @@ class LocalStore:
             reached += len(data)
             return data
 
-        with os.fdopen(descriptor, "rb", buffering=0):
+        try:
             yield read
+        finally:
+            os.close(descriptor)
 
     def clear_abandoned(self, folder: str, seconds: float = ABANDONED_SECONDS) -> None:
         place = self._inside(folder)
@@ -262,13 +265,30 @@ def remove_tree(folder: Path) -> None:
     """Delete a folder with all it holds; what a mount keeps of deleted files that are open goes when they are closed.
 
     Raises:
-        OSError: a file cannot be deleted.
+        OSError: something else cannot be deleted.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    for place, _, names in os.walk(folder):
-        for name in names:
-            if not is_leftover(name):
-                os.unlink(os.path.join(place, name))
+
+    def go_on(function: object, path: str, error: BaseException) -> None:
+        if isinstance(error, FileNotFoundError) or is_leftover(os.path.basename(path)):
+            return
+        if os.path.isdir(path) and all(map(is_leftover, os.listdir(path))):
+            return
+        raise error
+
+    if sys.version_info >= (3, 12):
+        shutil.rmtree(folder, onexc=go_on)
+    else:
+        shutil.rmtree(folder, onerror=lambda function, path, info: go_on(function, path, info[1]))
+
+
+@contextlib.contextmanager
+def closed_quietly(file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """Close a file at the end, where an error would hide the one that brought it there."""
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def lock(descriptor: int) -> bool:

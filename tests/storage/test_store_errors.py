@@ -129,3 +129,14 @@ def test_passing_errors_are_retried_and_logged_and_lasting_ones_end(monkeypatch,
         run_dir.write_file("preview.png", b"y")
     assert len(answers) == 50 - retry.ATTEMPTS
     assert KEY not in caplog.text
+
+
+def test_a_token_server_that_fails_is_not_taken_for_missing_credentials() -> None:
+    class ClientAuthenticationError(OSError):  # as azure-core names it
+        def __init__(self, status: int | None) -> None:
+            self.status_code = status
+
+    assert isinstance(failures.failure(ClientAuthenticationError(503), "write", "abfs://c/run"), RunError)
+    said = failures.failure(ClientAuthenticationError(None), "write", "abfs://c/run")
+    assert isinstance(said, RequestError)
+    assert "no credentials were found" in str(said)
