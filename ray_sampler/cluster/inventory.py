@@ -151,8 +151,7 @@ class Inventory:
     def _content(self, record: Record) -> Content:
         """What the archive and the summary need of a record: there may be a million."""
         content = content_of(record)
-        content = content._replace(seconds=round(content.seconds, 2))
-        shared = {name: getattr(content, name) for name in ("image", "numerics", "device", "seconds")}
+        shared = {name: getattr(content, name) for name in ("image", "numerics", "device")}
         return content._replace(**{name: self._shared.setdefault(value, value) for name, value in shared.items()})
 
     def repair(self, damage: DamagedPiece) -> None:

@@ -99,7 +99,7 @@ def copied(value: Any) -> Any:
         return value.clone()
     if isinstance(value, tuple | list):
         items = [copied(item) for item in value]
-        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if type(value) is dict:
         return {key: copied(item) for key, item in value.items()}
     if isinstance(value, type) or not (isinstance(value, dict) or dataclasses.is_dataclass(value)):

@@ -42,7 +42,8 @@ def test_what_contradicts_it_is_refused_with_both_values(name: str, flag: str, v
     with pytest.raises(RequestError) as error:
         opened(name, {flag: value})
     told = told.format(**TOLD[name])
-    assert str(error.value) == f"--{flag} is {value}, but the file says {told}; leave it out or give another --model"
+    given = value or "empty"
+    assert str(error.value) == f"--{flag} is {given}, but the file says {told}; leave it out or give another --model"
 
 
 def test_a_list_that_is_none_is_refused() -> None:
